@@ -1,0 +1,5 @@
+"""What people type: ``adafreeze COMMAND ...``."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,317 @@
+"""The flags of ``adafreeze train``: one parser for the command line and for ``--config file.yaml``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import json
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..config import SafeConfig
+from ..errors import ConfigError
+from ._config_file import flags_from_file
+
+__all__ = ["AdapterArguments", "Arguments", "DataArguments", "ModelArguments", "RunArguments", "parse"]
+
+
+@dataclass
+class ModelArguments:
+    """What is fine-tuned; names as in the example scripts of transformers."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str = field(metadata={"help": "A folder, or a name on the Hub."})
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "The tokenizer, if not the model's own."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    token: str | None = field(default=None, metadata={"help": "Access token of the Hub."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
+        default="auto",
+        metadata={
+            "aliases": ["--torch_dtype"],
+            "help": "Load the weights as this; auto: as they were saved.",
+        },
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Replace a saved head of another size by a new one."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What it is fine-tuned on; names as in the example scripts of transformers."""
+
+    _argument_group_name = "data"
+
+    task: Literal["text-classification", "regression", "causal-lm"] = field(
+        metadata={"help": "What the model learns to do."}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub, or"})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "its configuration."})
+    train_split: str = field(default="train", metadata={"help": "The split of the dataset to train on."})
+    validation_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "The split to evaluate on (if not given: validation, where there is one), or a share "
+            "such as 0.1 of the training rows to hold out."
+        },
+    )
+    train_file: str | None = field(default=None, metadata={"help": "A .csv, .json, .jsonl or .parquet file."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
+    text_column: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "One column, or two for pairs. If not given, the usual names are looked for: sentence1 "
+            "and sentence2, premise and hypothesis, question and sentence, text, sentence."
+        },
+    )
+    label_column: str = field(default="label", metadata={"help": "The column of the label."})
+    prompt_column: str | None = field(default=None, metadata={"help": "Instruction tuning: what is given."})
+    completion_column: str | None = field(
+        default=None, metadata={"help": "Instruction tuning: what is learnt; the loss is on this alone."}
+    )
+    prompt_separator: str = field(
+        default="\n", metadata={"help": "Stands between the two; default: a new line."}
+    )
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a row, at most. If not given: 128, causal-lm 512."}
+    )
+    pad_to_max_length: bool = field(default=False, metadata={"help": "Pad all rows to that length."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first rows only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "Leave out rows without text or label instead of stopping."}
+    )
+
+
+@dataclass
+class AdapterArguments:
+    """Which adapter, from PEFT."""
+
+    _argument_group_name = "adapter"
+
+    adapter: str = field(
+        default="lora",
+        metadata={"help": "lora, dora, ia3, vera, adalora, oft, ...: any tuner of the installed PEFT."},
+    )
+    adapter_r: int | None = field(default=None, metadata={"help": "Its rank. If not given: PEFT's default."})
+    adapter_alpha: float | None = field(
+        default=None, metadata={"help": "Its scaling. If not given: PEFT's default."}
+    )
+    adapter_dropout: float | None = field(
+        default=None, metadata={"help": "Its dropout. If not given: PEFT's default."}
+    )
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the layers to adapt, or all-linear, or one pattern. Default: PEFT's."},
+    )
+    adapter_kwargs: str | None = field(
+        default=None,
+        metadata={"help": "Any other field of the PEFT config, as JSON: '{\"use_rslora\": true}'."},
+    )
+
+
+@dataclass
+class RunArguments:
+    """What is done around the training."""
+
+    _argument_group_name = "run"
+
+    config: str | None = field(
+        default=None, metadata={"help": "A YAML file of these flags; flags on the command line win over it."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the run that is in --output_dir."}
+    )
+    count_costs: bool = field(
+        default=True, metadata={"help": "Count FLOPs and the activation bytes saved for the backward pass."}
+    )
+
+
+class _TrainingFlags(TrainingArguments):
+    # Only so that the hundred flags of Trainer stand in a group of their own, behind ours, in --help.
+    _argument_group_name = "training (transformers.TrainingArguments)"
+
+
+# TrainingArguments has a seed of its own, and both must be settable.
+_SAFE_FLAGS = {
+    field.name: field.name if field.name != "seed" else "probe_seed"
+    for field in dataclasses.fields(SafeConfig)
+}
+
+
+def _safe_arguments() -> type:
+    """A dataclass with ``method`` and a flag for each field of SafeConfig, None where it was not given."""
+    text = inspect.getdoc(SafeConfig) or ""
+    fields: list[Any] = [
+        (
+            "method",
+            Literal["safe", "safe-paper", "none"],
+            field(
+                default="safe",
+                metadata={
+                    "help": "safe: freeze a prefix, needs no tuning; safe-paper: as published; none: plain."
+                },
+            ),
+        )
+    ]
+    for entry in dataclasses.fields(SafeConfig):
+        found = re.search(rf"^ +{entry.name}: (.*?)(?=^ +\w+: |^\S|\Z)", text, re.MULTILINE | re.DOTALL)
+        described = " ".join(textwrap.dedent(found[1]).split()).replace("`", "") if found else ""
+        kind = {tuple: list[str], bool: bool, int: int, float: float}.get(type(entry.default), str)
+        default = False if kind is bool else None
+        hint = {"help": f"{described} (SafeConfig: {entry.default!r})".replace("%", "%%")}
+        annotation = kind if kind is bool else kind | None
+        fields.append((_SAFE_FLAGS[entry.name], annotation, field(default=default, metadata=hint)))
+    return dataclasses.make_dataclass("SafeArguments", fields, namespace={"_argument_group_name": "freezing"})
+
+
+SafeArguments = _safe_arguments()
+
+
+class _Parser(HfArgumentParser):
+    """Raises instead of printing the usage: two screens of flags would bury the one line that matters."""
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)  # one spelling of two
+        raise ConfigError(
+            message[0].upper() + message[1:].rstrip(".") + ".",
+            cause="The flags do not parse.",
+            fix="`adafreeze train --help` lists all flags and their values.",
+        )
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """All of a run's settings, and ``resolved``: those that differ from the defaults, to repeat it."""
+
+    model: ModelArguments
+    data: DataArguments
+    adapter: AdapterArguments
+    run: RunArguments
+    training: TrainingArguments
+    safe: SafeConfig | None
+    method: str
+    adapter_options: dict[str, Any]
+    resolved: dict[str, Any]
+
+
+def build_parser() -> _Parser:
+    """The one parser."""
+    groups = [ModelArguments, DataArguments, AdapterArguments, SafeArguments, RunArguments, _TrainingFlags]
+    # No abbreviations: --max_step for --max_steps would be taken for whatever flag comes to start like it
+    # later. "resolve": transformers 4.57 still has overwrite_output_dir, without a use for it.
+    return _Parser(
+        groups,  # type: ignore[arg-type]
+        prog="adafreeze train",
+        description="Fine-tune a model with adapters that freeze themselves.",
+        allow_abbrev=False,
+        conflict_handler="resolve",
+    )
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Flags, and the YAML file that they may name, to validated settings.
+
+    Raises:
+        ConfigError: a flag or a key of the file is unknown or has no such value, or settings contradict each
+            other.
+    """
+    parser = build_parser()
+    tokens = [*flags_from_file(argv, parser), *argv]
+    namespace, unknown = parser.parse_known_args(tokens)
+    flags = [token.split("=")[0] for token in unknown if token.startswith("-")] or unknown
+    if flags:
+        known = [option for action in parser._actions for option in action.option_strings]
+        close = difflib.get_close_matches(flags[0], known, n=1)
+        raise ConfigError(
+            f"Unknown: {' '.join(flags)}.",
+            cause="No flag of this command has that name."
+            if flags[0].startswith("-")
+            else "The word belongs to no flag.",
+            fix=f"Did you mean {close[0]}?" if close else "`adafreeze train --help` lists all flags.",
+        )
+    values = vars(namespace)
+    if not values["output_dir"]:
+        raise ConfigError(
+            "--output_dir is missing.",
+            cause="The adapter, the journal and the results need a folder.",
+            fix="--output_dir runs/first",
+        )
+    method = values["method"]
+    given = {
+        name: values[flag]
+        for name, flag in _SAFE_FLAGS.items()
+        if values[flag] is not None and values[flag] is not False
+    }
+    safe = {"safe": SafeConfig.from_dict, "safe-paper": lambda given: SafeConfig.paper(**given)}.get(method)
+    config = safe(given) if safe is not None else None
+    options = _adapter_options(values["adapter_kwargs"])
+    try:
+        training = _build(TrainingArguments, values)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:  # what its __post_init__ raises
+        raise ConfigError(
+            f"The training arguments do not go together: {str(error).strip().splitlines()[0]}",
+            cause="transformers.TrainingArguments refuses them.",
+            fix="Change the flag that it names; `adafreeze train --help` lists all flags.",
+        ) from error
+    return Arguments(
+        model=_build(ModelArguments, values),
+        data=_build(DataArguments, values),
+        adapter=_build(AdapterArguments, values),
+        run=_build(RunArguments, values),
+        training=training,
+        safe=config,
+        method=method,
+        adapter_options=options,
+        resolved=_resolved(parser, values),
+    )
+
+
+def _build(kind: Any, values: dict[str, Any]) -> Any:
+    return kind(**{entry.name: values[entry.name] for entry in dataclasses.fields(kind) if entry.init})
+
+
+# Secrets, and what belongs to one start of the program and not to the run.
+_NOT_KEPT = {
+    *("token", "hub_token", "push_to_hub_token"),
+    *("config", "overwrite_output_dir", "resume_from_checkpoint", "local_rank"),
+}
+
+
+def _resolved(parser: _Parser, values: dict[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for name, value in values.items():
+        if name not in _NOT_KEPT and value is not None and value != parser.get_default(name):
+            kept[name] = getattr(value, "value", value)
+    return kept
+
+
+def _adapter_options(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"--adapter_kwargs is not JSON ({error.msg}, column {error.colno}): {text}",
+            cause="Names and texts need double quotes, and the shell single quotes around the whole.",
+            fix="--adapter_kwargs '{\"use_rslora\": true}'",
+        ) from error
+    if not isinstance(options, dict):
+        raise ConfigError(
+            f"--adapter_kwargs is {text}, not an object.",
+            cause="It must name the fields of the PEFT config.",
+            fix="--adapter_kwargs '{\"use_rslora\": true}'",
+        )
+    return options

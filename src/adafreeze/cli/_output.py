@@ -1,0 +1,108 @@
+"""The output folder of a run: may it be written, does it already hold a run, what can be resumed."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..errors import RunError
+
+__all__ = ["CONFIG_FILE", "JOURNAL_FILE", "find_checkpoint", "prepare_folder", "write_config"]
+
+CONFIG_FILE = "adafreeze_config.yaml"
+JOURNAL_FILE = "journal.jsonl"
+
+# What a run leaves behind: found, the folder holds a run; overwritten, all of it goes, because a journal
+# that goes on, or a checkpoint of the old run that a later --resume_from_checkpoint finds, would mix two
+# runs.
+_TRACES = (
+    JOURNAL_FILE,
+    CONFIG_FILE,
+    "adapter_config.json",
+    "adapter_model.*",
+    "checkpoint-*",
+    "*_results.json",
+    "trainer_state.json",
+)
+
+
+def prepare_folder(path: str, *, overwrite: bool = False, resume: str | None = None) -> Path:
+    """Create the folder, or make sure that it may be used.
+
+    Args:
+        path: the folder.
+        overwrite: remove the run that it holds.
+        resume: what was given to ``--resume_from_checkpoint``: the folder is expected to hold that run.
+
+    Raises:
+        RunError: it cannot be written, or holds a run that was neither to be overwritten nor resumed.
+    """
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RunError(
+            f"The output folder {path} cannot be written ({error.strerror}).",
+            cause="It or a folder above it is a file or read-only, or the disk is full.",
+            fix="--output_dir path/that/you/can/write",
+        ) from error
+    if resume is not None:
+        return folder
+    traces = [trace for pattern in _TRACES for trace in sorted(folder.glob(pattern))]
+    if traces and not overwrite:
+        raise RunError(
+            f"The output folder {path} already holds a run ({traces[0].name}).",
+            cause="A second run would mix its files with those of the first.",
+            fix="Give another --output_dir, or add --overwrite_output_dir to replace that run, or "
+            "--resume_from_checkpoint last to go on with it.",
+        )
+    for trace in traces:
+        if trace.is_dir():
+            shutil.rmtree(trace)
+        else:
+            trace.unlink()
+    return folder
+
+
+def find_checkpoint(resume: str | None, folder: str) -> str | None:
+    """The checkpoint to go on from: a path, or ``last`` (``true``, in transformers' words) for the newest.
+
+    Raises:
+        RunError: there is none.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if resume is None or resume.lower() in ("false", "no"):
+        return None
+    place = Path(folder).expanduser()
+    if resume.lower() in ("last", "true", "yes"):
+        found = get_last_checkpoint(str(place)) if place.is_dir() else None
+        if found is None:
+            raise RunError(
+                f"There is no checkpoint in {folder} to resume from.",
+                cause="The run wrote none (see --save_strategy and --save_steps), or it is another folder.",
+                fix="Leave out --resume_from_checkpoint to start anew.",
+            )
+        return found
+    if not (Path(resume).expanduser() / "trainer_state.json").is_file():
+        raise RunError(
+            f"{resume} is not a checkpoint.",
+            cause="It does not exist, or holds no trainer_state.json.",
+            fix=f"--resume_from_checkpoint last, or one of `ls -d {folder}/checkpoint-*`",
+        )
+    return str(Path(resume).expanduser())
+
+
+def write_config(folder: Path, values: Mapping[str, Any]) -> None:
+    """The settings that differ from the defaults, as a file for ``--config``."""
+    import yaml
+
+    text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+    head = f"# adafreeze {__version__}; to repeat the run: adafreeze train --config THIS --output_dir NEW\n"
+    (folder / CONFIG_FILE).write_text(head + text, encoding="utf-8")

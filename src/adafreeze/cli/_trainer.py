@@ -1,0 +1,65 @@
+"""The Trainer of the commands: what it costs is counted, and what it logs goes into the journal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..journal import Journal
+
+__all__ = ["JournalCallback", "MeteredTrainer", "RankAllocationCallback"]
+
+
+class MeteredTrainer(Trainer):
+    """A Trainer whose every micro-step runs inside ``meter.step(inputs)``.
+
+    Args:
+        meter: a :class:`adafreeze.costs.meter.Meter`; None counts nothing.
+        args, kwargs: for :class:`transformers.Trainer`.
+    """
+
+    def __init__(self, *args: Any, meter: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.meter = meter
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Forward and backward pass of one micro-step, counted."""
+        if self.meter is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        with self.meter.step(inputs):
+            return super().training_step(model, inputs, *args, **kwargs)
+
+
+class JournalCallback(TrainerCallback):
+    """Writes what the Trainer logs (loss, learning rate, evaluations) into the journal: ``log`` events."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """One event a log."""
+        if state.is_world_process_zero:
+            self.journal.write("log", **{"step": state.global_step, **(logs or {})})
+
+
+class RankAllocationCallback(TrainerCallback):
+    """Calls ``update_and_allocate`` after each optimizer step: AdaLoRA and AdaMSS ask it of the loop.
+
+    Without it they never move a rank, and the Trainer does not call it.
+    """
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Here gradients still exist; ``on_step_end`` would be too late."""
+        allocate = getattr(getattr(kwargs["model"], "base_model", None), "update_and_allocate", None)
+        if callable(allocate):
+            allocate(state.global_step + 1)

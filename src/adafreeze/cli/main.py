@@ -1,0 +1,54 @@
+"""``adafreeze``: find the command, run it, and say what went wrong without a traceback."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .._version import __version__
+from ..errors import AdafreezeError
+
+__all__ = ["main"]
+
+# Each command is a module of this folder with a main(argv), imported only when asked for: `adafreeze --help`
+# must not wait for torch.
+COMMANDS = {
+    "train": "fine-tune a model with adapters that freeze themselves",
+    "demo": "see it work in a few minutes on the CPU",
+}
+
+USAGE = f"""usage: adafreeze COMMAND ...
+
+Fine-tune a transformer with adapters, and freeze those that contribute little.
+
+commands:
+{chr(10).join(f"  {name:<10}{text}" for name, text in COMMANDS.items())}
+
+options:
+  -h, --help  show this help; `adafreeze COMMAND --help` shows the flags of a command
+  --version   show the version
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code: 0 done, 2 the input was refused, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if arguments[0] == "--version":
+        print(f"adafreeze {__version__}")
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        print(f"error: There is no command {command!r}.\n\n{USAGE}", end="", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(f".{command}", __package__).main(rest) or 0
+    except AdafreezeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

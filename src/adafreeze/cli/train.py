@@ -1,0 +1,275 @@
+"""``adafreeze train``: data, model, adapter, Trainer, and what they leave in the output folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, ModelError, warn
+from ._arguments import Arguments, DataArguments, parse
+from ._output import JOURNAL_FILE, find_checkpoint, prepare_folder, write_config
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from ..tasks import Task
+
+__all__ = ["main", "make_task", "run"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse and run."""
+    import sys
+
+    run(parse(list(sys.argv[1:] if argv is None else argv)))
+    return 0
+
+
+def make_task(data: DataArguments) -> Task:
+    """The task that the data arguments describe.
+
+    Raises:
+        ConfigError: the columns do not go with the task.
+    """
+    from ..tasks import CausalLM, Regression, TextClassification
+
+    columns = tuple(data.text_column or ())
+    prompts = bool(data.prompt_column) + bool(data.completion_column)
+    if data.max_seq_length is not None and data.max_seq_length < 2:
+        raise ConfigError(
+            f"--max_seq_length is {data.max_seq_length}.",
+            cause="A row needs at least two tokens.",
+            fix="--max_seq_length 128",
+        )
+    if data.task == "causal-lm":
+        if prompts == 1 or (prompts and columns) or len(columns) > 1:
+            raise ConfigError(
+                "The columns do not go with --task causal-lm.",
+                cause="It needs one --text_column, or both --prompt_column and --completion_column.",
+                fix="--prompt_column prompt --completion_column completion",
+            )
+        return CausalLM(
+            text_column=columns[0] if columns else None,
+            prompt_column=data.prompt_column,
+            completion_column=data.completion_column,
+            prompt_separator=data.prompt_separator,
+            max_length=data.max_seq_length or 512,
+            pad_to_max_length=data.pad_to_max_length,
+        )
+    if len(columns) > 2 or prompts:
+        raise ConfigError(
+            f"The columns do not go with --task {data.task}.",
+            cause="It reads one --text_column, or two for pairs.",
+            fix="--text_column sentence1 sentence2",
+        )
+    kind = TextClassification if data.task == "text-classification" else Regression
+    return kind(
+        text_columns=columns,
+        label_column=data.label_column,
+        max_length=data.max_seq_length or 128,
+        pad_to_max_length=data.pad_to_max_length,
+    )
+
+
+def run(arguments: Arguments) -> dict[str, Any]:
+    """Train, evaluate, save; returns all metrics.
+
+    Raises:
+        AdafreezeError: the input cannot be used; nothing has been trained yet.
+    """
+    from transformers import set_seed
+
+    from ..journal import Journal
+    from ..tasks import Source, add_adapter, load_splits, load_tokenizer
+    from ..tasks.adapters import make_config, optimizer_steps
+
+    model_args, data, training = arguments.model, arguments.data, arguments.training
+    assert training.output_dir is not None  # parse() asks for it
+    task = make_task(data)
+    checkpoint = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
+    is_main = training.process_index == 0
+    if is_main:  # one process looks: the others would find what it has just written
+        folder = prepare_folder(
+            training.output_dir, overwrite=arguments.run.overwrite_output_dir, resume=checkpoint
+        )
+
+    # Cheapest first, so that a typing error is answered in seconds: data, tokenizer, model, adapter.
+    with training.main_process_first(desc="reading the data"):
+        train_rows, eval_rows = load_splits(
+            task,
+            dataset_name=data.dataset_name,
+            dataset_config_name=data.dataset_config_name,
+            train_file=data.train_file,
+            validation_file=data.validation_file,
+            train_split=data.train_split,
+            validation_split=data.validation_split,
+            skip_bad_rows=data.skip_bad_rows,
+            max_train_samples=data.max_train_samples,
+            max_eval_samples=data.max_eval_samples,
+            seed=training.seed,
+            cache_dir=model_args.cache_dir,
+            token=model_args.token,
+            trust_remote_code=model_args.trust_remote_code,
+        )
+    _check_evaluation(training, eval_rows)
+    source = Source(
+        name=model_args.model_name_or_path,
+        tokenizer=model_args.tokenizer_name,
+        revision=model_args.model_revision,
+        cache_dir=model_args.cache_dir,
+        token=model_args.token,
+        trust_remote_code=model_args.trust_remote_code,
+        dtype=model_args.dtype,
+        ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
+    )
+    adapter = make_config(
+        arguments.adapter.adapter,
+        task.peft_task_type,
+        r=arguments.adapter.adapter_r,
+        alpha=arguments.adapter.adapter_alpha,
+        dropout=arguments.adapter.adapter_dropout,
+        target_modules=arguments.adapter.target_modules,
+        total_steps=optimizer_steps(training, len(train_rows)),
+        options=arguments.adapter_options,
+    )
+    tokenizer = load_tokenizer(source)
+    set_seed(training.seed)  # the new head and the adapter are drawn from it
+    base = task.load_model(source)
+    if base.config.pad_token_id is None:
+        base.config.pad_token_id = tokenizer.pad_token_id
+    _fit_length(task, base, tokenizer, asked=data.max_seq_length)
+    model = add_adapter(base, adapter)
+    with training.main_process_first(desc="tokenizing"):
+        train_rows = task.prepare(train_rows, tokenizer)
+        eval_rows = task.prepare(eval_rows, tokenizer) if eval_rows is not None else None
+
+    if is_main:
+        if checkpoint is None:
+            write_config(folder, arguments.resolved)
+        journal = Journal(folder / JOURNAL_FILE)
+    else:
+        journal = Journal()
+    journal.write(
+        "run" if checkpoint is None else "resume",
+        command="train",
+        method=arguments.method,
+        task=task.name,
+        checkpoint=checkpoint,
+        settings=arguments.resolved,
+    )
+    trainer = _make_trainer(arguments, task, model, tokenizer, train_rows, eval_rows, journal)
+    metrics = _train(trainer, checkpoint)
+    if eval_rows is not None:
+        scores = trainer.evaluate()
+        trainer.log_metrics("eval", scores)
+        trainer.save_metrics("eval", scores)
+        metrics.update(scores)
+    journal.write("done", step=trainer.state.global_step, **metrics)
+    journal.close()
+    if is_main:
+        print(f"The adapter is in {folder}, the journal of the run in {folder / JOURNAL_FILE}.")
+    return metrics
+
+
+def _make_trainer(
+    arguments: Arguments,
+    task: Task,
+    model: Any,
+    tokenizer: Any,
+    train_rows: Any,
+    eval_rows: Any,
+    journal: Any,
+) -> Trainer:
+    from ._trainer import JournalCallback, MeteredTrainer, RankAllocationCallback
+
+    callbacks: list[Any] = [RankAllocationCallback()]
+    safe_callback: Any = None
+    if arguments.safe is not None:
+        from ..integrations.transformers import SafeCallback
+
+        # The path, not our Journal: it closes what it was given when training ends, before the evaluation.
+        safe_callback = SafeCallback(arguments.safe, journal=journal.path)
+        callbacks.append(safe_callback)
+    callbacks.append(JournalCallback(journal))  # behind SafeCallback, which adds to what is logged
+    meter = None
+    if arguments.run.count_costs:
+        from ..costs.meter import Meter
+
+        def frozen() -> frozenset[str]:
+            safe = getattr(safe_callback, "safe", None)
+            return safe.frozen if safe is not None else frozenset()
+
+        meter = Meter(model, state_key=frozen)
+    training = arguments.training
+    if training.label_names is None:
+        training.label_names = [
+            "labels"
+        ]  # Trainer cannot read them off a PeftModel, and then evaluates no metric
+    try:
+        trainer = MeteredTrainer(
+            model=model,
+            args=training,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            data_collator=task.collator(tokenizer),
+            compute_metrics=task.compute_metrics,
+            preprocess_logits_for_metrics=task.preprocess_logits,
+            callbacks=callbacks,
+            meter=meter,
+        )
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            f"The training arguments do not go together: {str(error).strip().splitlines()[0]}",
+            cause="transformers.Trainer refuses them.",
+            fix="Change the flag that it names; `adafreeze train --help` lists all flags.",
+        ) from error
+    trainer.safe_callback = safe_callback  # type: ignore[attr-defined]
+    return trainer
+
+
+def _train(trainer: Any, checkpoint: str | None) -> dict[str, Any]:
+    """Train and save: adapter, tokenizer, and metrics under the names that transformers' scripts use."""
+    metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+    metrics["train_samples"] = len(trainer.train_dataset)
+    if trainer.meter is not None:
+        metrics.update({f"train_{name}": value for name, value in trainer.meter.summary().items()})
+    safe = getattr(trainer.safe_callback, "safe", None)
+    if safe is not None:
+        metrics["frozen_units"] = len(safe.frozen)
+        metrics["score_flops"] = safe.flops_spent
+    trainer.save_model()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    return metrics
+
+
+def _check_evaluation(training: Any, eval_rows: Any) -> None:
+    wants = str(getattr(training.eval_strategy, "value", training.eval_strategy)) != "no" or training.do_eval
+    if wants and eval_rows is None:
+        raise ConfigError(
+            "An evaluation is asked for, but there is nothing to evaluate on.",
+            cause="--eval_strategy or --do_eval is given without validation data.",
+            fix="--validation_file validation.csv, or --validation_split 0.1",
+        )
+
+
+def _fit_length(task: Task, model: Any, tokenizer: Any, asked: int | None) -> None:
+    """Keep rows within what the model can read, where torch would only say "index out of range"."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"The tokenizer has {len(tokenizer)} tokens, but the model only {rows} embeddings.",
+            cause="They do not belong together.",
+            fix="Leave out --tokenizer_name, or give the one that the model was trained with.",
+        )
+    positions = getattr(model.config, "max_position_embeddings", None) or task.max_length
+    limit = min(tokenizer.model_max_length, positions)
+    if asked is not None and asked > limit:
+        warn(
+            f"Rows are cut to {limit} tokens, not {asked}.",
+            cause="The model reads no more.",
+            fix=f"--max_seq_length {limit}",
+        )
+    task.max_length = min(task.max_length, limit)

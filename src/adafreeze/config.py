@@ -1,0 +1,154 @@
+"""SafeConfig: every setting of a run in one validated dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .decide.policy import POLICIES
+from .decide.scores import SCORES
+from .errors import ConfigError
+
+__all__ = ["SafeConfig"]
+
+
+@dataclass(frozen=True)
+class SafeConfig:
+    """Settings of selective adapter freezing. The defaults need no tuning.
+
+    Shares of the run are fractions of ``total_steps``, between 0 and 1.
+
+    Args:
+        policy: which units freeze next. ``"share"`` (default) freezes the longest prefix whose scores sum to at
+            most ``freeze_share`` of the total; ``"threshold"`` is the paper's: every unit whose score is below
+            τ(t); ``"bottom_up"`` freezes ``freeze_share`` of the blocks from the bottom, whatever they score; or a
+            function of a :class:`~adafreeze.decide.policy.Situation` that returns unit names.
+        score: how a unit's importance is measured: ``"cka"`` (default), ``"cka_debiased"``, ``"local_cka"``,
+            ``"grad_norm"``, ``"weight_change"``, ``"random"``, or a function of two tensors of shape
+            (tokens, features): the unit's representation before (pre-trained) and now.
+        granularity: ``"block"``: all adapters of a transformer block are one unit; ``"site"``: each adapted layer
+            is its own.
+        freeze_share: the part of the total score that may be frozen by the end of the ramp.
+        threshold: τ_T of the paper, the score below which units freeze at the end of the ramp.
+        warmup: the largest share of the run before the first freeze; it ends sooner once the scores have settled.
+        ramp_end: the share of the run at which the threshold stops rising (t_f).
+        settle_patience: scores have settled when the policy's choice has not changed over this many measurements.
+        settle_tolerance: ... and no score moved by more than this fraction of the largest.
+        min_live_blocks: blocks that always keep training.
+        probe_tokens: tokens on which scores are measured. More is steadier and costs more; shrunk automatically
+            if ``min_measurements`` of them would cost more than ``overhead``.
+        normalize_rows: scale each token's vector to unit length before CKA, so that a few huge tokens (attention
+            sinks of decoders) cannot drown all others.
+        min_measurements: measurements between the start and ``ramp_end``, at least.
+        overhead: the share of the run's FLOPs that measuring may cost.
+        dry_run: log what would freeze, freeze nothing.
+        freeze: unit names to freeze by hand, at once.
+        seed: of the probe's own random generator; the run's random state is never advanced.
+
+    Raises:
+        ConfigError: a value is out of range or a name unknown.
+
+    >>> SafeConfig(freeze_share=0.2).freeze_share
+    0.2
+    >>> SafeConfig.paper().policy
+    'threshold'
+    """
+
+    policy: str | Callable[..., Any] = "share"
+    score: str | Callable[..., Any] = "cka"
+    granularity: str = "block"
+    freeze_share: float = 0.15
+    threshold: float = 0.01
+    warmup: float = 0.1
+    ramp_end: float = 0.3
+    settle_patience: int = 2
+    settle_tolerance: float = 0.1
+    min_live_blocks: int = 1
+    probe_tokens: int = 2048
+    normalize_rows: bool = True
+    min_measurements: int = 6
+    overhead: float = 0.01
+    dry_run: bool = False
+    freeze: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "freeze", tuple(self.freeze))
+        _one_of("policy", self.policy, POLICIES)
+        _one_of("score", self.score, SCORES)
+        _one_of("granularity", self.granularity, ("block", "site"))
+        _within("freeze_share", self.freeze_share, 0, 1)
+        _within("threshold", self.threshold, 0, 1)
+        _within("warmup", self.warmup, 0, 1)
+        _within("ramp_end", self.ramp_end, 0, 1)
+        _within("settle_tolerance", self.settle_tolerance, 0, 1)
+        _within("overhead", self.overhead, 0, 1)
+        for name, least in (
+            ("settle_patience", 1),
+            ("min_live_blocks", 0),
+            ("probe_tokens", 2),
+            ("min_measurements", 1),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(
+                    f"SafeConfig.{name} is {value!r}.",
+                    cause=f"It must be a whole number, at least {least}.",
+                    fix=f"SafeConfig({name}={max(least, getattr(type(self), name))})",
+                )
+        if self.ramp_end < self.warmup:
+            raise ConfigError(
+                f"SafeConfig.ramp_end ({self.ramp_end}) is before warmup ({self.warmup}).",
+                cause="The threshold rises from the end of the warm-up to ramp_end.",
+                fix=f"SafeConfig(warmup={self.warmup}, ramp_end={min(1.0, self.warmup + 0.2):g})",
+            )
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> SafeConfig:
+        """The method as published: the cubic threshold on raw scores, units frozen wherever they stand."""
+        return cls.from_dict({"policy": "threshold", **overrides})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SafeConfig:
+        """Build from a mapping, naming any field that does not exist."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ConfigError(
+                    f"SafeConfig has no field {name!r}.",
+                    cause=f"Its fields are: {', '.join(known)}.",
+                    fix=f"Remove {name!r}, or correct its spelling.",
+                )
+        return cls(**dict(values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the journal; functions by their name."""
+        values = dataclasses.asdict(self)
+        for name in ("policy", "score"):
+            if callable(values[name]):
+                values[name] = getattr(values[name], "__qualname__", repr(values[name]))
+        return values
+
+
+def _one_of(name: str, value: Any, known: Any) -> None:
+    if callable(value) or (isinstance(value, str) and value in known):
+        return
+    raise ConfigError(
+        f"SafeConfig.{name} is {value!r}.",
+        cause=f"It must be one of {', '.join(sorted(known))}"
+        + ("." if name == "granularity" else ", or a function."),
+        fix=f'SafeConfig({name}="{getattr(SafeConfig, name)}")',
+    )
+
+
+def _within(name: str, value: Any, low: float, high: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high:
+        raise ConfigError(
+            f"SafeConfig.{name} is {value!r}.",
+            cause=f"It must be a number between {low} and {high}.",
+            fix=f"SafeConfig({name}={getattr(SafeConfig, name)})",
+        )

@@ -1,0 +1,109 @@
+"""The freezer: a freeze that sticks, costs nothing any more, and can be undone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from ..model.backends.peft import PeftBackend
+from ..model.units import Unit
+
+__all__ = ["Freezer"]
+
+
+class Freezer:
+    """Freezes units of a model, for good, until :meth:`restore`.
+
+    A frozen parameter has ``requires_grad=False``, no gradient (AdamW moves a parameter whose gradient is zero,
+    by momentum and decay, and leaves one alone whose gradient is None) and no optimizer state. It stays in its
+    param group: taking it out breaks schedulers and checkpoints. The adapter dropout of a frozen unit becomes
+    Identity: a dropped copy of the input per target is kept for a backward pass that never comes.
+
+    Args:
+        units: by name.
+        backend: holds a freeze through the adapter library's own switches.
+        optimizer: whose state for frozen parameters is freed.
+    """
+
+    def __init__(
+        self, units: Mapping[str, Unit], backend: PeftBackend, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        self.units = units
+        self.backend = backend
+        self.optimizer = optimizer
+        self.frozen: frozenset[str] = frozenset()
+        self._dropouts: list[tuple[nn.ModuleDict, str, nn.Module]] = []
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """Freeze the units ``names``; a shared parameter freezes with the last of its owners."""
+        self.frozen = self.frozen | frozenset(names)
+        self.backend.stop_rank_allocation()
+        held = {id(parameter) for parameter in self.parameters()}
+        for name in self.frozen:
+            for site in self.units[name].sites:
+                self.backend.hold(site, held)
+                for container, key in self.backend.dropouts(site):
+                    if not isinstance(container[key], nn.Identity):
+                        self._dropouts.append((container, key, container[key]))
+                        container[key] = nn.Identity()
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+            self._forget(parameter)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters that are frozen now, each once."""
+        live = {
+            id(parameter)
+            for name, unit in self.units.items()
+            if name not in self.frozen
+            for parameter in unit.shared_parameters()
+        }
+        seen = set()
+        for name in self.frozen:
+            unit = self.units[name]
+            for parameter in (*unit.parameters(), *(p for p in unit.shared_parameters() if id(p) not in live)):
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield parameter
+
+    def audit(self) -> list[str]:
+        """Freeze again what somebody made trainable, and name the units it happened to."""
+        loose = [p for p in self.parameters() if p.requires_grad or p.grad is not None]
+        if not loose:
+            return []
+        found = {id(parameter) for parameter in loose}
+        for parameter in loose:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        return [
+            name
+            for name in sorted(self.frozen)
+            if any(id(p) in found for p in (*self.units[name].parameters(), *self.units[name].shared_parameters()))
+        ]
+
+    def live_without_gradient(self) -> list[str]:
+        """Live units none of whose parameters has a gradient now; to be asked between backward and step."""
+        return [
+            name
+            for name, unit in self.units.items()
+            if name not in self.frozen and all(p.grad is None for p in (*unit.parameters(), *unit.shared_parameters()))
+        ]
+
+    def restore(self) -> None:
+        """Make every frozen parameter trainable again and put every replaced module back."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(True)
+        self.backend.release(site for name in self.frozen for site in self.units[name].sites)
+        self.backend.resume_rank_allocation()
+        for container, key, dropout in reversed(self._dropouts):
+            container[key] = dropout
+        self._dropouts.clear()
+        self.frozen = frozenset()
+
+    def _forget(self, parameter: nn.Parameter) -> None:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps the real one
+        if optimizer is not None:
+            optimizer.state.pop(parameter, None)

@@ -1,0 +1,1 @@
+"""What people add to a script they have; import the host's module: ``adafreeze.integrations.transformers``."""

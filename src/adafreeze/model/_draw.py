@@ -1,0 +1,145 @@
+"""Drawing samples for the probe from whatever the user has: a dataloader, batches, one batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ProbeError, warn
+
+Chunk = dict[str, Any]
+
+# One forward pass of the probe takes this many samples: enough to be efficient, few enough to cut finely.
+CHUNK = 8
+# Tokens come from at least this many samples where the data has them, so that one long document is not the probe.
+LEAST_SAMPLES = 32
+MOST_SAMPLES = 512
+
+# A mask for the probe alone: under its own name, since passing it on would change what the model computes.
+REAL_TOKENS = "real_tokens"
+
+_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
+
+
+def rows_of(chunk: Mapping[str, Any]) -> int:
+    """The number of samples in a chunk: the first dimension of its model input."""
+    return next((len(chunk[name]) for name in _INPUTS if isinstance(chunk.get(name), Tensor)), 0)
+
+
+def split(batch: Any, pad_token_id: int | None = None) -> Iterator[Chunk]:
+    """Check a batch and cut it into chunks of CHUNK samples."""
+    tensors = _checked(batch, pad_token_id)
+    rows = rows_of(tensors)
+    for start in range(0, rows, CHUNK):
+        yield {
+            key: value[start : start + CHUNK] if isinstance(value, Tensor) and value.ndim and len(value) == rows else value
+            for key, value in tensors.items()
+        }
+
+
+def collect(source: Any, tokens: int, seed: int, pad_token_id: int | None) -> Iterator[Chunk]:
+    """Chunks from ``source`` until they hold ``tokens`` real tokens and LEAST_SAMPLES samples."""
+    seen_tokens = seen_samples = 0
+    for chunk in _chunks(source, seed, pad_token_id):
+        yield chunk
+        seen_samples += rows_of(chunk)
+        seen_tokens += _tokens_in(chunk)
+        if seen_samples >= MOST_SAMPLES or (seen_tokens >= tokens and seen_samples >= LEAST_SAMPLES):
+            return
+
+
+def _chunks(source: Any, seed: int, pad_token_id: int | None) -> Iterator[Chunk]:
+    if isinstance(source, Mapping) or hasattr(source, "data") and isinstance(source.data, Mapping):
+        yield from split(source, pad_token_id)
+    elif hasattr(source, "dataset") and hasattr(source, "collate_fn"):
+        collate = _own_copy(source.collate_fn)
+        for samples in _sample_groups(source.dataset, seed):
+            yield from split(collate(samples), pad_token_id)
+    elif isinstance(source, Iterable):
+        for batch in source:
+            yield from split(batch, pad_token_id)
+    else:
+        raise ProbeError(
+            f"A probe cannot be drawn from {type(source).__name__}.",
+            cause="It is neither a dataloader, nor a batch, nor an iterable of batches.",
+            fix="Safe(model, probe=train_dataloader, ...)",
+        )
+
+
+def _sample_groups(dataset: Any, seed: int) -> Iterator[list[Any]]:
+    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(dataset), generator=generator)[:MOST_SAMPLES].tolist()
+        for start in range(0, len(order), CHUNK):
+            yield [dataset[index] for index in order[start : start + CHUNK]]
+        return
+    stream = iter(dataset)
+    if stream is dataset:
+        raise ProbeError(
+            f"A probe cannot be drawn from {type(dataset).__name__} without using up samples of the run.",
+            cause="It is a one-way stream: what the probe takes, training would miss.",
+            fix="Give samples of your own: SafeCallback(probe=[batch, ...]) or Safe(..., probe=[batch, ...])",
+        )
+    group = []
+    for count, sample in enumerate(stream):
+        if count >= MOST_SAMPLES:
+            break
+        group.append(sample)
+        if len(group) == CHUNK:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _checked(batch: Any, pad_token_id: int | None) -> Chunk:
+    data = batch if isinstance(batch, Mapping) else getattr(batch, "data", None)
+    if not isinstance(data, Mapping):
+        raise ProbeError(
+            f"A probe batch is a {type(batch).__name__}.",
+            cause="The model is called as model(**batch), so a batch must map input names to tensors.",
+            fix='Use a collator that returns a dict, e.g. {"input_ids": ..., "attention_mask": ..., "labels": ...}.',
+        )
+    chunk = dict(data)
+    names = [name for name in _INPUTS if isinstance(chunk.get(name), Tensor)]
+    if not names:
+        only = "only labels" if set(chunk) == {"labels"} else f"only {', '.join(map(str, chunk)) or 'nothing'}"
+        raise ProbeError(
+            f"A probe batch holds {only}.",
+            cause=f"Scores are measured on a forward pass, which needs one of {', '.join(_INPUTS)}.",
+            fix="Pass batches as the model gets them in training: probe=train_dataloader",
+        )
+    ids = chunk.get("input_ids")
+    if isinstance(ids, Tensor) and chunk.get("attention_mask") is None and pad_token_id is not None and ids.ndim == 2:
+        real = ids != pad_token_id
+        if not bool((real[:, 0] & real[:, -1]).all()):
+            warn(
+                "The probe has padded rows and no attention_mask.",
+                cause="The model attends to the padding, in training too; scores leave it out by the pad token id.",
+                fix="Let the collator return attention_mask.",
+            )
+            chunk[REAL_TOKENS] = real
+    return chunk
+
+
+def _tokens_in(chunk: Chunk) -> int:
+    for name in (REAL_TOKENS, "attention_mask"):
+        mask = chunk.get(name)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            return int(mask.sum())
+    ids = chunk.get("input_ids")
+    # Patches of an image and frames of a sound are counted only by the model; 64 a sample is enough to spread.
+    return ids.numel() if isinstance(ids, Tensor) else 64 * rows_of(chunk)
+
+
+def _own_copy(collate: Callable[..., Any]) -> Callable[..., Any]:
+    """A collator whose own random generator (masking) is not the run's."""
+    twin = copy.copy(collate)
+    generator = getattr(collate, "generator", None)
+    if generator is not None and twin is not collate:
+        twin.generator = copy.deepcopy(generator)  # type: ignore[attr-defined]
+    return twin

@@ -1,0 +1,5 @@
+"""Adapter libraries, each behind the same few functions."""
+
+from .peft import PeftBackend
+
+__all__ = ["PeftBackend"]

@@ -1,0 +1,137 @@
+"""PEFT: where its adapters are, how to switch them off for a look, and how to make a freeze stick."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ...errors import ModelError, warn
+
+__all__ = ["PeftBackend"]
+
+# These add virtual tokens, one trunk beside the model, or parameters outside the blocks: nothing to freeze by block.
+_NOT_PER_BLOCK = {"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "SHADOW", "TRAINABLE_TOKENS", "XLORA"}
+
+
+class PeftBackend:
+    """The adapters that PEFT injected into ``model`` (through ``get_peft_model`` or ``model.add_adapter``).
+
+    Raises:
+        ModelError: there are none, or the method is a prompt method.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        configs = getattr(model, "peft_config", None) or {}
+        for name, config in configs.items() if isinstance(configs, dict) else ():
+            kind = getattr(config.peft_type, "value", str(config.peft_type))
+            if getattr(config, "is_prompt_learning", False) or kind in _NOT_PER_BLOCK:
+                raise ModelError(
+                    f"The adapter {name!r} is of type {kind}.",
+                    cause="It trains inputs or a part outside the transformer blocks, so there is no adapter per "
+                    "block to score and freeze.",
+                    fix="Use a method with weights in each block, such as LoraConfig(...), or leave adafreeze out.",
+                )
+        if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ModelError(
+                f"{type(model).__name__} has no adapters.",
+                cause="adafreeze freezes adapters that PEFT injected, and no layer of this model carries one.",
+                fix='model = get_peft_model(model, LoraConfig(target_modules="all-linear"))',
+            )
+        self._allocators = [
+            module for module in model.modules() if callable(getattr(module, "update_and_allocate", None))
+        ]
+
+    def sites(self, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """The outermost adapted layers in ``block`` with their names in it."""
+        found: list[str] = []
+        for name, module in block.named_modules():
+            if isinstance(module, BaseTunerLayer) and not any(name.startswith(path + ".") for path in found):
+                found.append(name)
+                yield name, module
+
+    @contextmanager
+    def adapters_off(self, within: nn.Module | None = None) -> Iterator[None]:
+        """Run ``within`` (default: the model) as pre-trained.
+
+        PEFT's own ``disable_adapter()`` marks all adapters trainable again on exit, which would undo every
+        freeze; the flag alone does not.
+        """
+        flags = [
+            (module, module._disable_adapters)
+            for module in (within or self.model).modules()
+            if "_disable_adapters" in module.__dict__ or isinstance(module, BaseTunerLayer)
+        ]
+        try:
+            for module, _ in flags:
+                module._disable_adapters = True  # type: ignore[assignment]
+            yield
+        finally:
+            for module, flag in flags:
+                module._disable_adapters = flag
+
+    def any_merged(self) -> bool:
+        """Whether an adapter is merged into its base weight now (its forward would unmerge it: rounding)."""
+        return any(isinstance(module, BaseTunerLayer) and module.merged for module in self.model.modules())
+
+    def hold(self, site: nn.Module, frozen: set[int]) -> None:
+        """Tell PEFT to keep the parameters of ``site`` whose id is in ``frozen`` frozen.
+
+        ``set_adapter``, ``disable_adapter`` and ``enable_adapters`` re-apply this list since PEFT 0.20.
+        """
+        if not isinstance(site, BaseTunerLayer) or not hasattr(site, "_freeze_non_trainable_peft_weights"):
+            return  # an older or newer PEFT: the audit before each forward pass holds the freeze instead
+        held = dict(site.frozen_peft_weight_names)
+        for adapter in site.active_adapters:
+            names = set(held.get(adapter, ()))
+            for attribute in site.adapter_layer_names:
+                parameters = _parameters_of(getattr(site, attribute, None), adapter)
+                if parameters and all(id(parameter) in frozen for parameter in parameters):
+                    names.add(attribute)
+            held[adapter] = tuple(sorted(names))
+        site.frozen_peft_weight_names = held
+
+    def release(self, sites: Iterable[nn.Module]) -> None:
+        """Undo :meth:`hold`."""
+        for site in sites:
+            site.__dict__.pop("frozen_peft_weight_names", None)
+
+    def dropouts(self, site: nn.Module) -> Iterator[tuple[nn.ModuleDict, str]]:
+        """The adapter dropouts of ``site``: (container, key), each a module that may become Identity."""
+        for name, child in site.named_children():
+            if name.endswith("dropout") and isinstance(child, nn.ModuleDict):
+                yield from ((child, key) for key in child)
+
+    def stop_rank_allocation(self) -> None:
+        """AdaLoRA moves ranks between layers: that would rewrite frozen adapters, and it crashes on missing gradients.
+
+        From the first freeze on its ``update_and_allocate`` does nothing.
+        """
+        for module in self._allocators:
+            if "update_and_allocate" not in module.__dict__:
+                module.update_and_allocate = lambda *_, **__: None  # type: ignore[assignment]
+                warn(
+                    "AdaLoRA's rank allocation ends at the first freeze.",
+                    cause="It would rewrite the ranks of frozen adapters; the ranks stay as they are now.",
+                    fix="Give AdaLoraConfig a tfinal that ends before the freezing starts, or use LoRA.",
+                )
+
+    def resume_rank_allocation(self) -> None:
+        """Undo :meth:`stop_rank_allocation`."""
+        for module in self._allocators:
+            module.__dict__.pop("update_and_allocate", None)
+
+
+def _parameters_of(holder: object, adapter: str) -> list[nn.Parameter]:
+    if holder is None:
+        return []
+    try:
+        entry = holder[adapter]  # type: ignore[index]
+    except (AttributeError, IndexError, KeyError, TypeError):
+        return []
+    if isinstance(entry, nn.Parameter):
+        return [entry]
+    return list(entry.parameters()) if isinstance(entry, nn.Module) else []

@@ -1,0 +1,128 @@
+"""Units: what is frozen as one, and who owns which Parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..errors import ModelError, warn
+from .backends.peft import PeftBackend
+from .blocks import Stack, user_name
+
+__all__ = ["Unit", "find_units"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The trainable adapter parameters that freeze together.
+
+    Attributes:
+        name: the block's name (``"bert.encoder.layer.3"``), or the site's (``"....attention.self.query"``).
+        stack: path of the stack it belongs to.
+        block: index of its block in that stack.
+        module: the block or the site: the module whose output is scored.
+        sites: the adapted layers it consists of.
+        slots: (module, name) of each own Parameter. Looked up at each use: PEFT's dtype casting, FSDP and
+            ``.to()`` replace Parameter objects.
+        shared: the same for Parameters that other units use too; one freezes when all its owners have.
+    """
+
+    name: str
+    stack: str
+    block: int
+    module: nn.Module
+    sites: tuple[nn.Module, ...]
+    slots: tuple[tuple[nn.Module, str], ...]
+    shared: tuple[tuple[nn.Module, str], ...] = field(default=())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its own parameters, as they are now."""
+        return (module._parameters[name] for module, name in self.slots)  # type: ignore[misc]
+
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that it shares with other units."""
+        return (module._parameters[name] for module, name in self.shared)  # type: ignore[misc]
+
+
+def find_units(
+    model: nn.Module, stacks: list[Stack], backend: PeftBackend, granularity: str = "block"
+) -> dict[str, Unit]:
+    """Find the units of ``model``, by name, bottom to top.
+
+    Raises:
+        ModelError: no block holds a trainable adapter, or every adapter parameter is shared by several units.
+    """
+    drafts = []
+    for stack in stacks:
+        for index, block in enumerate(stack.blocks):
+            sites = list(backend.sites(block))
+            if granularity == "site":
+                groups = [(f"{stack.block_name(index)}.{name}", site, [site]) for name, site in sites]
+            else:
+                groups = [(stack.block_name(index), block, [site for _, site in sites])]
+            for name, module, members in groups:
+                slots = [slot for site in members for slot in _trainable_slots(site)]
+                if slots:
+                    drafts.append((name, stack.path, index, module, tuple(members), slots))
+    if not drafts:
+        raise ModelError(
+            f"No trainable adapter was found in the blocks of {type(model).__name__}.",
+            cause="Every adapter parameter inside the transformer blocks is frozen, or there is none there.",
+            fix="Wrap the model first: model = get_peft_model(model, LoraConfig(...)); after "
+            "prepare_model_for_kbit_training, not before it.",
+        )
+    owners: dict[int, set[str]] = {}
+    for name, *_, slots in drafts:
+        for slot in slots:
+            owners.setdefault(id(_parameter(slot)), set()).add(name)
+    units = {}
+    for name, path, index, module, members, slots in drafts:
+        own = tuple(slot for slot in slots if len(owners[id(_parameter(slot))]) == 1)
+        shared = tuple(slot for slot in slots if len(owners[id(_parameter(slot))]) > 1)
+        units[name] = Unit(name, path, index, module, members, own, shared)
+    if len(units) > 1 and not any(unit.slots for unit in units.values()):
+        raise ModelError(
+            f"All adapter parameters of {type(model).__name__} are shared by all its blocks.",
+            cause="Freezing one block would freeze every other with it; there is nothing to select.",
+            fix="Use a method with weights of its own in each block, such as LoRA, DoRA or IA3.",
+        )
+    return units
+
+
+def warn_of_other_trainables(model: nn.Module, stacks: list[Stack], units: dict[str, Unit]) -> list[str]:
+    """Name trainable parameters inside blocks that belong to no unit; they keep their block out of the prefix."""
+    owned = {id(p) for unit in units.values() for p in (*unit.parameters(), *unit.shared_parameters())}
+    names = []
+    for stack in stacks:
+        for index, block in enumerate(stack.blocks):
+            for name, parameter in block.named_parameters():
+                if parameter.requires_grad and id(parameter) not in owned:
+                    names.append(f"{stack.block_name(index)}.{user_name(name)}")
+    if names:
+        warn(
+            f"{len(names)} trainable parameters inside the blocks belong to no adapter: {_some(names)}.",
+            cause="They train to the end, so no block from theirs upward can join the frozen prefix, and "
+            "freezing below saves little.",
+            fix="Leave them out of modules_to_save, or set requires_grad_(False) on them.",
+        )
+    return names
+
+
+def _some(names: list[str], count: int = 4) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def _parameter(slot: tuple[nn.Module, str]) -> nn.Parameter:
+    module, name = slot
+    return module._parameters[name]  # type: ignore[return-value]
+
+
+def _trainable_slots(site: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    seen = set()
+    for module in site.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield module, name

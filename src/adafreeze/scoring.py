@@ -1,0 +1,192 @@
+"""Scoring: measures the units on the probe, within a budget of FLOPs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from .config import SafeConfig
+from .costs.flops import CountFlops
+from .decide.cka import cka_flops
+from .decide.scores import Score, random_score, resolve_score
+from .errors import ProbeError
+from .model import Probe, Stack, Unit
+from .model._draw import CHUNK
+from .model.backends import PeftBackend
+
+__all__ = ["Scorer"]
+
+# More measurements than this change no decision; the budget they leave is the user's.
+MOST_MEASUREMENTS = 24
+LEAST_SAMPLES = 4
+
+
+class Scorer:
+    """Scores of all units, measured on one probe.
+
+    :meth:`prepare` fixes how large the probe is and how many measurements the run affords, from counted FLOPs
+    alone, so that freeze steps do not depend on the machine's speed::
+
+        cost(S, N) = S·f·(1 + N) + N·Σ_units cka_flops(n(S), d)  ≤  overhead · run FLOPs
+
+    with f the counted forward FLOPs of one sample, S the samples of the probe and n(S) its tokens. The run's
+    FLOPs are taken as 2·f a sample: the backward pass of adapter-tuning costs at least its forward pass.
+
+    Args:
+        model: as the host calls it.
+        stacks: in data-flow order.
+        units: by name.
+        backend: switches adapters off.
+        config: score, probe size, budget.
+        probe: the drawn samples.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stacks: list[Stack],
+        units: Mapping[str, Unit],
+        backend: PeftBackend,
+        config: SafeConfig,
+        probe: Probe,
+    ) -> None:
+        self.model, self.stacks, self.units, self.backend = model, stacks, units, backend
+        self.config = config
+        self.probe = probe
+        self.score: Score = resolve_score(config.score)
+        self.flops_spent = 0
+        self.flops_per_measurement = 0
+        self.floor: dict[str, float] = {}
+        self._references: dict[str, Any] = {}
+        self._gradients: dict[str, float] = dict.fromkeys(units, 0.0)
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory held for scoring: pre-trained representations and the prefix's output on the probe."""
+        return self.probe.nbytes + sum(getattr(reference, "nbytes", 0) for reference in self._references.values())
+
+    def prepare(self, run_samples: int, most: int) -> int:
+        """Fit the probe to the budget, take the pre-trained representations, and say how many measurements to take.
+
+        Args:
+            run_samples: samples that the whole run trains on, repetitions counted.
+            most: steps in which a measurement can be taken.
+
+        Raises:
+            ProbeError: the pre-trained representations would not fit into memory.
+        """
+        if self.score.needs not in ("outputs", "local_outputs"):
+            self._references = self._parameters_now()
+            return min(most, MOST_MEASUREMENTS)
+        head = self.probe.shrunk(CHUNK)
+        with CountFlops() as count:
+            together = self._gather(head, adapters=False)
+        per_sample = count.total / head.samples * (2 if self.score.needs == "local_outputs" else 1)
+        tokens, features = next(iter(together.values()))[-1].shape if together else (0, 0)
+        budget = self.config.overhead * 2 * run_samples * per_sample
+
+        def cost(samples: int, measurements: int) -> float:
+            n = int(tokens / head.samples * samples)
+            comparing = cka_flops(n, features) * len(self.units)
+            return (1 + measurements) * samples * per_sample + measurements * comparing + 2 * count.total
+
+        least = min(self.config.min_measurements, most)
+        samples = self.probe.samples
+        while samples > LEAST_SAMPLES and cost(samples, least) > budget:
+            samples -= 1
+        self.probe = self.probe.shrunk(samples)
+        affordable = least
+        while affordable < min(most, MOST_MEASUREMENTS) and cost(samples, affordable + 1) <= budget:
+            affordable += 1
+        self.flops_spent += 2 * count.total  # this pass, and once more for the floor
+        self._check_memory(int(tokens / head.samples * samples), features)
+        self._take_floor(head, together)
+        if self.score.needs == "outputs":
+            for name, before in self._gather(self.probe, adapters=False).items():
+                self._references[name] = self.score.prepare(before[-1], self.config.normalize_rows)
+            self.flops_spent += int(samples * per_sample)
+        self.flops_per_measurement = int(cost(samples, 1) - cost(samples, 0))
+        return affordable
+
+    def measure(self, prefix: Mapping[str, int]) -> dict[str, float]:
+        """The score of each unit above ``prefix`` now; NaN where an activation is not finite.
+
+        Scores at or below what rounding alone gives (measured on pre-trained passes in other batches) are 0.
+        """
+        needs = self.score.needs
+        if needs == "nothing":
+            return {name: random_score(name, self.config.seed) for name in self.units}
+        if needs in ("weights", "gradients"):
+            now = self._parameters_now()
+            scores = {name: float(self.score.compare(self._references[name], now[name])) for name in now}
+            if self.score.moving_reference:
+                self._references = now
+            return scores
+        with CountFlops() as count:
+            outputs = self._gather(self.probe, adapters=True, prefix=prefix)
+            scores = {name: self._compare(name, tensors) for name, tensors in outputs.items()}
+        self.flops_spent += count.total
+        return {name: 0.0 if score <= self.floor.get(name, 0.0) else score for name, score in scores.items()}
+
+    def listen(self) -> None:
+        """Add up the norms of the gradients as they are now (between backward and step)."""
+        if self.score.needs != "gradients":
+            return
+        for name, unit in self.units.items():
+            squares = [float(p.grad.detach().float().pow(2).sum()) for p in unit.parameters() if p.grad is not None]
+            self._gradients[name] += math.sqrt(sum(squares))
+
+    def _gather(
+        self, probe: Probe, *, adapters: bool, prefix: Mapping[str, int] | None = None
+    ) -> dict[str, list[Tensor]]:
+        local = self.score.needs == "local_outputs"
+        chunks: dict[str, list[list[Tensor]]] = {}
+        run = probe.outputs(
+            self.model, self.stacks, self.units, self.backend, adapters=adapters, local=local, prefix=prefix
+        )
+        for taken in run:
+            for name, tensors in taken.items():
+                chunks.setdefault(name, []).append(tensors)
+        return {name: [torch.cat(parts) for parts in zip(*pieces, strict=True)] for name, pieces in chunks.items()}
+
+    def _compare(self, name: str, tensors: list[Tensor]) -> float:
+        device = next(self.model.parameters()).device
+        if self.score.needs == "local_outputs":
+            reference = self.score.prepare(tensors[0].to(device), self.config.normalize_rows)
+        else:
+            reference = self._references[name]
+        return float(self.score.compare(reference, tensors[-1].to(device)))
+
+    def _take_floor(self, head: Probe, together: dict[str, list[Tensor]]) -> None:
+        alone = self._gather(head.one_by_one(), adapters=False)
+        compare: Callable[[Any, Tensor], float] = self.score.compare
+        for name, tensors in together.items():
+            if len(tensors[-1]) >= 4:  # the debiased estimator needs four tokens
+                reference = self.score.prepare(tensors[-1], self.config.normalize_rows)
+                score = float(compare(reference, alone[name][-1]))
+                self.floor[name] = score if math.isfinite(score) else 0.0
+
+    def _parameters_now(self) -> dict[str, Tensor]:
+        if self.score.needs == "gradients":
+            return {name: torch.tensor(total) for name, total in self._gradients.items()}
+        return {
+            name: torch.cat([p.detach().float().flatten().cpu() for p in unit.parameters()])
+            for name, unit in self.units.items()
+            if unit.slots
+        }
+
+    def _check_memory(self, tokens: int, features: int) -> None:
+        needed = 2 * 4 * tokens * features * len(self.units)  # before and after, float32
+        free = psutil.virtual_memory().available
+        if needed > free / 2:
+            raise ProbeError(
+                f"The probe of {tokens:,} tokens needs {needed / 2**20:,.0f} MiB of host memory.",
+                cause=f"It holds {len(self.units)} units × {features} features twice, and only "
+                f"{free / 2**20:,.0f} MiB are free; half of that is the limit.",
+                fix=f"SafeConfig(probe_tokens={max(64, int(tokens * free / 4 / needed))})",
+            )

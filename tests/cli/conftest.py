@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+
+from text_cases import reviews, save_bert, save_llama, write
+
+
+@pytest.fixture(autouse=True)
+def no_shared_cache(tmp_path_factory, monkeypatch):
+    """``datasets`` keeps what it read by the file's name and age: never that of another run."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory) -> str:
+    return save_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> str:
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def csv_file(tmp_path_factory) -> str:
+    return write(tmp_path_factory.mktemp("data") / "train.csv", reviews())
+
+
+@pytest.fixture
+def train(tmp_path):
+    """``train(task, model, file, *flags)``: the command in two steps of two rows; its output folder."""
+    from adafreeze.cli.train import main
+
+    def run(task: str, model: str, file: str, *flags: str):
+        folder = tmp_path / "run"
+        given = [
+            *(
+                "--task",
+                task,
+                "--model_name_or_path",
+                model,
+                "--train_file",
+                file,
+                "--output_dir",
+                str(folder),
+            ),
+            *("--method", "none", "--count_costs", "false", "--max_steps", "2"),
+            *("--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "4", "--use_cpu", "true"),
+            *(
+                "--report_to",
+                "none",
+                "--disable_tqdm",
+                "true",
+                "--save_strategy",
+                "no",
+                "--logging_steps",
+                "1",
+            ),
+        ]
+        main([*given, *flags])
+        return folder
+
+    return run

@@ -1,0 +1,169 @@
+"""The command from end to end, on tiny random models."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from adafreeze.journal import read_journal
+from text_cases import reviews, write
+
+
+def results(folder) -> dict:
+    return json.loads((folder / "all_results.json").read_text())
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The model as it was when it was saved."""
+    from adafreeze.cli._trainer import MeteredTrainer
+
+    seen = []
+    save = MeteredTrainer.save_model
+
+    def spy(self, *args, **kwargs):
+        seen[:] = [self.model]
+        return save(self, *args, **kwargs)
+
+    monkeypatch.setattr(MeteredTrainer, "save_model", spy)
+    return seen
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "ia3", "vera"])
+def test_the_saved_adapter_gives_the_same_logits_with_plain_peft(train, trained, bert, csv_file, adapter):
+    folder = train("text-classification", bert, csv_file, "--adapter", adapter, "--learning_rate", "0.1")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)
+    loaded = PeftModel.from_pretrained(base, folder).eval()
+    batch = tokenizer(["the film was good", "a bad plot"], padding=True, return_tensors="pt")
+    with torch.no_grad(), loaded.disable_adapter():
+        plain = loaded(**batch).logits
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, trained[0].eval()(**batch).logits, rtol=0, atol=0)
+        assert not torch.allclose(loaded(**batch).logits, plain)
+
+
+def test_a_causal_adapter_loads_with_plain_peft(train, trained, llama, csv_file):
+    folder = train("causal-lm", llama, csv_file, "--learning_rate", "0.1")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), folder).eval()
+    ids = torch.tensor([[1, 5, 6, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, trained[0].eval()(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("extension", ["csv", "json", "jsonl", "parquet"])
+def test_every_kind_of_file_trains_and_evaluates(train, bert, tmp_path, extension):
+    file = write(tmp_path / f"data.{extension}", reviews())
+    folder = train("text-classification", bert, file, "--validation_file", file)
+    found = results(folder)
+    assert 0 <= found["eval_accuracy"] <= 1 and 0 <= found["eval_f1"] <= 1 and found["train_samples"] == 8
+    for name in ("adapter_config.json", "train_results.json", "eval_results.json", "tokenizer_config.json"):
+        assert (folder / name).is_file(), name
+
+
+def test_pairs_with_int_labels_and_a_held_out_share(train, bert, csv_file):
+    flags = ("--text_column", "text", "reply", "--label_column", "id", "--validation_split", "0.25")
+    found = results(train("text-classification", bert, csv_file, *flags))
+    assert found["train_samples"] == 6 and "eval_accuracy" in found
+
+
+def test_the_labels_names_are_saved_with_the_model(train, trained, bert, csv_file):
+    train("text-classification", bert, csv_file)
+    assert trained[0].config.id2label == {0: "neg", 1: "pos"}
+
+
+def test_regression(train, bert, csv_file):
+    flags = ("--label_column", "stars", "--validation_file", csv_file, "--ignore_mismatched_sizes")
+    found = results(train("regression", bert, csv_file, *flags))
+    assert found["eval_mse"] > 0 and -1 <= found["eval_pearson"] <= 1 and -1 <= found["eval_spearmanr"] <= 1
+
+
+def test_causal_lm_reports_perplexity_and_loss(train, llama, csv_file):
+    found = results(train("causal-lm", llama, csv_file, "--validation_file", csv_file))
+    assert found["eval_perplexity"] > 1 and found["eval_loss"] > 0 and 0 <= found["eval_token_accuracy"] <= 1
+
+
+def test_instruction_tuning(train, llama, csv_file):
+    flags = ("--prompt_column", "prompt", "--completion_column", "completion", "--validation_file", csv_file)
+    assert results(train("causal-lm", llama, csv_file, *flags))["eval_perplexity"] > 1
+
+
+def test_adalora_is_told_the_steps_and_moves_its_ranks(train, trained, bert, csv_file):
+    options = '{"target_r": 2, "tinit": 0, "tfinal": 1, "deltaT": 1}'
+    flags = ("--adapter", "adalora", "--adapter_r", "4", "--adapter_kwargs", options, "--max_steps", "4")
+    train("text-classification", bert, csv_file, *flags)
+    config = trained[0].peft_config["default"]
+    assert config.total_step == 4 and config.rank_pattern
+
+
+def test_adapter_flags_reach_peft_under_its_own_names(train, bert, csv_file):
+    flags = ("--adapter", "lora", "--adapter_r", "3", "--adapter_alpha", "6", "--adapter_dropout", "0.1")
+    more = ("--target_modules", "key", "value", "--adapter_kwargs", '{"use_rslora": true}')
+    folder = train("text-classification", bert, csv_file, *flags, *more)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 6, 0.1)
+    assert sorted(config["target_modules"]) == ["key", "value"] and config["use_rslora"] is True
+
+
+def test_a_yaml_file_gives_flags_and_the_command_line_wins(train, bert, csv_file, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("adapter_r: 3\nlearning_rate: 1e-4\ntext_column: [text, reply]\nadapter_alpha: 5\n")
+    folder = train("text-classification", bert, csv_file, "--config", str(file), "--adapter_alpha", "7")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (3, 7)
+    kept = yaml.safe_load((folder / "adafreeze_config.yaml").read_text())
+    assert kept["text_column"] == ["text", "reply"] and kept["learning_rate"] == 1e-4
+
+
+def test_the_resolved_config_repeats_the_run_to_the_last_bit(train, bert, csv_file, tmp_path):
+    from adafreeze.cli.train import main
+
+    folder = train("text-classification", bert, csv_file, "--adapter_r", "2", "--token", "hf_secret")
+    assert "hf_secret" not in (folder / "adafreeze_config.yaml").read_text()
+    again = tmp_path / "again"
+    main(["--config", str(folder / "adafreeze_config.yaml"), "--output_dir", str(again)])
+    assert (folder / "adapter_model.safetensors").read_bytes() == (
+        again / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_the_journal_holds_the_settings_the_losses_and_the_result(train, bert, csv_file):
+    folder = train("text-classification", bert, csv_file)
+    events = list(read_journal(folder / "journal.jsonl"))
+    assert [event["event"] for event in events[:2]] == ["journal", "run"] and events[-1]["event"] == "done"
+    assert [event["step"] for event in events if event["event"] == "log" and "loss" in event] == [1, 2]
+    assert events[1]["settings"]["max_steps"] == 2
+
+
+def test_a_run_resumes_from_its_last_checkpoint(train, bert, csv_file):
+    folder = train("text-classification", bert, csv_file, "--save_strategy", "steps", "--save_steps", "1")
+    train(
+        *("text-classification", bert, csv_file, "--max_steps", "3"),
+        *("--save_strategy", "steps", "--save_steps", "1", "--resume_from_checkpoint", "last"),
+    )
+    events = [event["event"] for event in read_journal(folder / "journal.jsonl")]
+    assert events.count("run") == 1 and events.count("resume") == 1 and events.count("done") == 2
+    assert (folder / "checkpoint-3").is_dir()
+
+
+def test_overwriting_removes_the_old_run(train, bert, csv_file):
+    folder = train("text-classification", bert, csv_file, "--save_strategy", "steps", "--save_steps", "1")
+    (folder / "notes.txt").write_text("mine")
+    train("text-classification", bert, csv_file, "--overwrite_output_dir")
+    assert not list(folder.glob("checkpoint-*")) and (folder / "notes.txt").read_text() == "mine"
+    assert [event["event"] for event in read_journal(folder / "journal.jsonl")].count("run") == 1
+
+
+def test_safe_freezes_and_its_costs_are_counted(train, bert, csv_file):
+    pytest.importorskip("adafreeze.costs.meter")
+    pytest.importorskip("adafreeze.integrations.transformers")
+    flags = ("--method", "safe", "--count_costs", "true", "--max_steps", "8", "--freeze_share", "0.9")
+    folder = train("text-classification", bert, csv_file, *flags, "--learning_rate", "0.1")
+    found = results(folder)
+    assert found["frozen_units"] >= 1 and found["train_flops"] > 0 and found["train_peak_saved_bytes"] > 0
+    assert "freeze" in [event["event"] for event in read_journal(folder / "journal.jsonl")]
