@@ -175,7 +175,9 @@ class Safe:
             logs["safe/saved_mib"] = round(self._saved_per_token * mean_tokens / 2**20, 3)
         total = sum(self.scores.values())
         if total > 0:
-            logs["safe/frozen_score_share"] = round(sum(self.scores.get(n, 0.0) for n in self.frozen) / total, 6)
+            logs["safe/frozen_score_share"] = round(
+                sum(self.scores.get(n, 0.0) for n in self.frozen) / total, 6
+            )
         return logs
 
     # What a host calls.
@@ -256,7 +258,11 @@ class Safe:
         from .model.probe import _moved, _slice
 
         chunk = self._probe.chunks[0]
-        one = {key: value for key, value in _slice(chunk, slice(0, 1), rows_of(chunk)).items() if key != "real_tokens"}
+        one = {
+            key: value
+            for key, value in _slice(chunk, slice(0, 1), rows_of(chunk)).items()
+            if key != "real_tokens"
+        }
         try:
             with keep_random_state():
                 flows = trace_flow(self.model, self.stacks, _moved(one, next(self.model.parameters()).device))
@@ -267,7 +273,9 @@ class Safe:
                 fix="Pass batches as the model gets them in training: probe=[batch, ...]",
             ) from error
         for path, flow in flows.items():
-            owned = {id(p) for unit in self.units.values() for p in (*unit.parameters(), *unit.shared_parameters())}
+            owned = {
+                id(p) for unit in self.units.values() for p in (*unit.parameters(), *unit.shared_parameters())
+            }
             outside = {id(p) for p in flow.upstream if id(p) not in owned}
             names = [name for name, p in self.model.named_parameters() if id(p) in outside]
             if names:
@@ -311,7 +319,9 @@ class Safe:
             )
         before = self._scorer.flops_spent
         measured = self._scorer.measure(self.prefixes)
-        finite = {name: score for name, score in measured.items() if score == score and abs(score) != float("inf")}
+        finite = {
+            name: score for name, score in measured.items() if score == score and abs(score) != float("inf")
+        }
         if len(finite) < len(measured):
             self._warn_once(
                 "non-finite",
@@ -332,7 +342,9 @@ class Safe:
         units: dict[tuple[str, int], list[str]] = {}
         for name, unit in self.units.items():
             units.setdefault((unit.stack, unit.block), []).append(name)
-        blocks = {s.path: tuple(tuple(units.get((s.path, i), ())) for i in range(len(s))) for s in self.stacks}
+        blocks = {
+            s.path: tuple(tuple(units.get((s.path, i), ())) for i in range(len(s))) for s in self.stacks
+        }
         return Situation(
             step=self.steps,
             ramp=ramp,
@@ -355,7 +367,9 @@ class Safe:
                 self.warmup_end = limit
             if self.warmup_end is not None:
                 self.journal.write("warmup_end", step=self.steps, warmup_end=self.warmup_end)
-        names = choose(self.config.policy, self._situation(self._ramp())) if self.warmup_end is not None else []
+        names = (
+            choose(self.config.policy, self._situation(self._ramp())) if self.warmup_end is not None else []
+        )
         if names and not self.config.dry_run:
             self._freeze(names, by=self.config.to_dict()["policy"])
         elif names:
@@ -386,7 +400,9 @@ class Safe:
         return cubic_ramp(self.steps, self.warmup_end, int(self.config.ramp_end * self.total_steps))
 
     def _something_else_trains(self) -> bool:
-        owned = {id(p) for unit in self.units.values() for p in (*unit.parameters(), *unit.shared_parameters())}
+        owned = {
+            id(p) for unit in self.units.values() for p in (*unit.parameters(), *unit.shared_parameters())
+        }
         return any(p.requires_grad and id(p) not in owned for p in self.model.parameters())
 
     def _give_up_measuring(self, error: Exception) -> None:
@@ -396,9 +412,16 @@ class Safe:
         self._warn_once(
             "measure",
             f"Scores could not be measured at step {self.steps}: {fact}",
-            cause=error.cause if isinstance(error, AdafreezeError) else "The forward pass on the probe failed.",
-            fix=(error.fix if isinstance(error, AdafreezeError) else "Pass a probe that the model takes: probe=batch")
-            + " Training goes on" + (", without freezing." if not self._plan else "."),
+            cause=error.cause
+            if isinstance(error, AdafreezeError)
+            else "The forward pass on the probe failed.",
+            fix=(
+                error.fix
+                if isinstance(error, AdafreezeError)
+                else "Pass a probe that the model takes: probe=batch"
+            )
+            + " Training goes on"
+            + (", without freezing." if not self._plan else "."),
         )
 
     # Hooks.
@@ -476,7 +499,9 @@ def _chains(flows: Mapping[str, Flow]) -> list[list[str]]:
 
 def _refuse_unsupported(model: nn.Module, optimizer: Any) -> None:
     distributed = torch.distributed
-    processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    processes = (
+        distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    )
     found = ""
     if processes > 1:
         found = f"The run has {processes} processes."

@@ -10,6 +10,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from adafreeze.errors import AdafreezeError
 from adafreeze.journal import read_journal
 from text_cases import reviews, write
 
@@ -117,6 +118,7 @@ def test_a_yaml_file_gives_flags_and_the_command_line_wins(train, bert, csv_file
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (3, 7)
     kept = yaml.safe_load((folder / "adafreeze_config.yaml").read_text())
+    assert "include_num_input_tokens_seen" not in kept and kept["task"] == "text-classification"
     assert kept["text_column"] == ["text", "reply"] and kept["learning_rate"] == 1e-4
 
 
@@ -159,11 +161,35 @@ def test_overwriting_removes_the_old_run(train, bert, csv_file):
     assert [event["event"] for event in read_journal(folder / "journal.jsonl")].count("run") == 1
 
 
+def test_a_slip_in_the_input_does_not_cost_the_run_that_was_to_be_overwritten(train, bert, csv_file):
+    folder = train("text-classification", bert, csv_file)
+    with pytest.raises(AdafreezeError):
+        train("text-classification", bert, "/no/file.csv", "--overwrite_output_dir")
+    assert (folder / "adapter_config.json").is_file() and (folder / "journal.jsonl").is_file()
+
+
 def test_safe_freezes_and_its_costs_are_counted(train, bert, csv_file):
-    pytest.importorskip("adafreeze.costs.meter")
-    pytest.importorskip("adafreeze.integrations.transformers")
     flags = ("--method", "safe", "--count_costs", "true", "--max_steps", "8", "--freeze_share", "0.9")
     folder = train("text-classification", bert, csv_file, *flags, "--learning_rate", "0.1")
     found = results(folder)
     assert found["frozen_units"] >= 1 and found["train_flops"] > 0 and found["train_peak_saved_bytes"] > 0
     assert "freeze" in [event["event"] for event in read_journal(folder / "journal.jsonl")]
+
+
+def test_the_papers_method_trains_a_causal_model(train, llama, csv_file):
+    flags = ("--method", "safe-paper", "--threshold", "0.5", "--max_steps", "8", "--probe_seed", "3")
+    folder = train("causal-lm", llama, csv_file, *flags, "--learning_rate", "0.1")
+    start = next(event for event in read_journal(folder / "journal.jsonl") if event["event"] == "start")
+    found = {name: start["config"][name] for name in ("policy", "threshold", "seed")}
+    assert found == {"policy": "threshold", "threshold": 0.5, "seed": 3}
+
+
+def test_a_frozen_adapter_is_saved_with_the_others(train, trained, bert, csv_file):
+    units = ("--freeze", "bert.encoder.layer.0")
+    folder = train("text-classification", bert, csv_file, "--method", "safe", *units)
+    assert results(folder)["frozen_units"] == 1
+    base = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)
+    loaded = PeftModel.from_pretrained(base, folder).eval()
+    batch = AutoTokenizer.from_pretrained(folder)(["a bad plot"], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, trained[0].eval()(**batch).logits, rtol=0, atol=0)

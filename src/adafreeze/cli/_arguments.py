@@ -290,9 +290,11 @@ _NOT_KEPT = {
 
 
 def _resolved(parser: _Parser, values: dict[str, Any]) -> dict[str, Any]:
+    # Parsed, not get_default(): the parser converts what stands as text in a dataclass ("no" to False).
+    defaults = vars(parser.parse_args(["--model_name_or_path=", "--task=causal-lm"])) | {"task": None}
     kept = {}
     for name, value in values.items():
-        if name not in _NOT_KEPT and value is not None and value != parser.get_default(name):
+        if name not in _NOT_KEPT and value is not None and value != defaults[name]:
             kept[name] = getattr(value, "value", value)
     return kept
 

@@ -11,7 +11,7 @@ from typing import Any
 from .._version import __version__
 from ..errors import RunError
 
-__all__ = ["CONFIG_FILE", "JOURNAL_FILE", "find_checkpoint", "prepare_folder", "write_config"]
+__all__ = ["CONFIG_FILE", "JOURNAL_FILE", "clear_run", "find_checkpoint", "prepare_folder", "write_config"]
 
 CONFIG_FILE = "adafreeze_config.yaml"
 JOURNAL_FILE = "journal.jsonl"
@@ -31,11 +31,11 @@ _TRACES = (
 
 
 def prepare_folder(path: str, *, overwrite: bool = False, resume: str | None = None) -> Path:
-    """Create the folder, or make sure that it may be used.
+    """Create the folder, or make sure that it may be used; nothing in it is touched yet.
 
     Args:
         path: the folder.
-        overwrite: remove the run that it holds.
+        overwrite: a run that it holds may be removed (by :func:`clear_run`, once the input has proved good).
         resume: what was given to ``--resume_from_checkpoint``: the folder is expected to hold that run.
 
     Raises:
@@ -54,7 +54,7 @@ def prepare_folder(path: str, *, overwrite: bool = False, resume: str | None = N
         ) from error
     if resume is not None:
         return folder
-    traces = [trace for pattern in _TRACES for trace in sorted(folder.glob(pattern))]
+    traces = _traces(folder)
     if traces and not overwrite:
         raise RunError(
             f"The output folder {path} already holds a run ({traces[0].name}).",
@@ -62,12 +62,20 @@ def prepare_folder(path: str, *, overwrite: bool = False, resume: str | None = N
             fix="Give another --output_dir, or add --overwrite_output_dir to replace that run, or "
             "--resume_from_checkpoint last to go on with it.",
         )
-    for trace in traces:
+    return folder
+
+
+def clear_run(folder: Path) -> None:
+    """Remove what an earlier run left in ``folder``, and nothing else."""
+    for trace in _traces(folder):
         if trace.is_dir():
             shutil.rmtree(trace)
         else:
             trace.unlink()
-    return folder
+
+
+def _traces(folder: Path) -> list[Path]:
+    return [trace for pattern in _TRACES for trace in sorted(folder.glob(pattern))]
 
 
 def find_checkpoint(resume: str | None, folder: str) -> str | None:

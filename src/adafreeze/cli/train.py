@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, ModelError, warn
 from ._arguments import Arguments, DataArguments, parse
-from ._output import JOURNAL_FILE, find_checkpoint, prepare_folder, write_config
+from ._output import JOURNAL_FILE, clear_run, find_checkpoint, prepare_folder, write_config
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -145,6 +145,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
 
     if is_main:
         if checkpoint is None:
+            clear_run(folder)
             write_config(folder, arguments.resolved)
         journal = Journal(folder / JOURNAL_FILE)
     else:
@@ -236,7 +237,9 @@ def _train(trainer: Any, checkpoint: str | None) -> dict[str, Any]:
         metrics.update({f"train_{name}": value for name, value in trainer.meter.summary().items()})
     safe = getattr(trainer.safe_callback, "safe", None)
     if safe is not None:
-        metrics["frozen_units"] = len(safe.frozen)
+        # From its last word: closing released the units, so safe.frozen is empty by now.
+        closed = [event for event in safe.journal.events if event["event"] == "close"]
+        metrics["frozen_units"] = len(closed[-1]["frozen"]) if closed else len(safe.frozen)
         metrics["score_flops"] = safe.flops_spent
     trainer.save_model()
     trainer.log_metrics("train", metrics)

@@ -64,7 +64,10 @@ class Freezer:
         seen = set()
         for name in self.frozen:
             unit = self.units[name]
-            for parameter in (*unit.parameters(), *(p for p in unit.shared_parameters() if id(p) not in live)):
+            for parameter in (
+                *unit.parameters(),
+                *(p for p in unit.shared_parameters() if id(p) not in live),
+            ):
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     yield parameter
@@ -81,7 +84,10 @@ class Freezer:
         return [
             name
             for name in sorted(self.frozen)
-            if any(id(p) in found for p in (*self.units[name].parameters(), *self.units[name].shared_parameters()))
+            if any(
+                id(p) in found
+                for p in (*self.units[name].parameters(), *self.units[name].shared_parameters())
+            )
         ]
 
     def live_without_gradient(self) -> list[str]:
@@ -89,7 +95,8 @@ class Freezer:
         return [
             name
             for name, unit in self.units.items()
-            if name not in self.frozen and all(p.grad is None for p in (*unit.parameters(), *unit.shared_parameters()))
+            if name not in self.frozen
+            and all(p.grad is None for p in (*unit.parameters(), *unit.shared_parameters()))
         ]
 
     def restore(self) -> None:

@@ -45,7 +45,10 @@ class SafeCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What the Trainer keeps in ``trainer_state.json``."""
-        return {"args": {}, "attributes": {"saved": self.safe.state_dict() if self.safe is not None else None}}
+        return {
+            "args": {},
+            "attributes": {"saved": self.safe.state_dict() if self.safe is not None else None},
+        }
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -36,7 +36,9 @@ def split(batch: Any, pad_token_id: int | None = None) -> Iterator[Chunk]:
     rows = rows_of(tensors)
     for start in range(0, rows, CHUNK):
         yield {
-            key: value[start : start + CHUNK] if isinstance(value, Tensor) and value.ndim and len(value) == rows else value
+            key: value[start : start + CHUNK]
+            if isinstance(value, Tensor) and value.ndim and len(value) == rows
+            else value
             for key, value in tensors.items()
         }
 
@@ -53,7 +55,7 @@ def collect(source: Any, tokens: int, seed: int, pad_token_id: int | None) -> It
 
 
 def _chunks(source: Any, seed: int, pad_token_id: int | None) -> Iterator[Chunk]:
-    if isinstance(source, Mapping) or hasattr(source, "data") and isinstance(source.data, Mapping):
+    if isinstance(source, Mapping) or (hasattr(source, "data") and isinstance(source.data, Mapping)):
         yield from split(source, pad_token_id)
     elif hasattr(source, "dataset") and hasattr(source, "collate_fn"):
         collate = _own_copy(source.collate_fn)
@@ -107,14 +109,21 @@ def _checked(batch: Any, pad_token_id: int | None) -> Chunk:
     chunk = dict(data)
     names = [name for name in _INPUTS if isinstance(chunk.get(name), Tensor)]
     if not names:
-        only = "only labels" if set(chunk) == {"labels"} else f"only {', '.join(map(str, chunk)) or 'nothing'}"
+        only = (
+            "only labels" if set(chunk) == {"labels"} else f"only {', '.join(map(str, chunk)) or 'nothing'}"
+        )
         raise ProbeError(
             f"A probe batch holds {only}.",
             cause=f"Scores are measured on a forward pass, which needs one of {', '.join(_INPUTS)}.",
             fix="Pass batches as the model gets them in training: probe=train_dataloader",
         )
     ids = chunk.get("input_ids")
-    if isinstance(ids, Tensor) and chunk.get("attention_mask") is None and pad_token_id is not None and ids.ndim == 2:
+    if (
+        isinstance(ids, Tensor)
+        and chunk.get("attention_mask") is None
+        and pad_token_id is not None
+        and ids.ndim == 2
+    ):
         real = ids != pad_token_id
         if not bool((real[:, 0] & real[:, -1]).all()):
             warn(

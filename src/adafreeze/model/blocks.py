@@ -18,7 +18,7 @@ __all__ = ["Stack", "StopForward", "find_stacks", "hidden_states", "patched_forw
 _WRAPPER_PREFIXES = ("base_model.model.",)
 
 
-class StopForward(Exception):  # noqa: N818 - it is control flow, not an error
+class StopForward(Exception):
     """Raised inside a forward pass to leave it once everything of interest was seen."""
 
 
@@ -120,7 +120,9 @@ def patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[
 
 
 @contextmanager
-def starting_at(boundary: Mapping[int, Any], stacks: list[Stack], depths: Mapping[str, int]) -> Iterator[None]:
+def starting_at(
+    boundary: Mapping[int, Any], stacks: list[Stack], depths: Mapping[str, int]
+) -> Iterator[None]:
     """Skip the lowest ``depths[path]`` blocks of each stack: they return ``boundary[position of the stack]``.
 
     Every skipped block returns the recorded output of the last one, whole: a T5 block hands on a tuple with the

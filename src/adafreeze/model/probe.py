@@ -94,7 +94,9 @@ class Probe:
     def one_by_one(self) -> Probe:
         """The same samples and tokens in chunks of one, to see what rounding alone does."""
         singles = [
-            _slice(chunk, slice(row, row + 1), rows_of(chunk)) for chunk in self.chunks for row in range(rows_of(chunk))
+            _slice(chunk, slice(row, row + 1), rows_of(chunk))
+            for chunk in self.chunks
+            for row in range(rows_of(chunk))
         ]
         return Probe(singles, self.tokens, self.seed)
 
@@ -148,9 +150,13 @@ class Probe:
                     depth = wanted.get(stack.path, 0)
                     if depth > known.get(stack.path, 0):
                         boundary = stack.blocks[depth - 1]
-                        undo.enter_context(patched_forward(boundary, _recording(boundary, position, recorded)))
+                        undo.enter_context(
+                            patched_forward(boundary, _recording(boundary, position, recorded))
+                        )
                     top = stack.blocks[-1]
-                    undo.enter_context(patched_forward(top, _stopping(top, stack.path, finished, len(stacks))))
+                    undo.enter_context(
+                        patched_forward(top, _stopping(top, stack.path, finished, len(stacks)))
+                    )
                 try:
                     model(**_moved({k: v for k, v in chunk.items() if k != REAL_TOKENS}, device))
                 except StopForward:
@@ -238,7 +244,9 @@ def _stopping(block: nn.Module, path: str, finished: set[str], stacks: int) -> C
 def _real_tokens(chunk: Chunk, shape: tuple[int, ...], decoder: bool) -> Tensor:
     """(samples, tokens) bool: which positions are no padding. Where no mask fits the shape, all are real."""
     labels = chunk.get("labels")
-    candidates = [chunk.get("decoder_attention_mask"), None if labels is None else labels != -100] if decoder else []
+    candidates = (
+        [chunk.get("decoder_attention_mask"), None if labels is None else labels != -100] if decoder else []
+    )
     for mask in (*candidates, chunk.get(REAL_TOKENS), chunk.get("attention_mask")):
         if isinstance(mask, Tensor) and tuple(mask.shape) == shape:
             return mask.bool().cpu()

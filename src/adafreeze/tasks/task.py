@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +29,8 @@ class Task(Protocol):
     * ``num_labels``: outputs of the head; None where the model brings its own head.
     """
 
-    name: str
-    peft_task_type: str
+    name: ClassVar[str]
+    peft_task_type: ClassVar[str]
     max_length: int
 
     @property

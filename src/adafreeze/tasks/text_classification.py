@@ -90,7 +90,8 @@ class TextClassification:
         )
         if other:
             raise DataError(
-                f"{train.where(other)}: the label is {found[other]!r}, but {found[0]!r} in {train.locate(0)}.",
+                f"{train.where(other)}: the label is {found[other]!r}, "
+                f"but {found[0]!r} in {train.locate(0)}.",
                 cause="Labels must be all numbers or all text; a mixture is most often a slip.",
                 fix="Write all labels in one way.",
             )

@@ -1,0 +1,35 @@
+"""adafreeze: selective adapter freezing for PEFT fine-tuning (SAFE, Son et al., NAACL 2025)."""
+
+from ._version import __version__
+from .config import SafeConfig
+from .errors import (
+    AdafreezeError,
+    AdafreezeWarning,
+    ConfigError,
+    DataError,
+    ModelError,
+    ProbeError,
+    RunError,
+)
+from .integrations.transformers import SafeCallback
+from .journal import Journal, read_journal
+from .safe import Safe
+
+__all__ = [
+    # In a script: a callback for Trainer and TRL, or an object for a loop of your own.
+    "SafeCallback",
+    "Safe",
+    "SafeConfig",
+    # What a run leaves.
+    "Journal",
+    "read_journal",
+    # What can go wrong.
+    "AdafreezeError",
+    "AdafreezeWarning",
+    "ConfigError",
+    "DataError",
+    "ModelError",
+    "ProbeError",
+    "RunError",
+    "__version__",
+]

@@ -1,0 +1,8 @@
+"""What a step costs, counted and not timed: activation bytes and FLOPs."""
+
+from .flops import CountFlops
+from .memory import SavedBytes
+from .meter import Meter
+from .theory import expected_ratios
+
+__all__ = ["CountFlops", "Meter", "SavedBytes", "expected_ratios"]

@@ -1,0 +1,136 @@
+"""Policies: scores, schedule and frozen set in; units to freeze next out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+
+__all__ = ["POLICIES", "Policy", "Situation", "choose"]
+
+Block = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a policy sees.
+
+    Attributes:
+        step: optimizer steps done.
+        ramp: 0 at the end of the warm-up, 1 from ``ramp_end`` on (:func:`~adafreeze.decide.schedule.cubic_ramp`).
+        scores: the latest finite score of each unit; one that was never measured is missing.
+        chains: for each independent chain of stacks (a T5 encoder and its decoder are one), for each block from
+            bottom to top, the names of its units; ``()`` for a block without any.
+        frozen: units frozen so far.
+        freeze_share: part of the total score that may be frozen when ramp = 1.
+        threshold: τ_T.
+        min_live_blocks: blocks of each chain that keep a live unit.
+        something_else_trains: a head trains too, so that even the last unit may freeze.
+    """
+
+    step: int
+    ramp: float
+    scores: Mapping[str, float]
+    chains: tuple[tuple[Block, ...], ...]
+    frozen: frozenset[str] = frozenset()
+    freeze_share: float = 0.15
+    threshold: float = 0.01
+    min_live_blocks: int = 1
+    something_else_trains: bool = False
+
+    def finite_score(self, name: str) -> float | None:
+        """The unit's score, or None where there is none that can be judged by."""
+        score = self.scores.get(name, math.nan)
+        return score if math.isfinite(score) else None
+
+
+Policy = Callable[[Situation], Iterable[str]]
+
+
+def share(situation: Situation) -> Iterator[str]:
+    """The longest prefix of each chain whose scores sum to at most ramp · freeze_share of the chain's total.
+
+    Only a prefix truncates the backward pass, so nothing else is frozen. A unit without a finite score ends the
+    prefix.
+    """
+    if situation.ramp <= 0:
+        return
+    for chain in situation.chains:
+        total = sum(situation.finite_score(name) or 0.0 for block in chain for name in block)
+        allowed = situation.ramp * situation.freeze_share * total
+        spent = 0.0
+        for block in chain:
+            scores = [situation.finite_score(name) for name in block]
+            if any(score is None for score in scores):
+                break
+            spent += sum(score for score in scores if score is not None)
+            if spent > allowed:
+                break
+            yield from block
+
+
+def threshold(situation: Situation) -> Iterator[str]:
+    """Every unit whose score is below τ(t) = ramp · threshold, wherever it stands (Son et al. 2025)."""
+    for chain in situation.chains:
+        for block in chain:
+            for name in block:
+                score = situation.finite_score(name)
+                if score is not None and score < situation.ramp * situation.threshold:
+                    yield name
+
+
+def bottom_up(situation: Situation) -> Iterator[str]:
+    """The lowest ⌊ramp · freeze_share · blocks⌋ blocks of each chain, whatever they score."""
+    for chain in situation.chains:
+        for block in chain[: int(situation.ramp * situation.freeze_share * len(chain))]:
+            yield from block
+
+
+POLICIES: dict[str, Policy] = {"share": share, "threshold": threshold, "bottom_up": bottom_up}
+
+
+def choose(policy: str | Policy, situation: Situation) -> list[str]:
+    """Units to freeze next, bottom to top: what ``policy`` wants, less what must stay live.
+
+    In every chain ``min_live_blocks`` blocks keep a live unit: of those that would freeze, the ones with the
+    highest score stay, the upper of equals; for a policy that asked for a prefix, the upper ones, so that what is
+    left is a prefix. The last live unit of the model never freezes unless something else trains.
+
+    Raises:
+        ConfigError: the policy returned a name that is no unit.
+    """
+    wanted = set((policy if callable(policy) else POLICIES[policy])(situation))
+    order = [name for chain in situation.chains for block in chain for name in block]
+    strangers = sorted(map(str, wanted - set(order)))
+    if strangers:
+        raise ConfigError(
+            f"The policy {getattr(policy, '__name__', policy)!r} returned {strangers[0]!r}.",
+            cause=f"That is no unit of this model; its units are {', '.join(order[:3])}, ...",
+            fix="Return names taken from situation.chains.",
+        )
+    wanted -= situation.frozen
+    for chain in situation.chains:
+        wanted -= _must_stay(chain, wanted, situation)
+    if not situation.something_else_trains and wanted and wanted | situation.frozen >= set(order):
+        wanted.discard([name for name in order if name in wanted][-1])
+    return [name for name in order if name in wanted]
+
+
+def _must_stay(chain: tuple[Block, ...], wanted: set[str], situation: Situation) -> set[str]:
+    gone = wanted | situation.frozen
+    live = sum(any(name not in gone for name in block) for block in chain)
+    doomed = [index for index, block in enumerate(chain) if set(block) & wanted and set(block) <= gone]
+    short = min(situation.min_live_blocks - live, len(doomed))
+    if short <= 0:
+        return set()
+    bottom = [(bool(block) and set(block) <= gone) or not block for block in chain]
+    is_prefix = all(bottom[: sum(bottom)])
+
+    def importance(index: int) -> tuple[float, int]:
+        scores = [situation.finite_score(name) or 0.0 for name in chain[index]]
+        return (0.0 if is_prefix else max(scores), index)
+
+    kept = sorted(doomed, key=importance)[-short:]
+    return {name for index in kept for name in chain[index] if name in wanted}

@@ -1,0 +1,80 @@
+"""When: the end of the warm-up, the cubic ramp, and the steps at which scores are measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["Settling", "cubic_ramp", "measurement_steps"]
+
+
+def cubic_ramp(step: float, warmup_end: float, ramp_end: float) -> float:
+    """The paper's ramp, from 0 at t_w to 1 at t_f: ``1 − (1 − (t − t_w)/(t_f − t_w))³``.
+
+    It rises fast at first. The threshold is τ(t) = τ_T · ramp(t), which is the published
+    ``τ_T − τ_T·(1 − (t − t_w)/(t_f − t_w))³`` (Son et al. 2025).
+
+    >>> [cubic_ramp(t, 10, 30) for t in (10, 20, 30, 99)]
+    [0.0, 0.875, 1.0, 1.0]
+    """
+    if step >= ramp_end:
+        return 1.0
+    if step <= warmup_end:
+        return 0.0
+    return 1.0 - (1.0 - (step - warmup_end) / (ramp_end - warmup_end)) ** 3
+
+
+def measurement_steps(until: int, count: int) -> tuple[int, ...]:
+    """At most ``count`` evenly spaced steps, the last at ``until``.
+
+    >>> measurement_steps(30, 6)
+    (5, 10, 15, 20, 25, 30)
+    >>> measurement_steps(3, 6)
+    (1, 2, 3)
+    """
+    count = max(1, min(count, until))
+    return tuple(round(until * (index + 1) / count) for index in range(count))
+
+
+class Settling:
+    """Says when the scores have settled.
+
+    They have once, over ``patience`` measurements in a row, the policy's choice stayed the same and no score
+    moved by more than ``tolerance`` times the largest. Scores that are all zero, or not finite, have not settled.
+
+    Args:
+        patience: measurements, at least 1.
+        tolerance: fraction of the largest score.
+    """
+
+    def __init__(self, patience: int, tolerance: float) -> None:
+        self.patience = patience
+        self.tolerance = tolerance
+        self._calm = 0
+        self._scores: dict[str, float] = {}
+        self._choice: frozenset[str] | None = None
+
+    def update(self, scores: Mapping[str, float], choice: frozenset[str]) -> bool:
+        """Take one measurement into account; True once settled."""
+        self._calm = self._calm + 1 if self._is_calm(scores, choice) else 0
+        self._scores, self._choice = dict(scores), choice
+        return self._calm >= self.patience
+
+    def _is_calm(self, scores: Mapping[str, float], choice: frozenset[str]) -> bool:
+        if not scores or choice != self._choice or scores.keys() != self._scores.keys():
+            return False
+        if not all(math.isfinite(score) for score in scores.values()) or max(scores.values()) <= 0:
+            return False
+        allowed = self.tolerance * max(scores.values())
+        return all(abs(score - self._scores[name]) <= allowed for name, score in scores.items())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        choice = None if self._choice is None else sorted(self._choice)
+        return {"calm": self._calm, "scores": self._scores, "choice": choice}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up where :meth:`state_dict` was written."""
+        self._calm, self._scores = state["calm"], dict(state["scores"])
+        self._choice = None if state["choice"] is None else frozenset(state["choice"])

@@ -1,0 +1,32 @@
+"""Versions for bug reports: ``python -m adafreeze.env``."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+__all__ = ["environment"]
+
+_PACKAGES = (
+    "adafreeze", "torch", "transformers", "peft", "accelerate", "datasets", "trl", "lightning", "deepspeed",
+    "bitsandbytes", "adapters", "lmdb", "numpy",
+)  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """Versions of Python, of the packages that matter and are installed, and the device; imports none of them."""
+    found = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return found
+
+
+if __name__ == "__main__":
+    for name, version in environment().items():
+        print(f"- {name}: {version}")
