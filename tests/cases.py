@@ -137,3 +137,8 @@ def batch(family: str, rows: int = 4, length: int | None = 12) -> dict[str, torc
 def loader(family: str, count: int = 64, rows: int = 4, length: int | None = None) -> DataLoader:
     """A shuffling dataloader, seeded by torch's global random state as users have it."""
     return DataLoader(Samples(family, count, length), batch_size=rows, shuffle=True, collate_fn=collate)
+
+
+def first_tensor(output: object) -> torch.Tensor:
+    """The hidden states in what a block returned."""
+    return output if isinstance(output, torch.Tensor) else output[0]

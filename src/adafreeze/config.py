@@ -138,8 +138,7 @@ def _one_of(name: str, value: Any, known: Any) -> None:
         return
     raise ConfigError(
         f"SafeConfig.{name} is {value!r}.",
-        cause=f"It must be one of {', '.join(sorted(known))}"
-        + ("." if name == "granularity" else ", or a function."),
+        cause=f"It must be one of {', '.join(sorted(known))}" + ("." if name == "granularity" else ", or a function."),
         fix=f'SafeConfig({name}="{getattr(SafeConfig, name)}")',
     )
 

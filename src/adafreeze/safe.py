@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._observe import Observer
 from .config import SafeConfig
-from .costs.memory import SavedBytes
 from .decide.policy import Situation, choose
 from .decide.schedule import Settling, cubic_ramp, measurement_steps
 from .env import environment
 from .errors import AdafreezeError, ConfigError, ProbeError, RunError, warn
 from .freeze import Freezer, Prefix
 from .journal import Journal
-from .model import Flow, Probe, find_stacks, find_units, trace_flow
-from .model._draw import rows_of
+from .model import Flow, Probe, find_stacks, find_units
 from .model.backends import PeftBackend
 from .model.blocks import unwrap
 from .model.probe import keep_random_state
 from .model.units import warn_of_other_trainables
+from .preflight import check_run, check_units, flows_of
 from .scoring import Scorer
 
 __all__ = ["Safe"]
@@ -75,13 +75,7 @@ class Safe:
         journal: Journal | str | os.PathLike[str] | None = None,
     ) -> None:
         self.config = config or SafeConfig()
-        if not isinstance(total_steps, int) or total_steps < 1:
-            raise ConfigError(
-                f"total_steps is {total_steps!r}.",
-                cause="Warm-up and ramp are shares of the run, so its length in optimizer steps must be known.",
-                fix="Safe(..., total_steps=len(train_dataloader) // accumulation * epochs)",
-            )
-        _refuse_unsupported(model, optimizer)
+        check_run(model, optimizer, total_steps)
         self.model = unwrap(model)
         self.total_steps = total_steps
         self.samples_per_step = samples_per_step
@@ -91,36 +85,22 @@ class Safe:
         self.stacks = find_stacks(self.model)
         self.backend = PeftBackend(self.model)
         self.units = find_units(self.model, self.stacks, self.backend, self.config.granularity)
-        self._others = bool(warn_of_other_trainables(self.model, self.stacks, self.units))
-        unknown = [name for name in self.config.freeze if name not in self.units]
-        if unknown:
-            raise ConfigError(
-                f"SafeConfig.freeze names {unknown[0]!r}, which is no unit of this model.",
-                cause=f"Its units are {', '.join(list(self.units)[:3])}, ... ({len(self.units)} in all).",
-                fix=f'SafeConfig(freeze=["{next(iter(self.units))}"])',
-            )
+        warn_of_other_trainables(self.model, self.stacks, self.units)
+        check_units(self.config.freeze, self.units)
         pad = getattr(getattr(self.model, "config", None), "pad_token_id", None)
         self._probe = Probe.draw(probe, self.config.probe_tokens, self.config.seed, pad)
         self.freezer = Freezer(self.units, self.backend, optimizer)
-        self.flows = self._trace()
-        self.prefix = Prefix(self.model, self.stacks, self.flows)
-        self._chains = _chains(self.flows)
+        flows = flows_of(self.model, self.stacks, self.units, self._probe)
+        self.prefix = Prefix(self.model, self.stacks, flows)
+        self._chains = _chains(flows)
         self._scorer: Scorer | None = None
         self._plan: tuple[int, ...] | None = None
         self._settling = Settling(self.config.settle_patience, self.config.settle_tolerance)
-        self._seen_samples = self._seen_tokens = self._seen_forwards = 0
-        self._saved_per_token: float | None = None
-        self._counting: SavedBytes | None = None
-        self._count_next = True
         self._check_gradients = False
         self._warned: set[str] = set()
-        self._handles = [
-            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self.model.register_forward_hook(self._after_forward, always_call=True),
-        ]
-        torch_optimizer = getattr(optimizer, "optimizer", optimizer)
-        if isinstance(torch_optimizer, torch.optim.Optimizer):
-            self._handles.append(torch_optimizer.register_step_pre_hook(self._before_optimizer_step))
+        self._at_close: tuple[frozenset[str], dict[str, int]] | None = None
+        self._observer = Observer(self.model, optimizer, self._audit, self._look_at_gradients)
+        self._owns_journal = not isinstance(journal, Journal)
         self.journal = journal if isinstance(journal, Journal) else Journal(journal)
         self.journal.write(
             "start",
@@ -140,13 +120,13 @@ class Safe:
 
     @property
     def frozen(self) -> frozenset[str]:
-        """Names of the frozen units."""
-        return self.freezer.frozen
+        """Names of the frozen units; after :meth:`close`, of those that were frozen then."""
+        return self.freezer.frozen if self._at_close is None else self._at_close[0]
 
     @property
     def prefixes(self) -> dict[str, int]:
         """Blocks in the frozen prefix of each stack, by its path."""
-        return dict(self.prefix.depths)
+        return dict(self.prefix.depths if self._at_close is None else self._at_close[1])
 
     @property
     def state_key(self) -> tuple[Any, ...]:
@@ -170,14 +150,12 @@ class Safe:
             "safe/frozen_prefix": sum(self.prefixes.values()),
             "safe/ramp": round(self._ramp(), 4),
         }
-        if self._saved_per_token is not None and self._seen_forwards:
-            mean_tokens = self._seen_tokens / self._seen_forwards
-            logs["safe/saved_mib"] = round(self._saved_per_token * mean_tokens / 2**20, 3)
+        saved = self._observer.saved_bytes
+        if saved is not None:
+            logs["safe/saved_mib"] = round(saved / 2**20, 3)
         total = sum(self.scores.values())
         if total > 0:
-            logs["safe/frozen_score_share"] = round(
-                sum(self.scores.get(n, 0.0) for n in self.frozen) / total, 6
-            )
+            logs["safe/frozen_score_share"] = round(sum(self.scores.get(n, 0.0) for n in self.frozen) / total, 6)
         return logs
 
     # What a host calls.
@@ -201,14 +179,14 @@ class Safe:
 
     def close(self) -> None:
         """Leave the model as it was: flags, modules, hooks, forwards. Trained weights stay."""
-        for handle in self._handles:
-            handle.remove()
-        if self._handles:
+        if self._at_close is None:
+            self._at_close = self.frozen, self.prefixes
+            self._observer.remove()
             self.prefix.restore()
-            self.journal.write("close", step=self.steps, frozen=self.frozen, flops_spent=self.flops_spent)
             self.freezer.restore()
-            self._handles = []
-            self.journal.close()
+            self.journal.write("close", step=self.steps, frozen=self.frozen, flops_spent=self.flops_spent)
+            if self._owns_journal:
+                self.journal.close()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain JSON values."""
@@ -254,46 +232,13 @@ class Safe:
 
     # Measuring and deciding.
 
-    def _trace(self) -> dict[str, Flow]:
-        from .model.probe import _moved, _slice
-
-        chunk = self._probe.chunks[0]
-        one = {
-            key: value
-            for key, value in _slice(chunk, slice(0, 1), rows_of(chunk)).items()
-            if key != "real_tokens"
-        }
-        try:
-            with keep_random_state():
-                flows = trace_flow(self.model, self.stacks, _moved(one, next(self.model.parameters()).device))
-        except Exception as error:
-            raise ProbeError(
-                f"The model does not take the probe: {type(error).__name__}: {error}",
-                cause=f"It was called with {', '.join(one)} of one sample.",
-                fix="Pass batches as the model gets them in training: probe=[batch, ...]",
-            ) from error
-        for path, flow in flows.items():
-            owned = {
-                id(p) for unit in self.units.values() for p in (*unit.parameters(), *unit.shared_parameters())
-            }
-            outside = {id(p) for p in flow.upstream if id(p) not in owned}
-            names = [name for name, p in self.model.named_parameters() if id(p) in outside]
-            if names:
-                warn(
-                    f"Trainable parameters stand below the blocks of {path}: {', '.join(names[:4])}.",
-                    cause="Their gradient passes through every block, so no prefix can be cut off; freezing saves "
-                    "hardly any memory or time.",
-                    fix="Leave embeddings out of modules_to_save and set bias='none'.",
-                )
-        return flows
-
     def _new_scorer(self, probe: Probe) -> Scorer:
         return Scorer(self.model, self.stacks, self.units, self.backend, self.config, probe)
 
     def _prepare(self) -> None:
         self._plan = ()
         until = max(1, int(self.config.ramp_end * self.total_steps))
-        samples = self.samples_per_step or self._seen_samples or 1
+        samples = self.samples_per_step or self._observer.samples or 1
         self._scorer = self._new_scorer(self._probe)
         with keep_random_state():
             count = self._scorer.prepare(self.total_steps * samples, until)
@@ -319,9 +264,7 @@ class Safe:
             )
         before = self._scorer.flops_spent
         measured = self._scorer.measure(self.prefixes)
-        finite = {
-            name: score for name, score in measured.items() if score == score and abs(score) != float("inf")
-        }
+        finite = {name: score for name, score in measured.items() if score == score and abs(score) != float("inf")}
         if len(finite) < len(measured):
             self._warn_once(
                 "non-finite",
@@ -342,9 +285,7 @@ class Safe:
         units: dict[tuple[str, int], list[str]] = {}
         for name, unit in self.units.items():
             units.setdefault((unit.stack, unit.block), []).append(name)
-        blocks = {
-            s.path: tuple(tuple(units.get((s.path, i), ())) for i in range(len(s))) for s in self.stacks
-        }
+        blocks = {s.path: tuple(tuple(units.get((s.path, i), ())) for i in range(len(s))) for s in self.stacks}
         return Situation(
             step=self.steps,
             ramp=ramp,
@@ -367,9 +308,7 @@ class Safe:
                 self.warmup_end = limit
             if self.warmup_end is not None:
                 self.journal.write("warmup_end", step=self.steps, warmup_end=self.warmup_end)
-        names = (
-            choose(self.config.policy, self._situation(self._ramp())) if self.warmup_end is not None else []
-        )
+        names = choose(self.config.policy, self._situation(self._ramp())) if self.warmup_end is not None else []
         if names and not self.config.dry_run:
             self._freeze(names, by=self.config.to_dict()["policy"])
         elif names:
@@ -381,7 +320,7 @@ class Safe:
             return
         self.freezer.freeze(names)
         self.prefix.update()
-        self._count_next = True
+        self._observer.count_again()
         self._check_gradients = by != "resume"
         self.journal.write(
             "freeze",
@@ -400,9 +339,7 @@ class Safe:
         return cubic_ramp(self.steps, self.warmup_end, int(self.config.ramp_end * self.total_steps))
 
     def _something_else_trains(self) -> bool:
-        owned = {
-            id(p) for unit in self.units.values() for p in (*unit.parameters(), *unit.shared_parameters())
-        }
+        owned = {id(p) for unit in self.units.values() for p in (*unit.parameters(), *unit.shared_parameters())}
         return any(p.requires_grad and id(p) not in owned for p in self.model.parameters())
 
     def _give_up_measuring(self, error: Exception) -> None:
@@ -412,25 +349,18 @@ class Safe:
         self._warn_once(
             "measure",
             f"Scores could not be measured at step {self.steps}: {fact}",
-            cause=error.cause
-            if isinstance(error, AdafreezeError)
-            else "The forward pass on the probe failed.",
-            fix=(
-                error.fix
-                if isinstance(error, AdafreezeError)
-                else "Pass a probe that the model takes: probe=batch"
-            )
+            cause=error.cause if isinstance(error, AdafreezeError) else "The forward pass on the probe failed.",
+            fix=(error.fix if isinstance(error, AdafreezeError) else "Pass a probe that the model takes: probe=batch")
             + " Training goes on"
             + (", without freezing." if not self._plan else "."),
         )
 
-    # Hooks.
+    # What the observer calls.
 
-    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not model.training or not torch.is_grad_enabled():
-            return
+    def _audit(self) -> None:
         loose = self.freezer.audit()
         if loose:
+            self.prefix.update()
             self.journal.write("refreeze", step=self.steps, units=loose)
             self._warn_once(
                 "loose",
@@ -438,26 +368,8 @@ class Safe:
                 cause="Something called set_adapter, enable_adapter_layers or requires_grad_ on the model.",
                 fix="Nothing to do if that was meant for another adapter; call safe.close() to end the freezing.",
             )
-            self.prefix.update()
-        given = {**kwargs, "input_ids": args[0]} if args and isinstance(args[0], torch.Tensor) else kwargs
-        rows = rows_of(given)
-        ids = given.get("input_ids")
-        self._last_tokens = ids.numel() if isinstance(ids, torch.Tensor) else rows
-        self._seen_samples += rows if self.steps == 0 else 0
-        self._seen_tokens += self._last_tokens
-        self._seen_forwards += 1
-        if self._count_next and self._last_tokens:
-            self._count_next = False
-            self._counting = SavedBytes(model)
-            self._counting.__enter__()
 
-    def _after_forward(self, *_: Any) -> None:
-        if self._counting is not None:
-            self._counting.__exit__(None, None, None)
-            self._saved_per_token = self._counting.total / self._last_tokens
-            self._counting = None
-
-    def _before_optimizer_step(self, *_: Any) -> None:
+    def _look_at_gradients(self) -> None:
         if self._scorer is not None:
             self._scorer.listen()
         if not self._check_gradients:
@@ -495,24 +407,3 @@ def _chains(flows: Mapping[str, Flow]) -> list[list[str]]:
         else:
             chain.append(path)
     return chains
-
-
-def _refuse_unsupported(model: nn.Module, optimizer: Any) -> None:
-    distributed = torch.distributed
-    processes = (
-        distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-    )
-    found = ""
-    if processes > 1:
-        found = f"The run has {processes} processes."
-    elif isinstance(model, nn.DataParallel):
-        found = "The model is wrapped in nn.DataParallel."
-    elif "deepspeed" in type(getattr(optimizer, "optimizer", optimizer)).__module__:
-        found = "The optimizer is DeepSpeed's."
-    if found:
-        raise RunError(
-            found,
-            cause="There a parameter that freezes in mid-run leaves the ranks apart or keeps moving, silently; "
-            "this version freezes in one process on one device.",
-            fix="Run on one device (CUDA_VISIBLE_DEVICES=0), or leave adafreeze out.",
-        )

@@ -68,9 +68,7 @@ class Scorer:
     @property
     def nbytes(self) -> int:
         """Host memory held for scoring: pre-trained representations and the prefix's output on the probe."""
-        return self.probe.nbytes + sum(
-            getattr(reference, "nbytes", 0) for reference in self._references.values()
-        )
+        return self.probe.nbytes + sum(getattr(reference, "nbytes", 0) for reference in self._references.values())
 
     def prepare(self, run_samples: int, most: int) -> int:
         """Fit the probe to the budget, take the pre-trained representations, and say how many measurements to take.
@@ -140,9 +138,7 @@ class Scorer:
         if self.score.needs != "gradients":
             return
         for name, unit in self.units.items():
-            squares = [
-                float(p.grad.detach().float().pow(2).sum()) for p in unit.parameters() if p.grad is not None
-            ]
+            squares = [float(p.grad.detach().float().pow(2).sum()) for p in unit.parameters() if p.grad is not None]
             self._gradients[name] += math.sqrt(sum(squares))
 
     def _gather(
@@ -156,9 +152,7 @@ class Scorer:
         for taken in run:
             for name, tensors in taken.items():
                 chunks.setdefault(name, []).append(tensors)
-        return {
-            name: [torch.cat(parts) for parts in zip(*pieces, strict=True)] for name, pieces in chunks.items()
-        }
+        return {name: [torch.cat(parts) for parts in zip(*pieces, strict=True)] for name, pieces in chunks.items()}
 
     def _compare(self, name: str, tensors: list[Tensor]) -> float:
         device = next(self.model.parameters()).device

@@ -28,9 +28,7 @@ class ModelArguments:
     _argument_group_name = "model"
 
     model_name_or_path: str = field(metadata={"help": "A folder, or a name on the Hub."})
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "The tokenizer, if not the model's own."}
-    )
+    tokenizer_name: str | None = field(default=None, metadata={"help": "The tokenizer, if not the model's own."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
     token: str | None = field(default=None, metadata={"help": "Access token of the Hub."})
@@ -80,9 +78,7 @@ class DataArguments:
     completion_column: str | None = field(
         default=None, metadata={"help": "Instruction tuning: what is learnt; the loss is on this alone."}
     )
-    prompt_separator: str = field(
-        default="\n", metadata={"help": "Stands between the two; default: a new line."}
-    )
+    prompt_separator: str = field(default="\n", metadata={"help": "Stands between the two; default: a new line."})
     max_seq_length: int | None = field(
         default=None, metadata={"help": "Tokens of a row, at most. If not given: 128, causal-lm 512."}
     )
@@ -105,12 +101,8 @@ class AdapterArguments:
         metadata={"help": "lora, dora, ia3, vera, adalora, oft, ...: any tuner of the installed PEFT."},
     )
     adapter_r: int | None = field(default=None, metadata={"help": "Its rank. If not given: PEFT's default."})
-    adapter_alpha: float | None = field(
-        default=None, metadata={"help": "Its scaling. If not given: PEFT's default."}
-    )
-    adapter_dropout: float | None = field(
-        default=None, metadata={"help": "Its dropout. If not given: PEFT's default."}
-    )
+    adapter_alpha: float | None = field(default=None, metadata={"help": "Its scaling. If not given: PEFT's default."})
+    adapter_dropout: float | None = field(default=None, metadata={"help": "Its dropout. If not given: PEFT's default."})
     target_modules: list[str] | None = field(
         default=None,
         metadata={"help": "Names of the layers to adapt, or all-linear, or one pattern. Default: PEFT's."},
@@ -130,9 +122,7 @@ class RunArguments:
     config: str | None = field(
         default=None, metadata={"help": "A YAML file of these flags; flags on the command line win over it."}
     )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace the run that is in --output_dir."}
-    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run that is in --output_dir."})
     count_costs: bool = field(
         default=True, metadata={"help": "Count FLOPs and the activation bytes saved for the backward pass."}
     )
@@ -145,8 +135,7 @@ class _TrainingFlags(TrainingArguments):
 
 # TrainingArguments has a seed of its own, and both must be settable.
 _SAFE_FLAGS = {
-    field.name: field.name if field.name != "seed" else "probe_seed"
-    for field in dataclasses.fields(SafeConfig)
+    field.name: field.name if field.name != "seed" else "probe_seed" for field in dataclasses.fields(SafeConfig)
 }
 
 
@@ -159,9 +148,7 @@ def _safe_arguments() -> type:
             Literal["safe", "safe-paper", "none"],
             field(
                 default="safe",
-                metadata={
-                    "help": "safe: freeze a prefix, needs no tuning; safe-paper: as published; none: plain."
-                },
+                metadata={"help": "safe: freeze a prefix, needs no tuning; safe-paper: as published; none: plain."},
             ),
         )
     ]

@@ -89,9 +89,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     checkpoint = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
     is_main = training.process_index == 0
     if is_main:  # one process looks: the others would find what it has just written
-        folder = prepare_folder(
-            training.output_dir, overwrite=arguments.run.overwrite_output_dir, resume=checkpoint
-        )
+        folder = prepare_folder(training.output_dir, overwrite=arguments.run.overwrite_output_dir, resume=checkpoint)
 
     # Cheapest first, so that a typing error is answered in seconds: data, tokenizer, model, adapter.
     with training.main_process_first(desc="reading the data"):
@@ -203,9 +201,7 @@ def _make_trainer(
         meter = Meter(model, state_key=frozen)
     training = arguments.training
     if training.label_names is None:
-        training.label_names = [
-            "labels"
-        ]  # Trainer cannot read them off a PeftModel, and then evaluates no metric
+        training.label_names = ["labels"]  # Trainer cannot read them off a PeftModel, and then evaluates no metric
     try:
         trainer = MeteredTrainer(
             model=model,

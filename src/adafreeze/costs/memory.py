@@ -51,8 +51,11 @@ class SavedBytes:
 
     @staticmethod
     def _pack(tensor: Tensor) -> Tensor:
+        # A sparse COO tensor has no storage of its own, but two dense parts that have.
+        parts = (tensor._indices(), tensor._values()) if tensor.layout == torch.sparse_coo else (tensor,)
         for counter in _counting:
-            counter._count(tensor.untyped_storage())
+            for part in parts:
+                counter._count(part.untyped_storage())
         return tensor
 
     def _count(self, storage: torch.UntypedStorage) -> None:

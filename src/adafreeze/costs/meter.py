@@ -78,9 +78,7 @@ class Meter:
 
 
 def _shapes(batch: Mapping[str, Any]) -> Hashable:
-    shapes = tuple(
-        (name, tuple(v.shape), str(v.dtype)) for name, v in sorted(batch.items()) if isinstance(v, Tensor)
-    )
+    shapes = tuple((name, tuple(v.shape), str(v.dtype)) for name, v in sorted(batch.items()) if isinstance(v, Tensor))
     mask = batch.get("attention_mask")
     padded = isinstance(mask, Tensor) and mask.device.type == "cpu" and not bool(mask.all())
     return shapes, padded

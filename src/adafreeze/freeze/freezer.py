@@ -84,10 +84,7 @@ class Freezer:
         return [
             name
             for name in sorted(self.frozen)
-            if any(
-                id(p) in found
-                for p in (*self.units[name].parameters(), *self.units[name].shared_parameters())
-            )
+            if any(id(p) in found for p in (*self.units[name].parameters(), *self.units[name].shared_parameters()))
         ]
 
     def live_without_gradient(self) -> list[str]:
@@ -95,8 +92,7 @@ class Freezer:
         return [
             name
             for name, unit in self.units.items()
-            if name not in self.frozen
-            and all(p.grad is None for p in (*unit.parameters(), *unit.shared_parameters()))
+            if name not in self.frozen and all(p.grad is None for p in (*unit.parameters(), *unit.shared_parameters()))
         ]
 
     def restore(self) -> None:

@@ -70,16 +70,15 @@ class SafeCallback(TrainerCallback, ExportableState):
             journal=self.journal,
         )
         # A checkpoint of a run without this callback knows nothing of it, and the next save would fail on that.
-        entry = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        known: Any = state.stateful_callbacks
+        entry = known.setdefault(type(self).__name__, self.state())
         saved = entry.get("attributes", {}).get("saved")
         if saved is not None and state.global_step > 0:
             self.safe.load_state_dict(saved)
         else:
             self.safe.steps = state.global_step
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure and freeze, where it is time to."""
         if self.safe is not None:
             self.safe.step()

@@ -109,21 +109,14 @@ def _checked(batch: Any, pad_token_id: int | None) -> Chunk:
     chunk = dict(data)
     names = [name for name in _INPUTS if isinstance(chunk.get(name), Tensor)]
     if not names:
-        only = (
-            "only labels" if set(chunk) == {"labels"} else f"only {', '.join(map(str, chunk)) or 'nothing'}"
-        )
+        only = "only labels" if set(chunk) == {"labels"} else f"only {', '.join(map(str, chunk)) or 'nothing'}"
         raise ProbeError(
             f"A probe batch holds {only}.",
             cause=f"Scores are measured on a forward pass, which needs one of {', '.join(_INPUTS)}.",
             fix="Pass batches as the model gets them in training: probe=train_dataloader",
         )
     ids = chunk.get("input_ids")
-    if (
-        isinstance(ids, Tensor)
-        and chunk.get("attention_mask") is None
-        and pad_token_id is not None
-        and ids.ndim == 2
-    ):
+    if isinstance(ids, Tensor) and chunk.get("attention_mask") is None and pad_token_id is not None and ids.ndim == 2:
         real = ids != pad_token_id
         if not bool((real[:, 0] & real[:, -1]).all()):
             warn(

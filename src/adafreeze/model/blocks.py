@@ -120,9 +120,7 @@ def patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[
 
 
 @contextmanager
-def starting_at(
-    boundary: Mapping[int, Any], stacks: list[Stack], depths: Mapping[str, int]
-) -> Iterator[None]:
+def starting_at(boundary: Mapping[int, Any], stacks: list[Stack], depths: Mapping[str, int]) -> Iterator[None]:
     """Skip the lowest ``depths[path]`` blocks of each stack: they return ``boundary[position of the stack]``.
 
     Every skipped block returns the recorded output of the last one, whole: a T5 block hands on a tuple with the

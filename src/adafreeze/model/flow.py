@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,10 +78,8 @@ def trace_flow(model: nn.Module, stacks: list[Stack], batch: dict[str, Any]) -> 
         for dropout in waiting:
             handle = dropout.register_forward_hook(lambda module, *_: ran.append(module))
             undo.callback(handle.remove)
-        try:
+        with suppress(StopForward):
             model(**batch)
-        except StopForward:
-            pass
     for path, flow in flows.items():
         flow.upstream = [p for key, p in reached[path].items() if inside.get(key) != path]
         sources = [inside[id(p)] for p in flow.upstream if id(p) in inside]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,11 @@ class Probe:
         tensors = [t for states in self._boundaries for value in states.values() for t in _tensors(value)]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
+    def first_sample(self, device: torch.device) -> Chunk:
+        """One sample as the model takes it."""
+        chunk = self.chunks[0]
+        return _model_inputs(_slice(chunk, slice(0, 1), rows_of(chunk)), device)
+
     def shrunk(self, samples: int) -> Probe:
         """A probe of the first ``samples`` samples, at least one."""
         left, kept = max(1, samples), []
@@ -94,9 +99,7 @@ class Probe:
     def one_by_one(self) -> Probe:
         """The same samples and tokens in chunks of one, to see what rounding alone does."""
         singles = [
-            _slice(chunk, slice(row, row + 1), rows_of(chunk))
-            for chunk in self.chunks
-            for row in range(rows_of(chunk))
+            _slice(chunk, slice(row, row + 1), rows_of(chunk)) for chunk in self.chunks for row in range(rows_of(chunk))
         ]
         return Probe(singles, self.tokens, self.seed)
 
@@ -150,17 +153,11 @@ class Probe:
                     depth = wanted.get(stack.path, 0)
                     if depth > known.get(stack.path, 0):
                         boundary = stack.blocks[depth - 1]
-                        undo.enter_context(
-                            patched_forward(boundary, _recording(boundary, position, recorded))
-                        )
+                        undo.enter_context(patched_forward(boundary, _recording(boundary, position, recorded)))
                     top = stack.blocks[-1]
-                    undo.enter_context(
-                        patched_forward(top, _stopping(top, stack.path, finished, len(stacks)))
-                    )
-                try:
-                    model(**_moved({k: v for k, v in chunk.items() if k != REAL_TOKENS}, device))
-                except StopForward:
-                    pass
+                    undo.enter_context(patched_forward(top, _stopping(top, stack.path, finished, len(stacks))))
+                with suppress(StopForward):
+                    model(**_model_inputs(chunk, device))
             self._boundaries[number].update(recorded)
             first += rows_of(chunk)
             yield taken
@@ -244,9 +241,7 @@ def _stopping(block: nn.Module, path: str, finished: set[str], stacks: int) -> C
 def _real_tokens(chunk: Chunk, shape: tuple[int, ...], decoder: bool) -> Tensor:
     """(samples, tokens) bool: which positions are no padding. Where no mask fits the shape, all are real."""
     labels = chunk.get("labels")
-    candidates = (
-        [chunk.get("decoder_attention_mask"), None if labels is None else labels != -100] if decoder else []
-    )
+    candidates = [chunk.get("decoder_attention_mask"), None if labels is None else labels != -100] if decoder else []
     for mask in (*candidates, chunk.get(REAL_TOKENS), chunk.get("attention_mask")):
         if isinstance(mask, Tensor) and tuple(mask.shape) == shape:
             return mask.bool().cpu()
@@ -258,6 +253,10 @@ def _slice(chunk: Chunk, rows: slice, count: int) -> Chunk:
         key: value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
         for key, value in chunk.items()
     }
+
+
+def _model_inputs(chunk: Chunk, device: torch.device) -> Chunk:
+    return {key: _moved(value, device) for key, value in chunk.items() if key != REAL_TOKENS}
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -57,15 +57,15 @@ def find_units(
     drafts = []
     for stack in stacks:
         for index, block in enumerate(stack.blocks):
-            sites = list(backend.sites(block))
+            adapted = list(backend.sites(block))
             if granularity == "site":
-                groups = [(f"{stack.block_name(index)}.{name}", site, [site]) for name, site in sites]
+                groups = [(f"{stack.block_name(index)}.{name}", site, [site]) for name, site in adapted]
             else:
-                groups = [(stack.block_name(index), block, [site for _, site in sites])]
+                groups = [(stack.block_name(index), block, [site for _, site in adapted])]
             for name, module, members in groups:
                 slots = [slot for site in members for slot in _trainable_slots(site)]
                 if slots:
-                    drafts.append((name, stack.path, index, module, tuple(members), slots))
+                    drafts.append((name, stack.path, index, module, members, slots))
     if not drafts:
         raise ModelError(
             f"No trainable adapter was found in the blocks of {type(model).__name__}.",
@@ -78,10 +78,17 @@ def find_units(
         for slot in slots:
             owners.setdefault(id(_parameter(slot)), set()).add(name)
     units = {}
-    for name, path, index, module, members, slots in drafts:
+    for name, path, index, module, sites, slots in drafts:
         own = tuple(slot for slot in slots if len(owners[id(_parameter(slot))]) == 1)
         shared = tuple(slot for slot in slots if len(owners[id(_parameter(slot))]) > 1)
-        units[name] = Unit(name, path, index, module, members, own, shared)
+        units[name] = Unit(name, path, index, module, tuple(sites), own, shared)
+    if any(unit.shared for unit in units.values()) and any(unit.slots for unit in units.values()):
+        warn(
+            f"{sum(bool(unit.shared) for unit in units.values())} of {len(units)} units share parameters.",
+            cause="A shared parameter trains until the last of its owners freezes, and no block that reads it can "
+            "join the frozen prefix until then: freezing saves hardly any memory or time.",
+            fix="Use a method with weights of its own in each block, such as LoRA, DoRA or IA3.",
+        )
     if len(units) > 1 and not any(unit.slots for unit in units.values()):
         raise ModelError(
             f"All adapter parameters of {type(model).__name__} are shared by all its blocks.",

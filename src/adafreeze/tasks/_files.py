@@ -86,8 +86,7 @@ def find_bad_line(path: Path) -> DataError | None:
                 kind, first = kinds.setdefault(key, (_kind(value), line)) if value is not None else ("", 0)
                 if kind and kind != _kind(value):
                     return DataError(
-                        f"{path}, line {line}: column {key!r} holds {_kind(value)}, "
-                        f"but {kind} in line {first}.",
+                        f"{path}, line {line}: column {key!r} holds {_kind(value)}, but {kind} in line {first}.",
                         cause="A column must hold the same kind of value in every row.",
                         fix=f"Correct line {line} or line {first}.",
                     )

@@ -35,14 +35,12 @@ def _config_classes() -> dict[str, type[PeftConfig]]:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
 
-    from ..model.backends.peft import _NOT_PER_BLOCK
+    from ..model.backends.peft import NOT_PER_BLOCK
 
     return {
         kind.value.lower(): PEFT_TYPE_TO_CONFIG_MAPPING[kind]
         for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()
-        if kind in PEFT_TYPE_TO_CONFIG_MAPPING
-        and issubclass(tuner, BaseTuner)
-        and kind.value not in _NOT_PER_BLOCK
+        if kind in PEFT_TYPE_TO_CONFIG_MAPPING and issubclass(tuner, BaseTuner) and kind.value not in NOT_PER_BLOCK
     }
 
 
@@ -78,9 +76,7 @@ def make_config(
         close = difflib.get_close_matches(name, adapter_names(), n=1)
         raise ConfigError(
             f"There is no adapter {name!r}.",
-            cause="The installed PEFT has these with weights in each block: "
-            + ", ".join(adapter_names())
-            + ".",
+            cause="The installed PEFT has these with weights in each block: " + ", ".join(adapter_names()) + ".",
             fix=f"--adapter {close[0] if close else 'lora'}",
         )
     fields = [field.name for field in dataclasses.fields(classes[kind])]
@@ -188,9 +184,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel | PeftM
             cause=f"The linear layers are: {listed}."
             if nothing
             else "These modules, or the settings, do not go with this method.",
-            fix=f"--target_modules {' '.join(names[:2])}"
-            if nothing
-            else "Choose others, or another --adapter.",
+            fix=f"--target_modules {' '.join(names[:2])}" if nothing else "Choose others, or another --adapter.",
         ) from error
     PeftBackend(peft_model)  # refuses now, not after minutes of tokenizing, what cannot be frozen by block
     return peft_model

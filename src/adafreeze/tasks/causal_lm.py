@@ -102,9 +102,7 @@ class CausalLM:
         # Apart, not as one string: a token that spans the border would put prompt into the loss, and at
         # inference the prompt ends at the border too.
         assert self.prompt_column is not None and self.completion_column is not None
-        prompts = tokenizer([text + self.prompt_separator for text in as_text(batch, self.prompt_column)])[
-            "input_ids"
-        ]
+        prompts = tokenizer([text + self.prompt_separator for text in as_text(batch, self.prompt_column)])["input_ids"]
         rests = tokenizer(as_text(batch, self.completion_column), add_special_tokens=False)["input_ids"]
         pairs = []
         for prompt, rest in zip(prompts, rests, strict=True):
@@ -114,9 +112,7 @@ class CausalLM:
             pairs.append((prompt[-(self.max_length - len(rest)) :], rest))
         return pairs
 
-    def collator(
-        self, tokenizer: PreTrainedTokenizerBase
-    ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Pads ids, and labels with -100.
 
         Not DataCollatorForLanguageModeling: it takes the loss off every padding *token*, which is the

@@ -71,9 +71,7 @@ class Regression:
         """Token ids and numbers."""
         return tokenize(rows, tokenizer, self, float)
 
-    def collator(
-        self, tokenizer: PreTrainedTokenizerBase
-    ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Pads to the longest row of the batch, or to ``max_length``."""
         return pad(tokenizer, self)
 

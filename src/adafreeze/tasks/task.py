@@ -52,9 +52,7 @@ class Task(Protocol):
     def prepare(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """Tokenized rows: ``input_ids``, ``attention_mask``, ``labels`` and nothing from the file."""
 
-    def collator(
-        self, tokenizer: PreTrainedTokenizerBase
-    ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """What turns prepared rows into a batch."""
 
     def preprocess_logits(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:

@@ -85,13 +85,10 @@ class TextClassification:
         class_names = _class_names(train.rows, self.label_column)
         found = [_label(value, class_names is not None) for value in train.rows[self.label_column]]
         seen = set(found)
-        other = next(
-            (i for i, label in enumerate(found) if isinstance(label, str) != isinstance(found[0], str)), 0
-        )
+        other = next((i for i, label in enumerate(found) if isinstance(label, str) != isinstance(found[0], str)), 0)
         if other:
             raise DataError(
-                f"{train.where(other)}: the label is {found[other]!r}, "
-                f"but {found[0]!r} in {train.locate(0)}.",
+                f"{train.where(other)}: the label is {found[other]!r}, but {found[0]!r} in {train.locate(0)}.",
                 cause="Labels must be all numbers or all text; a mixture is most often a slip.",
                 fix="Write all labels in one way.",
             )
@@ -126,9 +123,7 @@ class TextClassification:
         is_class = _class_names(rows, self.label_column) is not None
         return tokenize(rows, tokenizer, self, lambda value: ids[_label(value, is_class)])
 
-    def collator(
-        self, tokenizer: PreTrainedTokenizerBase
-    ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Pads to the longest row of the batch, or to ``max_length``."""
         return pad(tokenizer, self)
 

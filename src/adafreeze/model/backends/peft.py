@@ -10,10 +10,10 @@ from torch import nn
 
 from ...errors import ModelError, warn
 
-__all__ = ["PeftBackend"]
+__all__ = ["NOT_PER_BLOCK", "PeftBackend"]
 
 # These add virtual tokens, one trunk beside the model, or parameters outside the blocks: nothing to freeze by block.
-_NOT_PER_BLOCK = {"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "SHADOW", "TRAINABLE_TOKENS", "XLORA"}
+NOT_PER_BLOCK = {"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "SHADOW", "TRAINABLE_TOKENS", "XLORA"}
 
 
 class PeftBackend:
@@ -28,7 +28,7 @@ class PeftBackend:
         configs = getattr(model, "peft_config", None) or {}
         for name, config in configs.items() if isinstance(configs, dict) else ():
             kind = getattr(config.peft_type, "value", str(config.peft_type))
-            if getattr(config, "is_prompt_learning", False) or kind in _NOT_PER_BLOCK:
+            if getattr(config, "is_prompt_learning", False) or kind in NOT_PER_BLOCK:
                 raise ModelError(
                     f"The adapter {name!r} is of type {kind}.",
                     cause="It trains inputs or a part outside the transformer blocks, so there is no adapter per "
@@ -49,7 +49,8 @@ class PeftBackend:
         """The outermost adapted layers in ``block`` with their names in it."""
         found: list[str] = []
         for name, module in block.named_modules():
-            if isinstance(module, BaseTunerLayer) and not any(name.startswith(path + ".") for path in found):
+            adapted = isinstance(module, BaseTunerLayer)
+            if adapted and not any(name.startswith(path + ".") for path in found):
                 found.append(name)
                 yield name, module
 

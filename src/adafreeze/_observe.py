@@ -1,0 +1,87 @@
+"""Watches a model train from its hooks: audits the freeze, counts tokens, and now and then saved bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .costs.memory import SavedBytes
+from .model._draw import rows_of
+
+__all__ = ["Observer"]
+
+
+class Observer:
+    """Hooks on the model and its optimizer that see every training step and change none.
+
+    Args:
+        model: the module that the host calls.
+        optimizer: whose step is announced; accelerate's wrapper or the real one.
+        before_forward: called before each training forward pass.
+        before_optimizer_step: called between backward pass and optimizer step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        before_forward: Callable[[], None],
+        before_optimizer_step: Callable[[], None],
+    ) -> None:
+        self._model = model
+        self._before_forward = before_forward
+        self.forwards = 0
+        self.samples = 0
+        self.tokens = 0
+        self._last_tokens = 0
+        self._saved_per_token: float | None = None
+        self._count_next = True
+        self._counting: SavedBytes | None = None
+        self._handles = [
+            model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            model.register_forward_hook(self._leave, always_call=True),
+        ]
+        torch_optimizer = getattr(optimizer, "optimizer", optimizer)
+        if isinstance(torch_optimizer, torch.optim.Optimizer):
+            self._handles.append(torch_optimizer.register_step_pre_hook(lambda *_: before_optimizer_step()))
+
+    @property
+    def saved_bytes(self) -> float | None:
+        """What autograd keeps of an average micro-batch, by the last count, in bytes; None before the first."""
+        if self._saved_per_token is None or not self.forwards:
+            return None
+        return self._saved_per_token * self.tokens / self.forwards
+
+    def count_again(self) -> None:
+        """Count the saved bytes of the next training forward pass: one step slower by a per cent or so."""
+        self._count_next = True
+
+    def remove(self) -> None:
+        """Take all hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not model.training or not torch.is_grad_enabled():
+            return
+        self._before_forward()
+        inputs = {**kwargs, "input_ids": args[0]} if args and isinstance(args[0], Tensor) else kwargs
+        ids = inputs.get("input_ids")
+        self._last_tokens = ids.numel() if isinstance(ids, Tensor) else rows_of(inputs)
+        self.samples += rows_of(inputs)
+        self.tokens += self._last_tokens
+        self.forwards += 1
+        if self._count_next and self._last_tokens:
+            self._count_next = False
+            self._counting = SavedBytes(model)
+            self._counting.__enter__()
+
+    def _leave(self, *_: Any) -> None:
+        if self._counting is not None:
+            self._counting.__exit__(None, None, None)
+            self._saved_per_token = self._counting.total / self._last_tokens
+            self._counting = None
