@@ -81,7 +81,7 @@ class Scorer:
             ProbeError: the pre-trained representations would not fit into memory.
         """
         if self.score.needs not in ("outputs", "local_outputs"):
-            self._references = self._parameters_now()
+            self._references = self._parameters_now() if self.score.needs == "weights" else {}
             return min(most, MOST_MEASUREMENTS)
         head = self.probe.shrunk(CHUNK)
         with CountFlops() as count:
@@ -122,11 +122,14 @@ class Scorer:
         if needs == "nothing":
             return {name: random_score(name, self.config.seed) for name in self.units}
         if needs in ("weights", "gradients"):
-            now = self._parameters_now()
-            scores = {name: float(self.score.compare(self._references[name], now[name])) for name in now}
-            if self.score.moving_reference:
+            if needs == "gradients" and not any(self._gradients.values()):
+                return {}
+            now, before = self._parameters_now(), self._references
+            if self.score.moving_reference or not before:
                 self._references = now
-            return scores
+                self._gradients = dict.fromkeys(self.units, 0.0)
+            # The first interval of gradients has none before it to be compared with.
+            return {name: float(self.score.compare(before[name], now[name])) for name in now if name in before}
         with CountFlops() as count:
             outputs = self._gather(self.probe, adapters=True, prefix=prefix)
             scores = {name: self._compare(name, tensors) for name, tensors in outputs.items()}

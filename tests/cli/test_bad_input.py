@@ -28,9 +28,7 @@ CLASSIFY = "text-classification"
 
 
 def test_a_model_path_that_does_not_exist(refuse, csv_file):
-    refuse(
-        r"folder /no/such/model does not exist.*--model_name_or_path", CLASSIFY, "/no/such/model", csv_file
-    )
+    refuse(r"folder /no/such/model does not exist.*--model_name_or_path", CLASSIFY, "/no/such/model", csv_file)
 
 
 def test_the_hub_unreachable_for_a_model(refuse, csv_file):
@@ -91,9 +89,7 @@ def test_an_output_folder_that_holds_a_run(refuse, bert, csv_file, tmp_path, tra
     file = tmp_path / "run" / trace
     file.parent.mkdir(parents=True)
     file.touch()
-    pattern = (
-        rf"already holds a run \({trace.split('/')[0]}\).*--overwrite_output_dir.*--resume_from_checkpoint"
-    )
+    pattern = rf"already holds a run \({trace.split('/')[0]}\).*--overwrite_output_dir.*--resume_from_checkpoint"
     refuse(pattern, CLASSIFY, bert, csv_file)
 
 

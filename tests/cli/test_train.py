@@ -129,9 +129,7 @@ def test_the_resolved_config_repeats_the_run_to_the_last_bit(train, bert, csv_fi
     assert "hf_secret" not in (folder / "adafreeze_config.yaml").read_text()
     again = tmp_path / "again"
     main(["--config", str(folder / "adafreeze_config.yaml"), "--output_dir", str(again)])
-    assert (folder / "adapter_model.safetensors").read_bytes() == (
-        again / "adapter_model.safetensors"
-    ).read_bytes()
+    assert (folder / "adapter_model.safetensors").read_bytes() == (again / "adapter_model.safetensors").read_bytes()
 
 
 def test_the_journal_holds_the_settings_the_losses_and_the_result(train, bert, csv_file):

@@ -113,10 +113,16 @@ def test_a_freeze_holds_through_everything_that_undoes_one(method):
     moved = [p.detach().clone() for p in model.parameters() if p.requires_grad]
 
     requires_grad = []
-    boundary = safe.stacks[0].blocks[1].register_forward_hook(
-        lambda _m, _i, output: requires_grad.append(cases.first_tensor(output).requires_grad)
-        if torch.is_grad_enabled()  # not in a measurement
-        else None
+    boundary = (
+        safe.stacks[0]
+        .blocks[1]
+        .register_forward_hook(
+            lambda _m, _i, output: (
+                requires_grad.append(cases.first_tensor(output).requires_grad)
+                if torch.is_grad_enabled()  # not in a measurement
+                else None
+            )
+        )
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a unit was found trainable and frozen again
@@ -130,8 +136,7 @@ def test_a_freeze_holds_through_everything_that_undoes_one(method):
     assert all(torch.equal(a, b) for a, b in zip(before, frozen, strict=True))
     assert all(p.grad is None and not p.requires_grad and p not in optimizer.state for p in frozen)
     assert any(
-        not torch.equal(a, b)
-        for a, b in zip(moved, [p for p in model.parameters() if p.requires_grad], strict=True)
+        not torch.equal(a, b) for a, b in zip(moved, [p for p in model.parameters() if p.requires_grad], strict=True)
     )
     assert safe.prefixes["model.layers"] == (0 if method in SHARING else 2)
     safe.close()

@@ -90,7 +90,5 @@ def test_a_model_unknown_to_peft_needs_target_modules(bert, monkeypatch):
     ],
 )
 def test_the_steps_of_a_run_are_trainers(tmp_path, flags, rows, steps):
-    args = TrainingArguments(
-        str(tmp_path), per_device_train_batch_size=4, num_train_epochs=3, use_cpu=True, **flags
-    )
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=4, num_train_epochs=3, use_cpu=True, **flags)
     assert optimizer_steps(args, rows) == steps

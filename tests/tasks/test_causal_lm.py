@@ -44,9 +44,7 @@ def test_the_prompts_words_do_not_reach_the_loss_but_the_completions_do(tokenize
     rows = Dataset.from_dict({"prompt": ["say hello"], "completion": ["hello bye"]})
     batch = task.collator(tokenizer)(list(task.prepare(rows, tokenizer)))
     loss = model(**batch).loss
-    by_hand = torch.nn.functional.cross_entropy(
-        model(batch["input_ids"]).logits[0, 2:-1], batch["input_ids"][0, 3:]
-    )
+    by_hand = torch.nn.functional.cross_entropy(model(batch["input_ids"]).logits[0, 2:-1], batch["input_ids"][0, 3:])
     torch.testing.assert_close(loss, by_hand)
 
 

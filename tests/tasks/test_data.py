@@ -95,9 +95,7 @@ def test_a_bad_row_is_named_by_its_line(tmp_path, extension, column, value, patt
 
 def test_lines_count_quoted_line_breaks_and_blank_lines(tmp_path):
     (tmp_path / "a.csv").write_text('text,label\n"a\nb",0\n\nc,1\nd,\n')
-    refused(
-        lambda: load_splits(TextClassification(), train_file=str(tmp_path / "a.csv")), r"line 6: no label"
-    )
+    refused(lambda: load_splits(TextClassification(), train_file=str(tmp_path / "a.csv")), r"line 6: no label")
 
 
 def test_parquet_has_rows_instead_of_lines(tmp_path):
@@ -137,17 +135,13 @@ def test_a_label_that_is_no_class(tmp_path, label):
 
 def test_regression_needs_numbers(tmp_path):
     file = write(tmp_path / "a.csv", [{"text": "a", "label": "1.5"}, {"text": "b", "label": "good"}])
-    refused(
-        lambda: load_splits(Regression(), train_file=file), r"line 3: the label 'good' is not a finite number"
-    )
+    refused(lambda: load_splits(Regression(), train_file=file), r"line 3: the label 'good' is not a finite number")
 
 
 def test_a_missing_column_names_those_found(tmp_path):
     file = write(tmp_path / "a.csv", reviews())
     task = CausalLM(prompt_column="question", completion_column="completion")
-    refused(
-        lambda: load_splits(task, train_file=file), r"no column 'question'.*text, reply.*--prompt_column text"
-    )
+    refused(lambda: load_splits(task, train_file=file), r"no column 'question'.*text, reply.*--prompt_column text")
 
 
 def test_bad_rows_can_be_left_out_and_keep_their_lines(tmp_path):
@@ -162,9 +156,7 @@ def test_bad_rows_can_be_left_out_and_keep_their_lines(tmp_path):
 def test_a_share_is_held_out_and_the_rest_is_trained_on(tmp_path):
     file = write(tmp_path / "a.csv", [{**row, "text": f"text {i}"} for i, row in enumerate(reviews())])
     train, validation = load_splits(TextClassification(), train_file=file, validation_split="0.25")
-    assert len(validation) == 2 and sorted([*train["text"], *validation["text"]]) == [
-        f"text {i}" for i in range(8)
-    ]
+    assert len(validation) == 2 and sorted([*train["text"], *validation["text"]]) == [f"text {i}" for i in range(8)]
     train, validation = load_splits(
         TextClassification(), train_file=file, validation_file=file, max_train_samples=3, max_eval_samples=2
     )

@@ -10,9 +10,7 @@ from text_cases import bert_tokenizer
 
 
 def fitted(labels: list, **options) -> tuple[TextClassification, Dataset]:
-    rows = Dataset.from_dict(
-        {"text": ["good film"] * len(labels), "other": ["bad"] * len(labels), "label": labels}
-    )
+    rows = Dataset.from_dict({"text": ["good film"] * len(labels), "other": ["bad"] * len(labels), "label": labels})
     task = TextClassification(**options)
     task.columns(rows.column_names)
     task.fit(Split(rows, "rows"))

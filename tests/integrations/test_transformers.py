@@ -1,0 +1,186 @@
+"""SafeCallback in the real Trainer and in TRL's SFTTrainer."""
+
+import json
+import subprocess
+import sys
+
+import cases
+import pytest
+import torch
+from adafreeze import RunError, SafeCallback, SafeConfig
+from peft import PeftModel
+from transformers import Trainer, TrainingArguments
+
+
+def arguments(folder, **settings):
+    return TrainingArguments(
+        output_dir=str(folder),
+        **{
+            "per_device_train_batch_size": 4,
+            "num_train_epochs": 3,
+            "learning_rate": 1e-2,
+            "weight_decay": 0.1,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": True,
+            **settings,
+        },
+    )
+
+
+def run(family, folder, callback, **settings):
+    model = cases.lora_model(family)
+    trainer = Trainer(
+        model=model,
+        args=arguments(folder, **settings),
+        train_dataset=cases.Samples(family, 32),
+        data_collator=cases.collate,
+        callbacks=[callback] if callback else [],
+    )
+    trainer.train()
+    return trainer
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("family", cases.FAMILIES)
+def test_one_line_freezes_in_every_family(family, tmp_path):
+    plain = run(family, tmp_path / "plain", None)
+    callback = SafeCallback(SafeConfig(freeze_share=0.6), journal=tmp_path / "journal.jsonl")
+    trainer = run(family, tmp_path / "safe", callback)
+    events = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    freezes = [event for event in events if event["event"] == "freeze"]
+    assert freezes and callback.safe.frozen and sum(callback.safe.prefixes.values())
+    first = freezes[0]["step"]
+    assert losses(trainer)[:first] == losses(plain)[:first]
+    assert losses(trainer) != losses(plain)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert history[0]["safe/frozen_units"] == 0
+    assert history[-1]["safe/frozen_units"] == len(callback.safe.frozen)
+    assert history[-1]["safe/frozen_prefix"] == sum(callback.safe.prefixes.values())
+    assert history[-1]["safe/saved_mib"] < history[0]["safe/saved_mib"]
+    assert all(p.requires_grad for n, p in trainer.model.named_parameters() if "lora_" in n), "left as it was"
+
+
+def test_the_adapter_gives_the_same_logits_where_adafreeze_never_was(tmp_path):
+    trainer = run("bert", tmp_path / "run", SafeCallback(SafeConfig(freeze_share=0.6)))
+    trainer.model.base_model.model.config.save_pretrained(tmp_path / "base")
+    cases.base_model("bert").save_pretrained(tmp_path / "base")
+    trainer.save_model(tmp_path / "adapter")
+    trainer.model.eval()
+    torch.save(trainer.model(**cases.batch("bert")).logits.detach(), tmp_path / "logits.pt")
+    torch.save(cases.batch("bert"), tmp_path / "batch.pt")
+    script = f"""
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+base = AutoModelForSequenceClassification.from_pretrained({str(tmp_path / "base")!r})
+model = PeftModel.from_pretrained(base, {str(tmp_path / "adapter")!r}).eval()
+batch = torch.load({str(tmp_path / "batch.pt")!r}, weights_only=True)
+expected = torch.load({str(tmp_path / "logits.pt")!r}, weights_only=True)
+assert "adafreeze" not in sys.modules
+assert torch.equal(model(**batch).logits, expected)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_checkpointing_and_accumulation_in_the_trainer(tmp_path):
+    settings = {"gradient_accumulation_steps": 2, "num_train_epochs": 6}
+    name = (
+        "activation_checkpointing"
+        if hasattr(arguments(tmp_path), "activation_checkpointing")
+        else "gradient_checkpointing"
+    )
+    plain = run("llama", tmp_path / "a", None, **settings, **{name: True})
+    callback = SafeCallback(SafeConfig(freeze_share=0.6))
+    trainer = run("llama", tmp_path / "b", callback, **settings, **{name: True})
+    step = next(event["step"] for event in callback.safe.journal.events if event["event"] == "freeze")
+    assert losses(trainer)[:step] == losses(plain)[:step]
+    assert callback.safe.prefixes["model.layers"] > 0
+
+
+def test_resume_takes_the_freeze_up_again(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 12, "lr_scheduler_type": "constant"}
+    full = SafeCallback(SafeConfig(freeze_share=0.6))
+    whole = run("bert", tmp_path / "run", full, **settings)
+    again = SafeCallback(SafeConfig(freeze_share=0.6))
+    model = cases.lora_model("bert")
+    trainer = Trainer(
+        model=model,
+        args=arguments(tmp_path / "run", **settings),
+        train_dataset=cases.Samples("bert", 32),
+        data_collator=cases.collate,
+        callbacks=[again],
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-12"))
+    assert any(event["event"] == "freeze" and event["by"] == "resume" for event in again.safe.journal.events)
+    assert again.safe.frozen == full.safe.frozen
+    for (name, mine), (_, other) in zip(trainer.model.named_parameters(), whole.model.named_parameters(), strict=True):
+        assert torch.equal(mine, other), name
+
+
+def test_a_checkpoint_of_a_run_without_it_can_be_resumed_with_it(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 12}
+    run("bert", tmp_path / "run", None, **settings)
+    trainer = Trainer(
+        model=cases.lora_model("bert"),
+        args=arguments(tmp_path / "run", **settings),
+        train_dataset=cases.Samples("bert", 32),
+        data_collator=cases.collate,
+        callbacks=[SafeCallback()],
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-12"))
+    assert trainer.state.global_step == 24
+
+
+def test_several_gpus_by_data_parallel_are_refused(tmp_path):
+    callback = SafeCallback()
+    settings = arguments(tmp_path)
+    settings._n_gpu = 2
+    with pytest.raises(RunError, match=r"2 GPUs by nn\.DataParallel"):
+        callback.on_train_begin(settings, None, None)
+
+
+def test_sft_trainer(tmp_path):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: index for index, word in enumerate(["<pad>", "<eos>", *[f"w{i}" for i in range(60)]])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    texts = [" ".join(f"w{(i * j) % 60}" for j in range(1, 9 + i % 5)) for i in range(32)]
+    callback = SafeCallback(SafeConfig(freeze_share=0.6))
+    config = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        num_train_epochs=3,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        max_length=16,
+    )
+    trainer = trl.SFTTrainer(
+        model=cases.base_model("llama"),
+        args=config,
+        train_dataset=Dataset.from_dict({"text": texts}),
+        processing_class=fast,
+        peft_config=cases.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert isinstance(trainer.model, PeftModel)
+    assert callback.safe.prefixes["model.layers"] > 0
+    assert any("safe/frozen_prefix" in entry for entry in trainer.state.log_history)
+    trainer.save_model(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
