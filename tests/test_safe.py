@@ -4,13 +4,14 @@ import copy
 import math
 import warnings
 
-import cases
 import pytest
 import torch
-from adafreeze import AdafreezeWarning, ConfigError, ModelError, ProbeError, RunError, Safe, SafeConfig
-from adafreeze.scoring import Scorer
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
+
+import cases
+from adafreeze import AdafreezeWarning, ConfigError, ModelError, ProbeError, RunError, Safe, SafeConfig
+from adafreeze.scoring import Scorer
 
 
 def train(model, batches, safe_settings=None, total_steps=None, lr=1e-2, **safe_arguments):
@@ -359,7 +360,7 @@ def test_bad_arguments_are_refused():
         start(total_steps=0)
     with pytest.raises(ConfigError, match="which is no unit of this model"):
         start(config=SafeConfig(freeze=("model.layers.9",)))
-    with pytest.raises(RunError, match="nn.DataParallel"):
+    with pytest.raises(RunError, match=r"nn\.DataParallel"):
         start(torch.nn.DataParallel(cases.lora_model("llama")))
     with pytest.raises(RunError, match="cannot be written"):
         start(journal="/dev/null/journal.jsonl")

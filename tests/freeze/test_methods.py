@@ -3,10 +3,11 @@
 import warnings
 from contextlib import nullcontext
 
-import cases
 import peft
 import pytest
 import torch
+
+import cases
 from adafreeze import ModelError, Safe, SafeConfig
 
 ATTENTION = ["q_proj", "v_proj"]

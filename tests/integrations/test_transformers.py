@@ -4,12 +4,13 @@ import json
 import subprocess
 import sys
 
-import cases
 import pytest
 import torch
-from adafreeze import RunError, SafeCallback, SafeConfig
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments
+
+import cases
+from adafreeze import RunError, SafeCallback, SafeConfig
 
 
 def arguments(folder, **settings):
