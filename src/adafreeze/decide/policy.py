@@ -94,9 +94,9 @@ POLICIES: dict[str, Policy] = {"share": share, "threshold": threshold, "bottom_u
 def choose(policy: str | Policy, situation: Situation) -> list[str]:
     """Units to freeze next, bottom to top: what ``policy`` wants, less what must stay live.
 
-    In every chain ``min_live_blocks`` blocks keep a live unit: of those that would freeze, the ones with the
-    highest score stay, the upper of equals; for a policy that asked for a prefix, the upper ones, so that what is
-    left is a prefix. The last live unit of the model never freezes unless something else trains.
+    In every chain ``min_live_blocks`` blocks keep a live unit: of those that would freeze, the upper ones under
+    ``share`` and ``bottom_up``, which freeze prefixes; under any other policy the ones with the highest score, the
+    upper of equals. The last live unit of the model never freezes unless something else trains.
 
     Raises:
         ConfigError: the policy returned a name that is no unit.
@@ -112,25 +112,22 @@ def choose(policy: str | Policy, situation: Situation) -> list[str]:
         )
     wanted -= situation.frozen
     for chain in situation.chains:
-        wanted -= _must_stay(chain, wanted, situation)
+        wanted -= _must_stay(chain, wanted, situation, by_place=policy in ("share", "bottom_up"))
     if not situation.something_else_trains and wanted and wanted | situation.frozen >= set(order):
         wanted.discard([name for name in order if name in wanted][-1])
     return [name for name in order if name in wanted]
 
 
-def _must_stay(chain: tuple[Block, ...], wanted: set[str], situation: Situation) -> set[str]:
+def _must_stay(chain: tuple[Block, ...], wanted: set[str], situation: Situation, by_place: bool) -> set[str]:
     gone = wanted | situation.frozen
     live = sum(any(name not in gone for name in block) for block in chain)
     doomed = [index for index, block in enumerate(chain) if set(block) & wanted and set(block) <= gone]
     short = min(situation.min_live_blocks - live, len(doomed))
     if short <= 0:
         return set()
-    bottom = [(bool(block) and set(block) <= gone) or not block for block in chain]
-    is_prefix = all(bottom[: sum(bottom)])
 
     def importance(index: int) -> tuple[float, int]:
-        scores = [situation.finite_score(name) or 0.0 for name in chain[index]]
-        return (0.0 if is_prefix else max(scores), index)
+        return (0.0 if by_place else max(situation.finite_score(name) or 0.0 for name in chain[index]), index)
 
     kept = sorted(doomed, key=importance)[-short:]
     return {name for index in kept for name in chain[index] if name in wanted}

@@ -1,0 +1,101 @@
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from adafreeze import ProbeError
+from adafreeze.decide import CKAReference, cka_flops, linear_cka
+from adafreeze.decide._cka_naive import naive_cka, naive_debiased_cka
+
+SHAPES = [(8, 30, 30), (30, 8, 8), (20, 20, 20), (12, 40, 5), (50, 5, 40)]
+
+
+def pair(n, d1, d2, rank=None):
+    torch.manual_seed(n + d1)
+    x = torch.randn(n, d1, dtype=torch.float64)
+    if rank is not None:
+        x = torch.randn(n, rank, dtype=torch.float64) @ torch.randn(rank, d1, dtype=torch.float64)
+    y = x[:, :1] @ torch.randn(1, d2, dtype=torch.float64) + 0.3 * torch.randn(n, d2, dtype=torch.float64)
+    return x + 5, y - 3  # not centred
+
+
+@pytest.mark.parametrize("rank", [None, 1, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_both_estimators_equal_the_textbook(shape, rank):
+    x, y = pair(*shape, rank)
+    assert linear_cka(x, y) == pytest.approx(naive_cka(x, y), abs=1e-6)
+    assert linear_cka(x, y, debiased=True) == pytest.approx(naive_debiased_cka(x, y), abs=1e-6)
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_one_for_itself_and_invariant_to_rotation_and_scale(shape, debiased):
+    x, y = pair(*shape)
+    rotation = torch.linalg.qr(torch.randn(shape[2], shape[2], dtype=torch.float64)).Q
+    assert linear_cka(x, x, debiased) == pytest.approx(1, abs=1e-9)
+    assert linear_cka(x, 7 * y @ rotation + 2, debiased) == pytest.approx(linear_cka(x, y, debiased), abs=1e-9)
+
+
+def test_float32_keeps_small_scores_exact():
+    torch.manual_seed(0)
+    x = torch.randn(200, 64)
+    for size in (1e-1, 1e-2, 1e-3):
+        y = x + size * torch.randn(200, 64)
+        exact = 1 - naive_cka(x, y)
+        assert CKAReference(x, normalize_rows=False).score(y) == pytest.approx(exact, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_an_entry_that_is_not_finite_gives_nan(bad):
+    x, y = pair(10, 4, 4)
+    broken = y.clone()
+    broken[3, 2] = bad
+    for normalize_rows in (True, False):
+        assert math.isnan(CKAReference(x, normalize_rows=normalize_rows).score(broken))
+        assert math.isnan(CKAReference(broken, normalize_rows=normalize_rows).score(y))
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+def test_constant_features_give_a_clear_result(debiased):
+    x, _ = pair(10, 4, 4)
+    constant = torch.full((10, 4), 0.1, dtype=torch.float64)
+    assert linear_cka(constant, 3 * constant, debiased) == 1
+    assert linear_cka(constant, x, debiased) == 0
+    assert linear_cka(x, constant, debiased) == 0
+    assert linear_cka(torch.zeros(10, 4), torch.zeros(10, 4), debiased) == 1
+
+
+def test_one_huge_token_drowns_the_others_unless_rows_are_normalised():
+    torch.manual_seed(0)
+    x = torch.randn(64, 16, dtype=torch.float64)
+    y = x + 0.5 * torch.randn(64, 16, dtype=torch.float64)
+    x[0], y[0] = 1000.0, 1000.0
+    assert CKAReference(x, normalize_rows=False).score(y) < 1e-4
+    assert CKAReference(x, normalize_rows=True).score(y) > 0.05
+
+
+def test_the_debiased_score_is_clipped_at_zero():
+    torch.manual_seed(1)
+    scores = [CKAReference(torch.randn(8, 20), debiased=True).score(torch.randn(8, 20)) for _ in range(20)]
+    assert all(0 <= score <= 1 for score in scores)
+    x = torch.randn(9, 5)
+    assert CKAReference(x, debiased=True).score(x) == 0
+
+
+def test_too_few_or_different_tokens_are_refused():
+    with pytest.raises(ProbeError, match="on 1 tokens"):
+        linear_cka(torch.ones(1, 3), torch.ones(1, 3))
+    with pytest.raises(ProbeError, match="at least 4"):
+        linear_cka(torch.ones(3, 3), torch.ones(3, 3), debiased=True)
+    with pytest.raises(ProbeError, match="between 5 and 6 tokens"):
+        linear_cka(torch.randn(5, 3), torch.randn(6, 3))
+
+
+@pytest.mark.parametrize(("n", "d"), [(16, 64), (64, 16)])
+def test_the_stated_flops_are_those_counted(n, d):
+    reference = CKAReference(torch.randn(n, d))
+    with FlopCounterMode(display=False) as count:
+        reference.score(torch.randn(n, d))
+    assert count.get_total_flops() <= 1.5 * cka_flops(n, d)
+    assert count.get_total_flops() >= 0.5 * cka_flops(n, d)

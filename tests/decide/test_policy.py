@@ -1,0 +1,120 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adafreeze import ConfigError
+from adafreeze.decide import POLICIES, Situation, choose
+
+
+def chain(*scores, prefix="u"):
+    return {f"{prefix}{index}": score for index, score in enumerate(scores)}
+
+
+def situation(scores, ramp=1.0, **settings):
+    return Situation(0, ramp, scores, settings.pop("chains", (tuple((n,) for n in scores),)), **settings)
+
+
+def test_share_freezes_the_longest_prefix_within_its_part_of_the_score():
+    scores = chain(1, 2, 3, 4)  # total 10
+    assert choose("share", situation(scores, freeze_share=0.3)) == ["u0", "u1"]  # 3 ≤ 3
+    assert choose("share", situation(scores, freeze_share=0.29)) == ["u0"]
+    assert choose("share", situation(scores, freeze_share=0.3, ramp=0.5)) == ["u0"]  # 1 ≤ 1.5 < 3
+    assert choose("share", situation(scores, freeze_share=1.0, ramp=0.0)) == []
+
+
+def test_share_counts_what_is_frozen_already():
+    scores = chain(1, 2, 3, 4)
+    assert choose("share", situation(scores, freeze_share=0.3, frozen=frozenset(["u0"]))) == ["u1"]
+    assert choose("share", situation(scores, freeze_share=0.2, frozen=frozenset(["u0"]))) == []
+
+
+def test_share_stops_at_a_unit_that_cannot_be_judged():
+    assert choose("share", situation(chain(0, math.nan, 0, 9), freeze_share=0.5)) == ["u0"]
+    missing = {"u0": 0.0, "u2": 0.0}
+    chains = ((("u0",), ("u1",), ("u2",)),)
+    assert choose("share", situation(missing, freeze_share=0.5, chains=chains)) == ["u0"]
+
+
+def test_share_gives_each_chain_its_own_part():
+    one, two = chain(1, 9, prefix="a"), chain(100, 900, prefix="b")
+    chains = (tuple((n,) for n in one), tuple((n,) for n in two))
+    assert choose("share", situation({**one, **two}, freeze_share=0.1, chains=chains)) == ["a0", "b0"]
+
+
+def test_blocks_without_units_do_not_interrupt_a_prefix():
+    scores = chain(1, 1, 8)
+    chains = (((), ("u0",), (), ("u1",), ("u2",)),)
+    assert choose("share", situation(scores, freeze_share=0.2, chains=chains)) == ["u0", "u1"]
+
+
+def test_all_zero_scores_leave_the_top_block():
+    assert choose("share", situation(chain(0, 0, 0))) == ["u0", "u1"]
+    assert choose("share", situation(chain(0, 0, 0), min_live_blocks=2)) == ["u0"]
+    assert choose("share", situation(chain(0, 0, 0), min_live_blocks=0)) == ["u0", "u1"]  # nothing else trains
+    with_head = situation(chain(0, 0, 0), min_live_blocks=0, something_else_trains=True)
+    assert choose("share", with_head) == ["u0", "u1", "u2"]
+
+
+def test_threshold_keeps_the_highest_scored_live():
+    scores = chain(0.001, 0.003, 0.002)
+    assert choose("threshold", situation(scores, threshold=0.01)) == ["u0", "u2"]
+    assert choose("threshold", situation(scores, threshold=0.01, min_live_blocks=2)) == ["u0"]
+    assert choose("threshold", situation(scores, threshold=0.01, frozen=frozenset(["u0", "u2"]))) == []
+
+
+def test_bottom_up_goes_by_place_alone():
+    assert choose("bottom_up", situation(chain(9, 9, 0, 0), freeze_share=0.5)) == ["u0", "u1"]
+    assert choose("bottom_up", situation(chain(9, 9, 0, 0), freeze_share=0.5, ramp=0.5)) == ["u0"]
+
+
+def test_sites_of_one_block_count_as_one_live_block():
+    scores = {"a1": 0.0, "a2": 0.0, "b1": 0.0, "b2": 0.0}
+    chains = ((("a1", "a2"), ("b1", "b2")),)
+    assert choose("share", situation(scores, chains=chains)) == ["a1", "a2"]
+
+
+def test_a_policy_of_ones_own_and_a_name_it_made_up():
+    assert choose(lambda s: [n for n in s.scores if s.scores[n] < 2], situation(chain(5, 1, 1))) == ["u1", "u2"]
+    with pytest.raises(ConfigError, match="returned 'nowhere'") as caught:
+        choose(lambda s: ["nowhere"], situation(chain(1, 2)))
+    assert "u0" in str(caught.value)
+
+
+numbers = st.one_of(
+    st.floats(allow_nan=True, allow_infinity=True), st.sampled_from([0.0, -0.0, 0.1, 0.1]), st.floats(0, 1)
+)
+
+
+@given(
+    st.sampled_from(sorted(POLICIES)),
+    st.lists(st.lists(numbers, min_size=1, max_size=8), min_size=1, max_size=24),
+    st.floats(0, 1),
+    st.integers(0, 4),
+    st.booleans(),
+)
+def test_over_any_history_the_frozen_set_only_grows_and_the_guard_holds(policy, history, share, least, head):
+    units = [f"u{index}" for index in range(len(history[0]))]
+    frozen = frozenset()
+    for step, numbers in enumerate(history):
+        scores = dict(zip(units, numbers, strict=False))
+        now = situation(
+            scores,
+            ramp=step / len(history),
+            chains=(tuple((unit,) for unit in units),),
+            freeze_share=share,
+            threshold=share,
+            min_live_blocks=least,
+            something_else_trains=head,
+            frozen=frozen,
+        )
+        names = choose(policy, now)
+        assert not set(names) & frozen and set(names) <= set(units) and len(set(names)) == len(names)
+        frozen |= set(names)
+        live = len(units) - len(frozen)
+        assert live >= min(least, len(units))
+        assert live >= 1 or head
+        if policy in ("share", "bottom_up"):
+            assert frozen == set(units[: len(frozen)]), "a prefix"
+        assert all(math.isfinite(scores.get(name, 0.0)) or policy == "bottom_up" for name in names)

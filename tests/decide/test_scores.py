@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from adafreeze.decide import SCORES, random_score, resolve_score
+
+
+def test_grad_norm_is_the_relative_change_of_the_norm():
+    score = SCORES["grad_norm"]
+    assert score.needs == "gradients" and score.moving_reference
+    assert score.compare(torch.tensor(4.0), torch.tensor(3.0)) == pytest.approx(0.25)
+    assert score.compare(torch.tensor(0.0), torch.tensor(3.0)) == float("inf")
+
+
+def test_weight_change_is_the_mean_absolute_change():
+    assert SCORES["weight_change"].compare(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 0.0])) == pytest.approx(1.5)
+
+
+def test_cka_scores_are_zero_for_what_has_not_moved():
+    x = torch.randn(20, 8)
+    for name in ("cka", "cka_debiased", "local_cka"):
+        score = SCORES[name]
+        assert score.compare(score.prepare(x, True), x) == pytest.approx(0, abs=1e-6)
+        assert score.compare(score.prepare(x, True), torch.randn(20, 8)) > 0.3
+
+
+def test_random_scores_are_fixed_by_name_and_seed():
+    values = [random_score(f"u{i}", seed) for i in range(50) for seed in range(3)]
+    assert len(set(values)) == 150 and all(0 <= v < 1 for v in values)
+    assert values == [random_score(f"u{i}", seed) for i in range(50) for seed in range(3)]
+
+
+def test_a_function_is_a_score_of_outputs():
+    mine = resolve_score(lambda before, after: 0.5)
+    assert mine.needs == "outputs" and mine.compare(mine.prepare(torch.ones(2), True), torch.ones(2)) == 0.5
