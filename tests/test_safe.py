@@ -209,15 +209,17 @@ def test_attention_sinks_do_not_flatten_the_scores_of_a_decoder():
     flat, separated = scores(False), scores(True)
     assert max(flat.values()) < 1e-4
     assert max(separated.values()) > 1e-3
-    assert max(separated.values()) > 3 * min(separated.values())
+    assert max(separated.values()) > 2 * min(separated.values())
 
 
 @pytest.mark.parametrize("score", ["cka", "cka_debiased", "local_cka", "grad_norm", "weight_change", "random"])
 def test_every_score_freezes_something(score):
     model = cases.lora_model("bert")
-    _, safe = train(
-        model, [cases.batch("bert")] * 30, {"score": score, "freeze_share": 0.8}, probe=cases.loader("bert")
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AdafreezeWarning)
+        _, safe = train(
+            model, [cases.batch("bert")] * 30, {"score": score, "freeze_share": 0.8}, probe=cases.loader("bert")
+        )
     assert safe.frozen and len(safe.frozen) < 4
     assert not [event for event in safe.journal.events if event["event"] == "measure_failed"]
 

@@ -23,7 +23,8 @@ __all__ = ["Scorer"]
 
 # More measurements than this change no decision; the budget they leave is the user's.
 MOST_MEASUREMENTS = 24
-LEAST_SAMPLES = 4
+# Fewer samples than this say nothing; a run of a few steps pays more than its share for them.
+LEAST_SAMPLES = 2
 
 
 class Scorer:
@@ -32,10 +33,11 @@ class Scorer:
     :meth:`prepare` fixes how large the probe is and how many measurements the run affords, from counted FLOPs
     alone, so that freeze steps do not depend on the machine's speed::
 
-        cost(S, N) = S·f·(1 + N) + N·Σ_units cka_flops(n(S), d)  ≤  overhead · run FLOPs
+        cost(S, N) = (1 + N)·P(S)·f + N·Σ_units cka_flops(n(S), d) + floor  ≤  overhead · 2·f·R
 
-    with f the counted forward FLOPs of one sample, S the samples of the probe and n(S) its tokens. The run's
-    FLOPs are taken as 2·f a sample: the backward pass of adapter-tuning costs at least its forward pass.
+    with f the forward FLOPs of one token (counted on a few samples), S the samples of the probe, P(S) their
+    tokens with padding, n(S) the tokens looked at, and R the tokens that the run trains on, without padding. The
+    right side is less than the plain run spends: its backward pass costs at least its forward pass.
 
     Args:
         model: as the host calls it.
@@ -83,40 +85,45 @@ class Scorer:
         if self.score.needs not in ("outputs", "local_outputs"):
             self._references = self._parameters_now() if self.score.needs == "weights" else {}
             return min(most, MOST_MEASUREMENTS)
-        head = self.probe.shrunk(CHUNK)
+        probe = self.probe
+        affordable_samples = self.config.overhead * 2 * run_samples
+        head = probe.shrunk(max(LEAST_SAMPLES, min(CHUNK, int(affordable_samples / 20))))
         with CountFlops() as count:
-            together = self._gather(head, adapters=False)
-        per_sample = count.total / head.samples * (2 if self.score.needs == "local_outputs" else 1)
+            together = self._gather(head, adapters=True)
+        self.flops_spent += 2 * count.total  # this pass, and the same samples once more for the floor
+        per_token = count.total / head.padded_tokens
         tokens, features = next(iter(together.values()))[-1].shape if together else (0, 0)
-        budget = self.config.overhead * 2 * run_samples * per_sample
+        forward = per_token / (2 if self.score.needs == "local_outputs" else 1)
+        budget = affordable_samples * forward * probe.real_tokens / probe.samples
 
         def cost(samples: int, measurements: int) -> float:
-            n = int(tokens / head.samples * samples)
-            comparing = cka_flops(n, features) * len(self.units)
-            return (1 + measurements) * samples * per_sample + measurements * comparing + 2 * count.total
+            passing = samples * probe.padded_tokens / probe.samples * per_token
+            comparing = cka_flops(int(tokens / head.samples * samples), features) * len(self.units)
+            return (1 + measurements) * passing + measurements * comparing + 2 * count.total
 
         least = min(self.config.min_measurements, most)
-        samples = self.probe.samples
+        samples = probe.samples
         while samples > LEAST_SAMPLES and cost(samples, least) > budget:
             samples -= 1
-        self.probe = self.probe.shrunk(samples)
+        self.probe = probe.shrunk(samples)
         affordable = least
         while affordable < min(most, MOST_MEASUREMENTS) and cost(samples, affordable + 1) <= budget:
             affordable += 1
-        self.flops_spent += 2 * count.total  # this pass, and once more for the floor
         self._check_memory(int(tokens / head.samples * samples), features)
         self._take_floor(head, together)
         if self.score.needs == "outputs":
-            for name, before in self._gather(self.probe, adapters=False).items():
-                self._references[name] = self.score.prepare(before[-1], self.config.normalize_rows)
-            self.flops_spent += int(samples * per_sample)
+            with CountFlops() as count_before:
+                before = self._gather(self.probe, adapters=False)
+            self.flops_spent += count_before.total
+            for name, tensors in before.items():
+                self._references[name] = self.score.prepare(tensors[-1], self.config.normalize_rows)
         self.flops_per_measurement = int(cost(samples, 1) - cost(samples, 0))
         return affordable
 
     def measure(self, prefix: Mapping[str, int]) -> dict[str, float]:
         """The score of each unit above ``prefix`` now; NaN where an activation is not finite.
 
-        Scores at or below what rounding alone gives (measured on pre-trained passes in other batches) are 0.
+        Scores at or below what rounding alone gives (measured on the same tokens in other batches) are 0.
         """
         needs = self.score.needs
         if needs == "nothing":
@@ -166,7 +173,7 @@ class Scorer:
         return float(self.score.compare(reference, tensors[-1].to(device)))
 
     def _take_floor(self, head: Probe, together: dict[str, list[Tensor]]) -> None:
-        alone = self._gather(head.one_by_one(), adapters=False)
+        alone = self._gather(head.one_by_one(), adapters=True)
         compare: Callable[[Any, Tensor], float] = self.score.compare
         for name, tensors in together.items():
             if len(tensors[-1]) >= 4:  # the debiased estimator needs four tokens
@@ -175,12 +182,13 @@ class Scorer:
                 self.floor[name] = score if math.isfinite(score) else 0.0
 
     def _parameters_now(self) -> dict[str, Tensor]:
+        """Gradient norms or weights of the live units; a frozen one keeps the score it froze with."""
+        live = {name: unit for name, unit in self.units.items() if any(p.requires_grad for p in unit.parameters())}
         if self.score.needs == "gradients":
-            return {name: torch.tensor(total) for name, total in self._gradients.items()}
+            return {name: torch.tensor(self._gradients[name]) for name in live}
         return {
             name: torch.cat([p.detach().float().flatten().cpu() for p in unit.parameters()])
-            for name, unit in self.units.items()
-            if unit.slots
+            for name, unit in live.items()
         }
 
     def _check_memory(self, tokens: int, features: int) -> None:

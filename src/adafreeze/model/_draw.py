@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -49,7 +50,7 @@ def collect(source: Any, tokens: int, seed: int, pad_token_id: int | None) -> It
     for chunk in _chunks(source, seed, pad_token_id):
         yield chunk
         seen_samples += rows_of(chunk)
-        seen_tokens += _tokens_in(chunk)
+        seen_tokens += real_tokens(chunk)
         if seen_samples >= MOST_SAMPLES or (seen_tokens >= tokens and seen_samples >= LEAST_SAMPLES):
             return
 
@@ -73,12 +74,23 @@ def _chunks(source: Any, seed: int, pad_token_id: int | None) -> Iterator[Chunk]
 
 
 def _sample_groups(dataset: Any, seed: int) -> Iterator[list[Any]]:
+    """Groups of CHUNK samples; sorted by length within a window, since padding is computed and not looked at."""
+    samples = _samples(dataset, seed)
+    while window := list(itertools.islice(samples, LEAST_SAMPLES)):
+        window.sort(key=_length)
+        yield from (window[start : start + CHUNK] for start in range(0, len(window), CHUNK))
+
+
+def _length(sample: Any) -> int:
+    ids = sample.get("input_ids") if isinstance(sample, Mapping) else None
+    return len(ids) if ids is not None else 0
+
+
+def _samples(dataset: Any, seed: int) -> Iterator[Any]:
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(dataset), generator=generator)[:MOST_SAMPLES].tolist()
-        for start in range(0, len(order), CHUNK):
-            yield [dataset[index] for index in order[start : start + CHUNK]]
-        return
+        return (dataset[index] for index in order)
     stream = iter(dataset)
     if stream is dataset:
         raise ProbeError(
@@ -86,16 +98,7 @@ def _sample_groups(dataset: Any, seed: int) -> Iterator[list[Any]]:
             cause="It is a one-way stream: what the probe takes, training would miss.",
             fix="Give samples of your own: SafeCallback(probe=[batch, ...]) or Safe(..., probe=[batch, ...])",
         )
-    group = []
-    for count, sample in enumerate(stream):
-        if count >= MOST_SAMPLES:
-            break
-        group.append(sample)
-        if len(group) == CHUNK:
-            yield group
-            group = []
-    if group:
-        yield group
+    return itertools.islice(stream, MOST_SAMPLES)
 
 
 def _checked(batch: Any, pad_token_id: int | None) -> Chunk:
@@ -128,14 +131,20 @@ def _checked(batch: Any, pad_token_id: int | None) -> Chunk:
     return chunk
 
 
-def _tokens_in(chunk: Chunk) -> int:
+def padded_tokens(chunk: Chunk) -> int:
+    """Positions that the model computes for a chunk."""
+    ids = chunk.get("input_ids")
+    # Patches of an image and frames of a sound are counted only by the model; 64 a sample is enough to spread.
+    return ids.numel() if isinstance(ids, Tensor) else 64 * rows_of(chunk)
+
+
+def real_tokens(chunk: Chunk) -> int:
+    """Those of them that are no padding."""
     for name in (REAL_TOKENS, "attention_mask"):
         mask = chunk.get(name)
         if isinstance(mask, Tensor) and mask.ndim == 2:
             return int(mask.sum())
-    ids = chunk.get("input_ids")
-    # Patches of an image and frames of a sound are counted only by the model; 64 a sample is enough to spread.
-    return ids.numel() if isinstance(ids, Tensor) else 64 * rows_of(chunk)
+    return padded_tokens(chunk)
 
 
 def _own_copy(collate: Callable[..., Any]) -> Callable[..., Any]:

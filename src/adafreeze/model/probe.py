@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ProbeError
-from ._draw import REAL_TOKENS, Chunk, collect, rows_of, split
+from ._draw import REAL_TOKENS, Chunk, collect, padded_tokens, real_tokens, rows_of, split
 from .backends.peft import PeftBackend
 from .blocks import Stack, StopForward, device_of, hidden_states, patched_forward, quiet, starting_at
 from .units import Unit
@@ -76,6 +76,16 @@ class Probe:
         return sum(rows_of(chunk) for chunk in self.chunks)
 
     @property
+    def padded_tokens(self) -> int:
+        """Positions that one pass computes."""
+        return sum(map(padded_tokens, self.chunks))
+
+    @property
+    def real_tokens(self) -> int:
+        """Those that are no padding."""
+        return sum(map(real_tokens, self.chunks))
+
+    @property
     def nbytes(self) -> int:
         """Host memory of the recorded boundary states."""
         tensors = [t for states in self._boundaries for value in states.values() for t in _tensors(value)]
@@ -84,23 +94,24 @@ class Probe:
     def first_sample(self, device: torch.device) -> Chunk:
         """One sample as the model takes it."""
         chunk = self.chunks[0]
-        return _model_inputs(_slice(chunk, slice(0, 1), rows_of(chunk)), device)
+        return _model_inputs(_slice(chunk, [0], rows_of(chunk)), device)
 
     def shrunk(self, samples: int) -> Probe:
-        """A probe of the first ``samples`` samples, at least one."""
-        left, kept = max(1, samples), []
+        """A probe of ``samples`` samples, at least one, evenly spaced in this one."""
+        total = self.samples
+        count = min(max(1, samples), total)
+        wanted = {index * total // count for index in range(count)}
+        kept, first = [], 0
         for chunk in self.chunks:
-            rows = rows_of(chunk)
-            if left > 0:
-                kept.append(_slice(chunk, slice(0, left), rows))
-            left -= rows
+            rows = [row for row in range(rows_of(chunk)) if first + row in wanted]
+            if rows:
+                kept.append(_slice(chunk, rows, rows_of(chunk)))
+            first += rows_of(chunk)
         return Probe(kept, self.tokens, self.seed)
 
     def one_by_one(self) -> Probe:
         """The same samples and tokens in chunks of one, to see what rounding alone does."""
-        singles = [
-            _slice(chunk, slice(row, row + 1), rows_of(chunk)) for chunk in self.chunks for row in range(rows_of(chunk))
-        ]
+        singles = [_slice(chunk, [row], rows_of(chunk)) for chunk in self.chunks for row in range(rows_of(chunk))]
         return Probe(singles, self.tokens, self.seed)
 
     def outputs(
@@ -248,7 +259,7 @@ def _real_tokens(chunk: Chunk, shape: tuple[int, ...], decoder: bool) -> Tensor:
     return torch.ones(shape, dtype=torch.bool)
 
 
-def _slice(chunk: Chunk, rows: slice, count: int) -> Chunk:
+def _slice(chunk: Chunk, rows: list[int], count: int) -> Chunk:
     return {
         key: value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
         for key, value in chunk.items()

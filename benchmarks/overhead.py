@@ -1,0 +1,171 @@
+"""What measuring costs: FLOPs of Safe's probe passes against those of the plain run, and that nothing else changes.
+
+    python benchmarks/overhead.py [-o benchmarks/results/overhead.json]
+
+For runs of several lengths on a random BERT of MiniLM's shape (6 × 384) with sentences of Rotten Tomatoes' lengths,
+the measuring really runs and is counted; of the plain run one micro-step of each batch width is counted and
+multiplied. Then a short run is trained with and without Safe (which measures, and freezes nothing), and the losses
+and weights are compared to the last bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+from transformers import BertConfig, BertForSequenceClassification
+
+from adafreeze import Safe, SafeConfig
+from adafreeze.costs import CountFlops
+from adafreeze.env import environment
+
+BATCH = 32
+VOCABULARY = 1000
+# (training samples, epochs): the demo, a full pass over Rotten Tomatoes, a short run, one too short for its probe
+RUNS = [(2500, 6), (8530, 3), (60_000, 3), (500, 3), (200, 1)]
+
+
+def model(layers: int = 6, hidden: int = 384) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        intermediate_size=4 * hidden,
+    )
+    lora = LoraConfig(r=8, target_modules=["query", "key", "value", "intermediate.dense", "output.dense"])
+    return get_peft_model(BertForSequenceClassification(config), lora).train()
+
+
+class Sentences(torch.utils.data.Dataset):
+    """Random tokens; lengths are normal around 27 as Rotten Tomatoes' are (8 to 60)."""
+
+    def __init__(self, count: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.lengths = (27 + 11 * torch.randn(count, generator=generator)).clamp(8, 60).long().tolist()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        ids = torch.randint(1, VOCABULARY, (self.lengths[index],), generator=generator)
+        return {"input_ids": ids, "labels": torch.tensor(index % 2)}
+
+
+def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    ids = torch.nn.utils.rnn.pad_sequence([s["input_ids"] for s in samples], batch_first=True)
+    labels = torch.stack([s["labels"] for s in samples])
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
+
+
+def plain_flops(data: Sentences, epochs: int) -> int:
+    """Batches by length, the least that a plain run can spend: one step of each width counted, and multiplied."""
+    network, total, known = model(), 0, {}
+    order = sorted(range(len(data)), key=data.lengths.__getitem__)
+    for start in range(0, len(order), BATCH):
+        rows = order[start : start + BATCH]
+        shape = (len(rows), max(data.lengths[row] for row in rows))
+        if shape not in known:
+            with CountFlops() as count:
+                network(**collate([data[row] for row in rows])).loss.backward()
+            known[shape] = count.total
+        total += known[shape]
+    return total * epochs
+
+
+def measuring_flops(data: Sentences, epochs: int) -> dict[str, Any]:
+    """Run Safe's measuring, all of it, without the training in between."""
+    loader = DataLoader(data, batch_size=BATCH, shuffle=True, collate_fn=collate)
+    safe = Safe(
+        model(),
+        SafeConfig(dry_run=True),
+        probe=loader,
+        total_steps=len(loader) * epochs,
+        samples_per_step=BATCH,
+    )
+    for _ in range(safe.total_steps):
+        safe.step()
+    events = safe.journal.events
+    failed = [event for event in events if event["event"] == "measure_failed"]
+    if failed:
+        raise SystemExit(failed[0]["error"])
+    probe = next(event for event in events if event["event"] == "probe")
+    return {
+        "steps": safe.total_steps,
+        "measurements": sum(event["event"] == "measure" for event in events),
+        "probe_samples": probe["samples"],
+        "probe_bytes": probe["nbytes"],
+        "flops": safe.flops_spent,
+    }
+
+
+def train(with_safe: bool, steps: int = 12) -> tuple[list[float], list[torch.Tensor]]:
+    """A short plain loop with dropout on, batches drawn by a shuffling loader as it goes."""
+    network = model(layers=2, hidden=48)
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.1)
+    torch.manual_seed(1)
+    loader = DataLoader(Sentences(steps * 4), batch_size=4, shuffle=True, collate_fn=collate)
+    safe = None
+    if with_safe:
+        settings = SafeConfig(dry_run=True)
+        safe = Safe(network, settings, optimizer=optimizer, probe=loader, total_steps=steps)
+    losses = []
+    for batch in loader:
+        loss = network(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if safe is not None:
+            safe.step()
+    return losses, [p.detach() for p in network.parameters() if p.requires_grad]
+
+
+def identical() -> bool:
+    """Whether losses and trained weights are the same to the bit with measuring and without."""
+    (losses, weights), (other_losses, other_weights) = train(True), train(False)
+    return losses == other_losses and all(torch.equal(a, b) for a, b in zip(weights, other_weights, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", default="benchmarks/results/overhead.json")
+    options = parser.parse_args()
+    table = Table(title="FLOPs of measuring")
+    for heading in ("samples × epochs", "steps", "measurements", "probe samples", "TFLOP", "plain TFLOP", "share"):
+        table.add_column(heading, justify="right")
+    rows = []
+    for samples, epochs in RUNS:
+        data = Sentences(samples)
+        row = measuring_flops(data, epochs)
+        row |= {"samples": samples, "epochs": epochs, "plain_flops": plain_flops(data, epochs)}
+        row["share"] = row["flops"] / row["plain_flops"]
+        rows.append(row)
+        table.add_row(
+            f"{samples:,} × {epochs}",
+            f"{row['steps']:,}",
+            str(row["measurements"]),
+            str(row["probe_samples"]),
+            f"{row['flops'] / 1e12:.4f}",
+            f"{row['plain_flops'] / 1e12:.3f}",
+            f"{row['share']:.2%}",
+        )
+    same = identical()
+    Console(width=110).print(table)
+    print(f"Losses and weights with measuring and without: {'identical' if same else 'DIFFERENT'}")
+    output = Path(options.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"runs": rows, "identical": same, "environment": environment()}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
