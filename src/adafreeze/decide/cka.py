@@ -27,7 +27,8 @@ def linear_cka(x: Tensor, y: Tensor, debiased: bool = False) -> float:
 
     Plain: ``‖YᵀX‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F)`` on column-centred X, Y (Kornblith et al. 2019). Debiased: the same ratio
     of unbiased HSIC estimates (Song et al. 2012; Nguyen et al. 2021), which does not rise towards 1 as n falls
-    below the number of features; it can be slightly negative.
+    below the number of features; it can be slightly negative. With n no more than the larger width the work is done
+    on n×n Gram matrices, otherwise on d×d products.
 
     Args:
         x: (n, d1).
@@ -36,7 +37,8 @@ def linear_cka(x: Tensor, y: Tensor, debiased: bool = False) -> float:
 
     Returns:
         1 for equal representations up to rotation and scale. NaN if an entry is not finite. Of a constant
-        representation: 1 with another constant one, 0 with any other.
+        representation: 1 with another constant one, 0 with any other. For the debiased estimate a representation
+        without similarity between different tokens counts as constant: its unbiased HSIC is 0.
 
     Raises:
         ProbeError: different numbers of rows, or fewer than 2 (debiased: 4).
@@ -45,19 +47,24 @@ def linear_cka(x: Tensor, y: Tensor, debiased: bool = False) -> float:
     >>> round(linear_cka(x, 3 * x), 6)
     1.0
     """
+    x, y = (x, y) if x.shape[1] >= y.shape[1] else (y, x)  # symmetric; the wider one says whether n×n is smaller
     return CKAReference(x, debiased, normalize_rows=False).cka(y)
 
 
 def cka_flops(n: int, d: int) -> int:
-    """FLOPs of one comparison with a kept reference: two products, each 2·n·d·min(n, d)."""
-    return 4 * n * d * min(n, d)
+    """FLOPs of one ``.score``: the Gram matrix, 2·n²·d, if n ≤ d; otherwise YᵀY and YᵀX, each 2·n·d².
+
+    >>> cka_flops(10, 20), cka_flops(20, 10)
+    (4000, 8000)
+    """
+    return 2 * n * n * d if n <= d else 4 * n * d * d
 
 
 class CKAReference:
     """One side of a CKA, computed once: the pre-trained representation H(0) never changes.
 
-    Keeps the centred rows in float32 (n·d·4 bytes, host memory), or in float64 where they came so, and their
-    self-alignment.
+    Keeps the smaller of the Gram matrix XXᵀ (n·n) and the centred rows X (n·d), and its self-alignment: in host
+    memory, in float32, or in float64 where H(0) came so.
 
     Args:
         before: (n, d).
@@ -66,6 +73,10 @@ class CKAReference:
 
     Raises:
         ProbeError: fewer than 2 rows (debiased: 4).
+
+    >>> reference = CKAReference(torch.eye(4, 2))
+    >>> reference.nbytes, reference.score(torch.zeros(4, 2))
+    (32, 1.0)
     """
 
     def __init__(self, before: Tensor, debiased: bool = False, normalize_rows: bool = True) -> None:
@@ -78,10 +89,13 @@ class CKAReference:
             )
         self.debiased = debiased
         self.normalize_rows = normalize_rows
+        self._n, width = before.shape
+        self._by_gram = self._n <= width
         kept = torch.float64 if before.dtype == torch.float64 else torch.float32
-        x = self._centred(before)
-        self._self_alignment = self._alignment(x, x)
+        x = self._represent(before)
         self._x = x.to("cpu", kept)
+        # Of what is kept, not of what it was rounded from: then rounding enters 1 − CKA squared.
+        self._self_alignment = self._alignment(self._x.to(x), self._x.to(x))
 
     @property
     def nbytes(self) -> int:
@@ -90,52 +104,68 @@ class CKAReference:
 
     def cka(self, after: Tensor) -> float:
         """CKA with ``after`` (n, any width); see :func:`linear_cka`."""
-        if len(after) != len(self._x):
+        if len(after) != self._n:
             raise ProbeError(
-                f"CKA was asked for between {len(self._x)} and {len(after)} tokens.",
+                f"CKA was asked for between {self._n} and {len(after)} tokens.",
                 cause="Both representations must be of the same tokens, row by row.",
                 fix="Measure both on the same probe.",
             )
-        y = self._centred(after)
-        x = self._x.to(y)
+        y = self._represent(after)
         own = self._alignment(y, y)
         if not (math.isfinite(own) and math.isfinite(self._self_alignment)):
             return math.nan
         if own <= 0 or self._self_alignment <= 0:
             return 1.0 if own <= 0 and self._self_alignment <= 0 else 0.0
-        return self._alignment(x, y) / math.sqrt(own * self._self_alignment)
+        return self._alignment(self._x.to(y), y) / math.sqrt(own * self._self_alignment)
 
     def score(self, after: Tensor) -> float:
         """Importance ``1 − CKA``, between 0 (nothing moved) and 1; NaN where an activation is not finite."""
         cka = self.cka(after)
         return cka if math.isnan(cka) else min(1.0, max(0.0, 1.0 - cka))
 
-    def _centred(self, x: Tensor) -> Tensor:
-        # float64 on the CPU costs little and leaves 1 - CKA exact to 1e-12; accelerators are slow at it.
-        x = x.detach().to(torch.float64 if x.device.type == "cpu" else torch.float32)
+    def _represent(self, x: Tensor) -> Tensor:
+        """Centred rows (n, d), or their Gram matrix (n, n)."""
+        x = x.detach().to(_precision(x.device.type))
         if self.normalize_rows:
             x = unit_rows(x)
-        scale = x.abs().max()
+        # CKA is blind to scale, but sums fourth powers: those of 1e10 are beyond float32.
+        largest = x.abs().max()
+        x = x / torch.where(largest > 0, largest, 1)
         x = x - x.mean(0)
-        # What rounding leaves of a constant representation is nothing.
-        return torch.zeros_like(x) if x.abs().max() <= scale * torch.finfo(x.dtype).eps * 4 else x
+        if x.abs().max() <= 4 * torch.finfo(x.dtype).eps:  # what rounding leaves of a constant is nothing
+            x = torch.zeros_like(x)
+        if not self._by_gram:
+            return x
+        with torch.autocast(x.device.type, enabled=False):
+            return _u_centred(x @ x.T) if self.debiased else x @ x.T
 
     def _alignment(self, x: Tensor, y: Tensor) -> float:
         """‖YᵀX‖²_F = ⟨XXᵀ, YYᵀ⟩, or n(n−3) times its unbiased HSIC."""
-        n = len(x)
-        if n <= max(x.shape[1], y.shape[1]):
-            same = x is y
-            k = x @ x.T
-            m = k if same else y @ y.T
-            inner = (k * m).sum()
-        else:
+        if self._by_gram:
+            return float((x * y).sum())
+        with torch.autocast(x.device.type, enabled=False):
             inner = (y.T @ x).pow(2).sum()
         if not self.debiased:
             return float(inner)
-        # Gram matrices without their diagonals, from features alone: with centred columns the row sums of XXᵀ are
-        # zero, so those of the hollow Gram are minus its diagonal a. (HSIC₁ is invariant to centring.)
-        a, b = x.pow(2).sum(1), y.pow(2).sum(1)
-        products = (a * b).sum()
-        trace = inner - products
-        middle = a.sum() * b.sum() / ((n - 1) * (n - 2))
-        return float(trace + middle - 2 * products / (n - 2))
+        # The Gram matrices without their diagonals a and b, from features alone: centred columns make the row sums
+        # of XXᵀ zero, so those of the hollow matrix are −a. (The unbiased HSIC is invariant to centring.)
+        n, a, b = self._n, x.pow(2).sum(1), y.pow(2).sum(1)
+        products, sums = (a * b).sum(), a.sum() * b.sum() / ((n - 1) * (n - 2))
+        hsic = inner - products + sums - 2 * products / (n - 2)
+        return float(torch.where(hsic.abs() <= 16 * torch.finfo(x.dtype).eps * (inner + sums), 0, hsic))
+
+
+def _precision(device: str) -> torch.dtype:
+    # float64 on the CPU costs little and leaves 1 − CKA exact to 1e-12; accelerators are slow at it, or lack it.
+    return torch.float64 if device == "cpu" else torch.float32
+
+
+def _u_centred(gram: Tensor) -> Tensor:
+    """Székely and Rizzo's U-centring: diagonal and row sums 0, so that n(n−3)·HSIC₁ is ⟨U(XXᵀ), U(YYᵀ)⟩."""
+    n = len(gram)
+    hollow = gram - torch.diag(gram.diag())
+    rows = hollow.sum(1) / (n - 2)
+    u = hollow - rows[:, None] - rows + rows.sum() / (n - 1)
+    u = u - torch.diag(u.diag())
+    nothing = u.abs().max() <= 16 * torch.finfo(u.dtype).eps * gram.abs().max()
+    return torch.where(nothing, torch.zeros_like(u), u)

@@ -20,7 +20,7 @@ class Situation:
     Attributes:
         step: optimizer steps done.
         ramp: 0 at the end of the warm-up, 1 from ``ramp_end`` on (:func:`~adafreeze.decide.schedule.cubic_ramp`).
-        scores: the latest finite score of each unit; one that was never measured is missing.
+        scores: the latest score of each unit; one that was never measured is missing.
         chains: for each independent chain of stacks (a T5 encoder and its decoder are one), for each block from
             bottom to top, the names of its units; ``()`` for a block without any.
         frozen: units frozen so far.
@@ -52,8 +52,8 @@ Policy = Callable[[Situation], Iterable[str]]
 def share(situation: Situation) -> Iterator[str]:
     """The longest prefix of each chain whose scores sum to at most ramp · freeze_share of the chain's total.
 
-    Only a prefix truncates the backward pass, so nothing else is frozen. A unit without a finite score ends the
-    prefix.
+    Only a prefix truncates the backward pass, so nothing else is frozen. A live unit without a finite score ends
+    the prefix; a frozen one counts with its last score, or 0 if it was frozen by hand before any was taken.
     """
     if situation.ramp <= 0:
         return
@@ -62,11 +62,10 @@ def share(situation: Situation) -> Iterator[str]:
         allowed = situation.ramp * situation.freeze_share * total
         spent = 0.0
         for block in chain:
-            scores = [situation.finite_score(name) for name in block]
-            if any(score is None for score in scores):
+            if any(situation.finite_score(name) is None for name in block if name not in situation.frozen):
                 break
-            spent += sum(score for score in scores if score is not None)
-            if spent > allowed:
+            spent += sum(situation.finite_score(name) or 0.0 for name in block)
+            if not spent <= allowed:  # so that NaN, from sums beyond the floats, freezes nothing
                 break
             yield from block
 
@@ -84,7 +83,8 @@ def threshold(situation: Situation) -> Iterator[str]:
 def bottom_up(situation: Situation) -> Iterator[str]:
     """The lowest ⌊ramp · freeze_share · blocks⌋ blocks of each chain, whatever they score."""
     for chain in situation.chains:
-        for block in chain[: int(situation.ramp * situation.freeze_share * len(chain))]:
+        blocks = situation.ramp * situation.freeze_share * len(chain)
+        for block in chain[: int(blocks + 1e-9)]:  # 0.58 · 50 is 28.999999999999996
             yield from block
 
 
@@ -96,12 +96,19 @@ def choose(policy: str | Policy, situation: Situation) -> list[str]:
 
     In every chain ``min_live_blocks`` blocks keep a live unit: of those that would freeze, the upper ones under
     ``share`` and ``bottom_up``, which freeze prefixes; under any other policy the ones with the highest score, the
-    upper of equals. The last live unit of the model never freezes unless something else trains.
+    upper of equals. The last live unit of the model, chosen in the same way, never freezes unless something else
+    trains.
 
     Raises:
         ConfigError: the policy returned a name that is no unit.
+
+    >>> chain = (("bottom",), ("middle",), ("top",))
+    >>> choose("share", Situation(9, 1.0, {"bottom": 0.1, "middle": 0.1, "top": 1.8}, (chain,), freeze_share=0.1))
+    ['bottom', 'middle']
     """
-    wanted = set((policy if callable(policy) else POLICIES[policy])(situation))
+    policy = policy if callable(policy) else POLICIES[policy]
+    by_place = policy in (share, bottom_up)
+    wanted = set(policy(situation))
     order = [name for chain in situation.chains for block in chain for name in block]
     strangers = sorted(map(str, wanted - set(order)))
     if strangers:
@@ -112,9 +119,12 @@ def choose(policy: str | Policy, situation: Situation) -> list[str]:
         )
     wanted -= situation.frozen
     for chain in situation.chains:
-        wanted -= _must_stay(chain, wanted, situation, by_place=policy in ("share", "bottom_up"))
+        wanted -= _must_stay(chain, wanted, situation, by_place)
     if not situation.something_else_trains and wanted and wanted | situation.frozen >= set(order):
-        wanted.discard([name for name in order if name in wanted][-1])
+        last = [name for name in order if name in wanted]
+        wanted.discard(
+            last[-1] if by_place else max(reversed(last), key=lambda name: situation.finite_score(name) or 0.0)
+        )
     return [name for name in order if name in wanted]
 
 
@@ -127,7 +137,8 @@ def _must_stay(chain: tuple[Block, ...], wanted: set[str], situation: Situation,
         return set()
 
     def importance(index: int) -> tuple[float, int]:
-        return (0.0 if by_place else max(situation.finite_score(name) or 0.0 for name in chain[index]), index)
+        names = set(chain[index]) & wanted  # what froze before does not come back, whatever it scored
+        return (0.0 if by_place else max(situation.finite_score(name) or 0.0 for name in names), index)
 
     kept = sorted(doomed, key=importance)[-short:]
     return {name for index in kept for name in chain[index] if name in wanted}

@@ -41,7 +41,10 @@ def _cka(before: Tensor, normalize_rows: bool, debiased: bool = False) -> CKARef
 
 
 def _relative_change(before: Tensor, after: Tensor) -> float:
-    """AutoFreeze (Liu et al. 2021): |‖g‖_before − ‖g‖_now| / ‖g‖_before over the gradients of one interval."""
+    """AutoFreeze (Liu et al. 2021): |‖g‖_before − ‖g‖_now| / ‖g‖_before over the gradients of one interval.
+
+    Infinite, so that nothing is decided by it, where there was no gradient before.
+    """
     return float((before - after).abs() / before.abs()) if float(before) else float("inf")
 
 
@@ -51,12 +54,13 @@ def _mean_absolute_change(before: Tensor, after: Tensor) -> float:
 
 
 def random_score(name: str, seed: int) -> float:
-    """A number in [0, 1) that is fixed for a unit and a seed.
+    """A number between 0 and 1 (exclusive) that is fixed for a unit and a seed.
 
     >>> random_score("layer.0", 0) == random_score("layer.0", 0) != random_score("layer.1", 0)
     True
     """
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest(), "big") / 2**56
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=6).digest()
+    return (int.from_bytes(digest, "big") + 0.5) / 2**48
 
 
 SCORES: dict[str, Score] = {
