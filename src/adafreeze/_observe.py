@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .costs.memory import SavedBytes
-from .model._draw import rows_of
+from .model.draw import rows_of
 
 __all__ = ["Observer"]
 

@@ -16,8 +16,8 @@ from .decide.cka import cka_flops
 from .decide.scores import Score, random_score, resolve_score
 from .errors import ProbeError
 from .model import Probe, Stack, Unit
-from .model._draw import CHUNK
 from .model.backends import PeftBackend
+from .model.draw import CHUNK
 
 __all__ = ["Scorer"]
 

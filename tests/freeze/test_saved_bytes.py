@@ -43,7 +43,7 @@ def checkpointing_reentrant(model):
 
 
 # Under checkpointing a block keeps its input alone, and the head of a model as tiny as this keeps as much as several
-# blocks; no freeze can change that, so there the blocks are counted. Whole: 0.64 (llama), 0.53 (bert).
+# blocks; no freeze can change that, so there the blocks are counted. Whole: 0.64 (llama), 0.40 (bert).
 @pytest.mark.parametrize(
     ("arrange", "count"),
     [

@@ -63,8 +63,9 @@ def cka_flops(n: int, d: int) -> int:
 class CKAReference:
     """One side of a CKA, computed once: the pre-trained representation H(0) never changes.
 
-    Keeps the smaller of the Gram matrix XXᵀ (n·n) and the centred rows X (n·d), and its self-alignment: in host
-    memory, in float32, or in float64 where H(0) came so.
+    Keeps its self-alignment and, in host memory, for n ≤ d the Gram matrix XXᵀ in float32 (float64 where H(0) came
+    so), otherwise H(0) as it came: centring again is cheap next to the products, and rounding what was centred would
+    cost accuracy (float32) or twice the memory (bfloat16).
 
     Args:
         before: (n, d).
@@ -91,16 +92,19 @@ class CKAReference:
         self.normalize_rows = normalize_rows
         self._n, width = before.shape
         self._by_gram = self._n <= width
-        kept = torch.float64 if before.dtype == torch.float64 else torch.float32
-        x = self._represent(before)
-        self._x = x.to("cpu", kept)
+        if self._by_gram:
+            kept = torch.float64 if before.dtype == torch.float64 else torch.float32
+            self._kept = self._represent(before).to("cpu", kept)
+        else:
+            self._kept = before.detach().to("cpu", copy=True)
         # Of what is kept, not of what it was rounded from: then rounding enters 1 − CKA squared.
-        self._self_alignment = self._alignment(self._x.to(x), self._x.to(x))
+        x = self._side(before.device)
+        self._self_alignment = self._alignment(x, x)
 
     @property
     def nbytes(self) -> int:
         """Host memory held, in bytes."""
-        return self._x.nbytes
+        return self._kept.nbytes
 
     def cka(self, after: Tensor) -> float:
         """CKA with ``after`` (n, any width); see :func:`linear_cka`."""
@@ -116,12 +120,16 @@ class CKAReference:
             return math.nan
         if own <= 0 or self._self_alignment <= 0:
             return 1.0 if own <= 0 and self._self_alignment <= 0 else 0.0
-        return self._alignment(self._x.to(y), y) / math.sqrt(own * self._self_alignment)
+        return self._alignment(self._side(y.device), y) / math.sqrt(own * self._self_alignment)
 
     def score(self, after: Tensor) -> float:
         """Importance ``1 − CKA``, between 0 (nothing moved) and 1; NaN where an activation is not finite."""
         cka = self.cka(after)
         return cka if math.isnan(cka) else min(1.0, max(0.0, 1.0 - cka))
+
+    def _side(self, device: torch.device) -> Tensor:
+        kept = self._kept.to(device)
+        return kept.to(_precision(device.type)) if self._by_gram else self._represent(kept)
 
     def _represent(self, x: Tensor) -> Tensor:
         """Centred rows (n, d), or their Gram matrix (n, n)."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ProbeError
-from ._draw import REAL_TOKENS, Chunk, collect, padded_tokens, real_tokens, rows_of, split
 from .backends.peft import PeftBackend
 from .blocks import Stack, StopForward, device_of, hidden_states, patched_forward, quiet, starting_at
+from .draw import REAL_TOKENS, Chunk, collect, padded_tokens, real_tokens, rows_of, split
 from .units import Unit
 
 __all__ = ["Outputs", "Probe", "keep_random_state"]
