@@ -1,4 +1,4 @@
-"""Versions for bug reports: ``python -m adafreeze.env``."""
+"""Versions for bug reports: ``python -m adafreeze.env`` prints them as a table."""
 
 from __future__ import annotations
 
@@ -7,17 +7,29 @@ from importlib import metadata
 
 import torch
 
+from ._version import __version__
+
 __all__ = ["environment"]
 
 _PACKAGES = (
-    "adafreeze", "torch", "transformers", "peft", "accelerate", "datasets", "trl", "lightning", "deepspeed",
+    "torch", "transformers", "peft", "accelerate", "datasets", "trl", "lightning", "deepspeed",
     "bitsandbytes", "adapters", "lmdb", "numpy",
 )  # fmt: skip
 
 
 def environment() -> dict[str, str]:
-    """Versions of Python, of the packages that matter and are installed, and the device; imports none of them."""
-    found = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    """Versions of adafreeze, of Python, of the packages that matter and are installed, and the device.
+
+    Imports none of those packages but torch.
+
+    >>> list(environment())[:4]
+    ['adafreeze', 'python', 'platform', 'torch']
+    """
+    found = {
+        "adafreeze": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+    }
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)
@@ -28,5 +40,6 @@ def environment() -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    print("| what | version |\n|---|---|")
     for name, version in environment().items():
-        print(f"- {name}: {version}")
+        print(f"| {name} | {version} |")

@@ -112,7 +112,7 @@ class Safe:
             units=list(self.units),
             environment=environment(),
         )
-        self.prefix.update()
+        # Even where no adapter stands at the bottom of the stack: until something freezes, the run is as it was.
         if self.config.freeze:
             self._freeze(list(self.config.freeze), by="hand")
 

@@ -37,6 +37,17 @@ def test_share_stops_at_a_unit_that_cannot_be_judged():
     assert choose("share", situation(missing, freeze_share=0.5, chains=chains)) == ["u0"]
 
 
+def test_share_goes_on_above_a_block_frozen_by_hand_before_it_was_measured():
+    # u0 is in the prefix from the start, so no measurement ever scores it; total 10, u1 = 1 ≤ 1.5 < u1 + u2 = 3
+    chains = (tuple((name,) for name in ("u0", "u1", "u2", "u3")),)
+    scores = {"u1": 1.0, "u2": 2.0, "u3": 7.0}
+    assert choose("share", situation(scores, chains=chains, frozen=frozenset(["u0"]))) == ["u1"]
+
+
+def test_share_freezes_nothing_by_sums_beyond_the_floats():
+    assert choose("share", situation(chain(1e308, 1e308, 1e308), freeze_share=0.0)) == []
+
+
 def test_share_gives_each_chain_its_own_part():
     one, two = chain(1, 9, prefix="a"), chain(100, 900, prefix="b")
     chains = (tuple((n,) for n in one), tuple((n,) for n in two))
@@ -64,9 +75,29 @@ def test_threshold_keeps_the_highest_scored_live():
     assert choose("threshold", situation(scores, threshold=0.01, frozen=frozenset(["u0", "u2"]))) == []
 
 
+def test_the_last_live_unit_is_the_highest_scored_except_above_a_prefix():
+    scores = chain(0.001, 0.003, 0.002)
+    assert choose("threshold", situation(scores, min_live_blocks=0)) == ["u0", "u2"]
+    assert choose(POLICIES["threshold"], situation(scores, min_live_blocks=0)) == ["u0", "u2"]
+    assert choose("threshold", situation(scores, min_live_blocks=0, something_else_trains=True)) == ["u0", "u1", "u2"]
+    for policy in ("share", POLICIES["share"]):  # by name or as the function: trimmed from the top
+        assert choose(policy, situation(scores, freeze_share=1.0, min_live_blocks=0)) == ["u0", "u1"]
+        assert choose(policy, situation(scores, freeze_share=1.0, min_live_blocks=2)) == ["u0"]
+    equals = situation(chain(0.001, 0.001, 0.001), min_live_blocks=0)
+    assert choose("threshold", equals) == ["u0", "u1"]
+
+
+def test_what_froze_before_does_not_speak_for_its_block():
+    # Block 0 holds a1 (frozen, 0.9) and a2 (0.001); block 1 holds b1 (0.002): b1 is worth more than a2.
+    scores = {"a1": 0.9, "a2": 0.001, "b1": 0.002}
+    now = situation(scores, chains=((("a1", "a2"), ("b1",)),), frozen=frozenset(["a1"]))
+    assert choose("threshold", now) == ["a2"]
+
+
 def test_bottom_up_goes_by_place_alone():
     assert choose("bottom_up", situation(chain(9, 9, 0, 0), freeze_share=0.5)) == ["u0", "u1"]
     assert choose("bottom_up", situation(chain(9, 9, 0, 0), freeze_share=0.5, ramp=0.5)) == ["u0"]
+    assert len(choose("bottom_up", situation(chain(*range(50)), freeze_share=0.58))) == 29  # 28.999… in floats
 
 
 def test_sites_of_one_block_count_as_one_live_block():
@@ -118,3 +149,39 @@ def test_over_any_history_the_frozen_set_only_grows_and_the_guard_holds(policy, 
         if policy in ("share", "bottom_up"):
             assert frozen == set(units[: len(frozen)]), "a prefix"
         assert all(math.isfinite(scores.get(name, 0.0)) or policy == "bottom_up" for name in names)
+
+
+def sites(chain_sizes):
+    """Names by chain, block and site: blocks hold 0, 1 or 2 units."""
+    return tuple(
+        tuple(tuple(f"{c}.{b}.{s}" for s in range(size)) for b, size in enumerate(sizes))
+        for c, sizes in enumerate(chain_sizes)
+    )
+
+
+@given(
+    st.sampled_from([*sorted(POLICIES), "greedy"]),
+    st.lists(st.lists(st.integers(0, 2), max_size=5), min_size=1, max_size=3),
+    st.data(),
+    st.integers(0, 3),
+    st.booleans(),
+)
+def test_the_guard_holds_over_several_chains_of_sites_and_empty_blocks(policy, chain_sizes, data, least, head):
+    chains = sites(chain_sizes)
+    order = [name for blocks in chains for block in blocks for name in block]
+    scores = {name: data.draw(numbers) for name in order if data.draw(st.booleans())}
+    frozen = frozenset(name for name in order if data.draw(st.integers(0, 3)) == 0)
+    now = situation(
+        scores, chains=chains, frozen=frozen, min_live_blocks=least, something_else_trains=head, freeze_share=1.0
+    )
+    names = choose((lambda s: order) if policy == "greedy" else policy, now)
+    assert names == [name for name in order if name in set(names)], "bottom to top, once"
+    assert not set(names) & frozen
+    gone = frozen | set(names)
+
+    def live(blocks, without):
+        return sum(any(name not in without for name in block) for block in blocks)
+
+    for blocks in chains:
+        assert live(blocks, gone) >= min(least, live(blocks, frozen))
+    assert head or not names or set(order) - gone

@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -50,7 +51,7 @@ def test_settling_takes_up_its_state():
     one.update({"a": 1.0}, frozenset("a"))
     one.update({"a": 1.0}, frozenset("a"))
     two = Settling(2, 0.1)
-    two.load_state_dict(one.state_dict())
+    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
     assert two.update({"a": 1.0}, frozenset("a"))
 
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -9,6 +11,25 @@ def test_grad_norm_is_the_relative_change_of_the_norm():
     assert score.needs == "gradients" and score.moving_reference
     assert score.compare(torch.tensor(4.0), torch.tensor(3.0)) == pytest.approx(0.25)
     assert score.compare(torch.tensor(0.0), torch.tensor(3.0)) == float("inf")
+
+
+def test_grad_norm_of_a_unit_that_had_no_gradient_decides_nothing():
+    for now in (0.0, 1.0, math.nan):
+        assert not math.isfinite(SCORES["grad_norm"].compare(torch.zeros(1), torch.tensor([now])))
+
+
+def test_every_score_says_what_it_needs_under_its_own_name():
+    needs = {name: score.needs for name, score in SCORES.items()}
+    assert needs == {
+        "cka": "outputs",
+        "cka_debiased": "outputs",
+        "local_cka": "local_outputs",
+        "grad_norm": "gradients",
+        "weight_change": "weights",
+        "random": "nothing",
+    }
+    assert all(resolve_score(name) is score and score.name == name for name, score in SCORES.items())
+    assert {name for name, score in SCORES.items() if score.moving_reference} == {"grad_norm", "weight_change"}
 
 
 def test_weight_change_is_the_mean_absolute_change():
@@ -25,7 +46,7 @@ def test_cka_scores_are_zero_for_what_has_not_moved():
 
 def test_random_scores_are_fixed_by_name_and_seed():
     values = [random_score(f"u{i}", seed) for i in range(50) for seed in range(3)]
-    assert len(set(values)) == 150 and all(0 <= v < 1 for v in values)
+    assert len(set(values)) == 150 and all(0 < v < 1 for v in values)
     assert values == [random_score(f"u{i}", seed) for i in range(50) for seed in range(3)]
 
 

@@ -185,3 +185,30 @@ def test_sft_trainer(tmp_path):
     assert any("safe/frozen_prefix" in entry for entry in trainer.state.log_history)
     trainer.save_model(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_two_of_them_are_refused(tmp_path):
+    trainer = Trainer(
+        model=cases.lora_model("bert"),
+        args=arguments(tmp_path),
+        train_dataset=cases.Samples("bert", 8),
+        data_collator=cases.collate,
+        callbacks=[SafeCallback(), SafeCallback()],
+    )
+    with pytest.raises(RunError, match="has 2 SafeCallbacks"):
+        trainer.train()
+
+
+def test_adapters_on_the_top_blocks_alone_leave_the_run_as_it_was_until_a_freeze(tmp_path):
+    def run_top(callbacks):
+        trainer = Trainer(
+            model=cases.lora_model("bert", layers_to_transform=[3]),  # dropout on, in the blocks below too
+            args=arguments(tmp_path),
+            train_dataset=cases.Samples("bert", 32),
+            data_collator=cases.collate,
+            callbacks=callbacks,
+        )
+        trainer.train()
+        return losses(trainer)
+
+    assert run_top([SafeCallback()]) == run_top([])

@@ -72,6 +72,13 @@ class SafeCallback(TrainerCallback, ExportableState):
         # A checkpoint of a run without this callback knows nothing of it, and the next save would fail on that.
         known: Any = state.stateful_callbacks
         entry = known.setdefault(type(self).__name__, self.state())
+        if isinstance(entry, list):
+            self.safe.close()
+            raise RunError(
+                f"This Trainer has {len(entry)} {type(self).__name__}s.",
+                cause="Each would freeze the same adapters by scores of its own.",
+                fix="Pass one: callbacks=[SafeCallback()]",
+            )
         saved = entry.get("attributes", {}).get("saved")
         if saved is not None and state.global_step > 0:
             self.safe.load_state_dict(saved)
