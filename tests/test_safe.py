@@ -422,3 +422,15 @@ def test_two_towers_each_have_a_prefix_of_their_own():
     safe._freeze(["one.encoder.layer.0", "two.encoder.layer.0", "two.encoder.layer.1"], by="hand")
     assert safe.prefixes == {"one.encoder.layer": 1, "two.encoder.layer": 2}
     model(**cases.batch("bert")).backward()
+
+
+def test_what_rounding_alone_gives_counts_as_zero():
+    def floors(dtype):
+        model = cases.lora_model("bert", dropout=0.0).to(dtype)
+        _, safe = train(model, [cases.batch("bert")] * 20, {"dry_run": True}, probe=cases.loader("bert"), lr=1e-9)
+        return safe._scorer.floor, safe.scores
+
+    rounded, scores = floors(torch.bfloat16)
+    exact, _ = floors(torch.float32)
+    assert max(rounded.values()) > 1e-7 > max(exact.values()) >= 0
+    assert all(score == 0 or score > rounded[name] for name, score in scores.items())

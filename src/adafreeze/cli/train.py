@@ -186,19 +186,18 @@ def _make_trainer(
     if arguments.safe is not None:
         from ..integrations.transformers import SafeCallback
 
-        # The path, not our Journal: it closes what it was given when training ends, before the evaluation.
-        safe_callback = SafeCallback(arguments.safe, journal=journal.path)
+        safe_callback = SafeCallback(arguments.safe, journal=journal)
         callbacks.append(safe_callback)
     callbacks.append(JournalCallback(journal))  # behind SafeCallback, which adds to what is logged
     meter = None
     if arguments.run.count_costs:
         from ..costs.meter import Meter
 
-        def frozen() -> frozenset[str]:
+        def state() -> Any:
             safe = getattr(safe_callback, "safe", None)
-            return safe.frozen if safe is not None else frozenset()
+            return safe.state_key if safe is not None else ()
 
-        meter = Meter(model, state_key=frozen)
+        meter = Meter(model, state_key=state)
     training = arguments.training
     if training.label_names is None:
         training.label_names = ["labels"]  # Trainer cannot read them off a PeftModel, and then evaluates no metric
@@ -233,9 +232,7 @@ def _train(trainer: Any, checkpoint: str | None) -> dict[str, Any]:
         metrics.update({f"train_{name}": value for name, value in trainer.meter.summary().items()})
     safe = getattr(trainer.safe_callback, "safe", None)
     if safe is not None:
-        # From its last word: closing released the units, so safe.frozen is empty by now.
-        closed = [event for event in safe.journal.events if event["event"] == "close"]
-        metrics["frozen_units"] = len(closed[-1]["frozen"]) if closed else len(safe.frozen)
+        metrics["frozen_units"] = len(safe.frozen)
         metrics["score_flops"] = safe.flops_spent
     trainer.save_model()
     trainer.log_metrics("train", metrics)
