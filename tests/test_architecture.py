@@ -57,14 +57,13 @@ def imports(tree: ast.AST, path: Path, top_only: bool = False):
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             base += node.module.split(".") if node.module else []
-            found = [[*base, alias.name] for alias in node.names] if base == ["adafreeze"] else [base]
+            found = [base]
+            if base == ["adafreeze"]:  # a part, or a name of the contents page, which drags in all that it imports
+                found = [[*base, alias.name if alias.name in LEVEL else "__init__"] for alias in node.names]
         else:
             continue
         for root, *inner in found:
-            # A name of the contents page, such as adafreeze.Safe, drags in all that the page imports.
-            known = inner and (inner[0] in LEVEL or len(inner) > 1 or isinstance(node, ast.ImportFrom) and node.module)
-            part = (inner[0] if known else "__init__") if root == "adafreeze" else None
-            yield root, part
+            yield root, ([*inner, "__init__"][0] if root == "adafreeze" else None)
 
 
 def is_contents(node: ast.stmt) -> bool:

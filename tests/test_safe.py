@@ -201,15 +201,15 @@ def plant_a_sink(model):
 def test_attention_sinks_do_not_flatten_the_scores_of_a_decoder():
     def scores(normalize_rows):
         model = plant_a_sink(cases.lora_model("llama"))
-        _, safe = train(
-            model, [cases.batch("llama")] * 10, {"normalize_rows": normalize_rows, "dry_run": True}, total_steps=30
-        )
+        settings = {"normalize_rows": normalize_rows, "dry_run": True, "overhead": 1.0}  # a probe of many tokens
+        _, safe = train(model, [cases.batch("llama")] * 10, settings, total_steps=30)
         return safe.scores
 
     flat, separated = scores(False), scores(True)
+    print(flat, separated)
     assert max(flat.values()) < 1e-4
-    assert max(separated.values()) > 1e-3
-    assert max(separated.values()) > 2 * min(separated.values())
+    assert min(separated.values()) > 1e-2
+    assert max(separated.values()) > 1.5 * min(separated.values())
 
 
 @pytest.mark.parametrize("score", ["cka", "cka_debiased", "local_cka", "grad_norm", "weight_change", "random"])
@@ -424,13 +424,17 @@ def test_two_towers_each_have_a_prefix_of_their_own():
     model(**cases.batch("bert")).backward()
 
 
-def test_what_rounding_alone_gives_counts_as_zero():
-    def floors(dtype):
-        model = cases.lora_model("bert", dropout=0.0).to(dtype)
-        _, safe = train(model, [cases.batch("bert")] * 20, {"dry_run": True}, probe=cases.loader("bert"), lr=1e-9)
-        return safe._scorer.floor, safe.scores
-
-    rounded, scores = floors(torch.bfloat16)
-    exact, _ = floors(torch.float32)
-    assert max(rounded.values()) > 1e-7 > max(exact.values()) >= 0
-    assert all(score == 0 or score > rounded[name] for name, score in scores.items())
+def test_what_the_batch_alone_changes_counts_as_zero():
+    """In low precision kernels round otherwise in other batches; here a hook does so, visibly."""
+    model = cases.lora_model("bert", dropout=0.0)
+    torch.manual_seed(1)
+    noise = 0.05 * torch.randn(8, 1, 32)
+    embeddings = model.base_model.model.bert.embeddings
+    embeddings.register_forward_hook(lambda _m, _i, o: o if len(o) == 1 else o + noise[: len(o)])
+    _, safe = train(model, [cases.batch("bert")] * 20, {"dry_run": True}, probe=cases.loader("bert"), lr=1e-4)
+    assert min(safe._scorer.floor.values()) > 1e-6
+    assert set(safe.scores.values()) == {0.0}
+    quiet = cases.lora_model("bert", dropout=0.0)
+    _, safe = train(quiet, [cases.batch("bert")] * 20, {"dry_run": True}, probe=cases.loader("bert"), lr=1e-4)
+    assert max(safe._scorer.floor.values()) < 1e-9
+    assert min(safe.scores.values()) > 0

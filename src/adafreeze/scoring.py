@@ -87,7 +87,7 @@ class Scorer:
             return min(most, MOST_MEASUREMENTS)
         probe = self.probe
         affordable_samples = self.config.overhead * 2 * run_samples
-        head = probe.shrunk(max(LEAST_SAMPLES, min(CHUNK, int(affordable_samples / 20))))
+        head = probe.head(max(LEAST_SAMPLES, min(CHUNK, int(affordable_samples / 20))))
         with CountFlops() as count:
             together = self._gather(head, adapters=True)
         self.flops_spent += 2 * count.total  # this pass, and the same samples once more for the floor
@@ -96,9 +96,12 @@ class Scorer:
         forward = per_token / (2 if self.score.needs == "local_outputs" else 1)
         budget = affordable_samples * forward * probe.real_tokens / probe.samples
 
+        def looked_at(samples: int) -> int:
+            return min(probe.tokens, int(tokens / head.samples * samples))
+
         def cost(samples: int, measurements: int) -> float:
             passing = samples * probe.padded_tokens / probe.samples * per_token
-            comparing = cka_flops(int(tokens / head.samples * samples), features) * len(self.units)
+            comparing = cka_flops(looked_at(samples), features) * len(self.units)
             return (1 + measurements) * passing + measurements * comparing + 2 * count.total
 
         least = min(self.config.min_measurements, most)
@@ -109,7 +112,7 @@ class Scorer:
         affordable = least
         while affordable < min(most, MOST_MEASUREMENTS) and cost(samples, affordable + 1) <= budget:
             affordable += 1
-        self._check_memory(int(tokens / head.samples * samples), features)
+        self._check_memory(looked_at(samples), features)
         self._take_floor(head, together)
         if self.score.needs == "outputs":
             with CountFlops() as count_before:

@@ -132,3 +132,9 @@ def test_shrinking_keeps_evenly_spaced_samples():
     assert small.samples == 10 and probe.samples == 64
     assert small.real_tokens == pytest.approx(probe.real_tokens * 10 / 64, rel=0.15)
     assert probe.shrunk(0).samples == 1 and probe.shrunk(1000).samples == 64
+
+
+def test_the_head_is_one_batch():
+    probe = Probe.draw(cases.loader("bert"), tokens=10**6)
+    assert len(probe.head(5).chunks) == 1 and probe.head(5).samples == 5
+    assert len(probe.head(5).one_by_one().chunks) == 5

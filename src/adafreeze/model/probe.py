@@ -109,6 +109,12 @@ class Probe:
             first += rows_of(chunk)
         return Probe(kept, self.tokens, self.seed)
 
+    def head(self, samples: int) -> Probe:
+        """Up to ``samples`` samples of the middle chunk, of middling length, in one batch."""
+        chunk = self.chunks[len(self.chunks) // 2]
+        rows = list(range(min(max(1, samples), rows_of(chunk))))
+        return Probe([_slice(chunk, rows, rows_of(chunk))], self.tokens, self.seed)
+
     def one_by_one(self) -> Probe:
         """The same samples and tokens in chunks of one, to see what rounding alone does."""
         singles = [_slice(chunk, [row], rows_of(chunk)) for chunk in self.chunks for row in range(rows_of(chunk))]
