@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -191,3 +193,34 @@ def test_a_frozen_adapter_is_saved_with_the_others(train, trained, bert, csv_fil
     batch = AutoTokenizer.from_pretrained(folder)(["a bad plot"], return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(loaded(**batch).logits, trained[0].eval()(**batch).logits, rtol=0, atol=0)
+
+
+def test_method_none_is_to_the_byte_a_script_without_adafreeze(train, bert, csv_file, tmp_path):
+    folder = train("text-classification", bert, csv_file, "--count_costs", "true", "--learning_rate", "0.1")
+    script = f"""
+import sys
+import pandas as pd
+from datasets import Dataset
+from peft import PeftConfig, get_peft_model
+from transformers import (AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer,
+                          TrainingArguments, set_seed)
+set_seed(42)
+model = AutoModelForSequenceClassification.from_pretrained({bert!r}, num_labels=2)
+config = PeftConfig.from_pretrained({str(folder)!r})
+config.inference_mode = False
+model = get_peft_model(model, config)
+tokenizer = AutoTokenizer.from_pretrained({bert!r})
+rows = pd.read_csv({csv_file!r})
+names = sorted(rows.label.unique())
+encoded = tokenizer(rows.text.tolist(), truncation=True, max_length=64)
+data = Dataset.from_dict({{**encoded, "labels": [names.index(label) for label in rows.label]}})
+args = TrainingArguments({str(tmp_path / "plain")!r}, max_steps=2, per_device_train_batch_size=2, learning_rate=0.1,
+                         use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no")
+trainer = Trainer(model=model, args=args, train_dataset=data, data_collator=DataCollatorWithPadding(tokenizer))
+trainer.train()
+trainer.save_model()
+assert not [name for name in sys.modules if name.startswith("adafreeze")]
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "plain" / weights).read_bytes() == (folder / weights).read_bytes()
