@@ -13,13 +13,13 @@ from ._observe import Observer
 from .config import SafeConfig
 from .decide.policy import Situation, choose
 from .decide.schedule import Settling, cubic_ramp, measurement_steps
-from .env import environment
 from .errors import AdafreezeError, ConfigError, ProbeError, RunError, warn
 from .freeze import Freezer, Prefix
 from .journal import Journal
-from .model import Flow, Probe, find_stacks, find_units
+from .model import Probe, find_stacks, find_units
 from .model.backends import PeftBackend
 from .model.blocks import unwrap
+from .model.flow import chains_of
 from .model.probe import keep_random_state
 from .model.units import warn_of_other_trainables
 from .preflight import check_run, check_units, flows_of
@@ -74,6 +74,8 @@ class Safe:
         samples_per_step: int | None = None,
         journal: Journal | str | os.PathLike[str] | None = None,
     ) -> None:
+        from .env import environment  # here, or `python -m adafreeze.env` finds itself imported already
+
         self.config = config or SafeConfig()
         check_run(model, optimizer, total_steps)
         self.model = unwrap(model)
@@ -92,7 +94,7 @@ class Safe:
         self.freezer = Freezer(self.units, self.backend, optimizer)
         flows = flows_of(self.model, self.stacks, self.units, self._probe)
         self.prefix = Prefix(self.model, self.stacks, flows)
-        self._chains = _chains(flows)
+        self._chains = chains_of(flows)
         self._scorer: Scorer | None = None
         self._plan: tuple[int, ...] | None = None
         self._settling = Settling(self.config.settle_patience, self.config.settle_tolerance)
@@ -395,15 +397,3 @@ class Safe:
         if key not in self._warned:
             self._warned.add(key)
             warn(fact, cause=cause, fix=fix, stacklevel=4)
-
-
-def _chains(flows: Mapping[str, Flow]) -> list[list[str]]:
-    """Stacks in data-flow order, those that read each other in one chain."""
-    chains: list[list[str]] = []
-    for path, flow in flows.items():
-        chain = next((chain for chain in chains if set(chain) & set(flow.reads)), None)
-        if chain is None:
-            chains.append([path])
-        else:
-            chain.append(path)
-    return chains

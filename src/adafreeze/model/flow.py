@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from .blocks import Stack, StopForward, patched_forward, quiet
 
-__all__ = ["Flow", "trace_flow"]
+__all__ = ["Flow", "chains_of", "trace_flow"]
 
 
 @dataclass
@@ -110,3 +110,15 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _tensors(item)
+
+
+def chains_of(flows: Mapping[str, Flow]) -> list[list[str]]:
+    """Stacks in data-flow order, those that read each other in one chain."""
+    chains: list[list[str]] = []
+    for path, flow in flows.items():
+        chain = next((chain for chain in chains if set(chain) & set(flow.reads)), None)
+        if chain is None:
+            chains.append([path])
+        else:
+            chain.append(path)
+    return chains
