@@ -182,10 +182,12 @@ def test_a_decoder_has_no_prefix_while_its_encoder_trains():
 def test_a_causal_lm_whose_every_adapter_scores_zero_keeps_its_last_unit():
     model = cases.lora_model("llama")
     for min_live_blocks in (0, 1):
-        _, safe = train(
-            model, [cases.batch("llama")] * 20, {"score": lambda *_: 0.0, "min_live_blocks": min_live_blocks}
-        )
+        settings = {"score": lambda *_: 0.0, "min_live_blocks": min_live_blocks}
+        _, safe = train(model, [cases.batch("llama")] * 20, {**settings, "policy": "threshold"})
         assert set(safe.units) - safe.frozen == {list(safe.units)[-1]}
+        safe.close()
+        _, safe = train(model, [cases.batch("llama")] * 20, settings)
+        assert not safe.frozen, "by shares of nothing, nothing is judged"
         safe.close()
 
 

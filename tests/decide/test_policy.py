@@ -32,7 +32,7 @@ def test_share_counts_what_is_frozen_already():
 
 def test_share_stops_at_a_unit_that_cannot_be_judged():
     assert choose("share", situation(chain(0, math.nan, 0, 9), freeze_share=0.5)) == ["u0"]
-    missing = {"u0": 0.0, "u2": 0.0}
+    missing = {"u0": 0.0, "u2": 9.0}
     chains = ((("u0",), ("u1",), ("u2",)),)
     assert choose("share", situation(missing, freeze_share=0.5, chains=chains)) == ["u0"]
 
@@ -60,12 +60,20 @@ def test_blocks_without_units_do_not_interrupt_a_prefix():
     assert choose("share", situation(scores, freeze_share=0.2, chains=chains)) == ["u0", "u1"]
 
 
-def test_all_zero_scores_leave_the_top_block():
-    assert choose("share", situation(chain(0, 0, 0))) == ["u0", "u1"]
-    assert choose("share", situation(chain(0, 0, 0), min_live_blocks=2)) == ["u0"]
-    assert choose("share", situation(chain(0, 0, 0), min_live_blocks=0)) == ["u0", "u1"]  # nothing else trains
-    with_head = situation(chain(0, 0, 0), min_live_blocks=0, something_else_trains=True)
+def test_where_nothing_has_moved_share_freezes_nothing():
+    assert choose("share", situation(chain(0, 0, 0))) == []
+    assert choose("share", situation(chain(0, 0, 1), freeze_share=0.0)) == []
+
+
+def test_what_must_stay_live_stays():
+    everything = {"freeze_share": 1.0}
+    assert choose("share", situation(chain(9, 1, 1), **everything)) == ["u0", "u1"]
+    assert choose("share", situation(chain(9, 1, 1), min_live_blocks=2, **everything)) == ["u0"]
+    assert choose("share", situation(chain(9, 1, 1), min_live_blocks=0, **everything)) == ["u0", "u1"]
+    with_head = situation(chain(9, 1, 1), min_live_blocks=0, something_else_trains=True, **everything)
     assert choose("share", with_head) == ["u0", "u1", "u2"]
+    assert choose("threshold", situation(chain(0, 0, 0))) == ["u0", "u1"]
+    assert choose("threshold", situation(chain(0, 0, 0), min_live_blocks=0)) == ["u0", "u1"]  # nothing else trains
 
 
 def test_threshold_keeps_the_highest_scored_live():
@@ -101,9 +109,9 @@ def test_bottom_up_goes_by_place_alone():
 
 
 def test_sites_of_one_block_count_as_one_live_block():
-    scores = {"a1": 0.0, "a2": 0.0, "b1": 0.0, "b2": 0.0}
+    scores = {"a1": 1.0, "a2": 1.0, "b1": 1.0, "b2": 1.0}
     chains = ((("a1", "a2"), ("b1", "b2")),)
-    assert choose("share", situation(scores, chains=chains)) == ["a1", "a2"]
+    assert choose("share", situation(scores, chains=chains, freeze_share=1.0)) == ["a1", "a2"]
 
 
 def test_a_policy_of_ones_own_and_a_name_it_made_up():

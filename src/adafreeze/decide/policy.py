@@ -52,6 +52,8 @@ Policy = Callable[[Situation], Iterable[str]]
 def share(situation: Situation) -> Iterator[str]:
     """The longest prefix of each chain whose scores sum to at most ramp · freeze_share of the chain's total.
 
+    Where every score is 0, nothing has moved yet that could be judged by, and nothing freezes.
+
     Only a prefix truncates the backward pass, so nothing else is frozen. A live unit without a finite score ends
     the prefix; a frozen one counts with its last score, or 0 if it was frozen by hand before any was taken.
     """
@@ -60,6 +62,8 @@ def share(situation: Situation) -> Iterator[str]:
     for chain in situation.chains:
         total = sum(situation.finite_score(name) or 0.0 for block in chain for name in block)
         allowed = situation.ramp * situation.freeze_share * total
+        if allowed <= 0:
+            continue
         spent = 0.0
         for block in chain:
             if any(situation.finite_score(name) is None for name in block if name not in situation.frozen):
