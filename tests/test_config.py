@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -24,6 +25,22 @@ from adafreeze import ConfigError, SafeConfig
         ({"probe_tokens": 1}, r"SafeConfig.probe_tokens is 1"),
         ({"min_measurements": 0}, r"SafeConfig.min_measurements is 0"),
         ({"settle_patience": 0}, r"SafeConfig.settle_patience is 0"),
+        ({"settle_tolerance": math.inf}, r"SafeConfig.settle_tolerance is inf"),
+        ({"warmup": None}, r"SafeConfig.warmup is None"),
+        ({"warmup": -0.1}, r"SafeConfig.warmup is -0.1"),
+        ({"ramp_end": 1.5}, r"SafeConfig.ramp_end is 1.5"),
+        ({"overhead": math.nan}, r"SafeConfig.overhead is nan"),
+        ({"policy": ["share"]}, r"SafeConfig.policy is \['share'\]"),
+        ({"score": None}, r"SafeConfig.score is None"),
+        ({"granularity": max}, r"SafeConfig.granularity is <built-in"),
+        ({"min_live_blocks": True}, r"SafeConfig.min_live_blocks is True"),
+        ({"dry_run": "no"}, r"SafeConfig.dry_run is 'no'"),
+        ({"normalize_rows": None}, r"SafeConfig.normalize_rows is None"),
+        ({"seed": -1}, r"SafeConfig.seed is -1"),
+        ({"seed": "0"}, r"SafeConfig.seed is '0'"),
+        ({"freeze": "bert.encoder.layer.0"}, r"SafeConfig.freeze is 'bert.encoder.layer.0'"),
+        ({"freeze": [1, 2]}, r"SafeConfig.freeze is \[1, 2\]"),
+        ({"freeze": None}, r"SafeConfig.freeze is None"),
     ],
 )
 def test_bad_values_are_named_with_their_range_and_a_fix(settings, message):
@@ -45,3 +62,34 @@ def test_plain_values_round_trip_and_functions_by_name():
     assert SafeConfig.from_dict(config.to_dict()) == config
     assert SafeConfig(score=max).to_dict()["score"] == "max"
     assert SafeConfig.paper(threshold=0.002) == SafeConfig(policy="threshold", threshold=0.002)
+
+
+def test_the_fix_is_a_line_that_works():
+    for settings in (
+        {"score": "ckaa"},
+        {"policy": 3},
+        {"granularity": "layer"},
+        {"freeze_share": math.nan},
+        {"threshold": 7},
+        {"warmup": 0.9, "ramp_end": 0.3},
+        {"min_measurements": 0},
+        {"min_live_blocks": -1},
+        {"seed": 1.5},
+        {"dry_run": 2},
+        {"freeze": "bert.encoder.layer.0"},
+    ):
+        with pytest.raises(ConfigError) as caught:
+            SafeConfig(**settings)
+        assert isinstance(eval(caught.value.fix, {"SafeConfig": SafeConfig}), SafeConfig)
+
+
+def test_a_config_does_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SafeConfig().freeze_share = 0.5
+    assert SafeConfig(freeze=["a", "b"]).freeze == ("a", "b")
+    assert SafeConfig(freeze=(name for name in "ab")).freeze == ("a", "b")
+
+
+def test_the_ends_of_each_range_are_allowed():
+    SafeConfig(freeze_share=0, threshold=0, warmup=0, ramp_end=0, settle_tolerance=0, overhead=0, min_live_blocks=0)
+    SafeConfig(freeze_share=1, threshold=1, warmup=1, ramp_end=1, settle_tolerance=1, overhead=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ class SafeConfig:
     policy: str | Callable[..., Any] = "share"
     score: str | Callable[..., Any] = "cka"
     granularity: str = "block"
-    freeze_share: float = 0.15
+    freeze_share: float = 0.10
     threshold: float = 0.01
     warmup: float = 0.1
     ramp_end: float = 0.3
@@ -76,7 +76,7 @@ class SafeConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "freeze", tuple(self.freeze))
+        object.__setattr__(self, "freeze", _names("freeze", self.freeze))
         _one_of("policy", self.policy, POLICIES)
         _one_of("score", self.score, SCORES)
         _one_of("granularity", self.granularity, ("block", "site"))
@@ -86,11 +86,19 @@ class SafeConfig:
         _within("ramp_end", self.ramp_end, 0, 1)
         _within("settle_tolerance", self.settle_tolerance, 0, 1)
         _within("overhead", self.overhead, 0, 1)
+        for name in ("normalize_rows", "dry_run"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(
+                    f"SafeConfig.{name} is {getattr(self, name)!r}.",
+                    cause="It must be True or False.",
+                    fix=f"SafeConfig({name}={getattr(type(self), name)})",
+                )
         for name, least in (
             ("settle_patience", 1),
             ("min_live_blocks", 0),
             ("probe_tokens", 2),
             ("min_measurements", 1),
+            ("seed", 0),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -134,12 +142,24 @@ class SafeConfig:
 
 
 def _one_of(name: str, value: Any, known: Any) -> None:
-    if callable(value) or (isinstance(value, str) and value in known):
+    if (callable(value) and name != "granularity") or (isinstance(value, str) and value in known):
         return
     raise ConfigError(
         f"SafeConfig.{name} is {value!r}.",
         cause=f"It must be one of {', '.join(sorted(known))}" + ("." if name == "granularity" else ", or a function."),
         fix=f'SafeConfig({name}="{getattr(SafeConfig, name)}")',
+    )
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, Iterable) and not isinstance(value, str):  # which is iterable too, letter by letter
+        names = tuple(value)
+        if all(isinstance(one, str) for one in names):
+            return names
+    raise ConfigError(
+        f"SafeConfig.{name} is {value!r}.",
+        cause="It must be a list of unit names.",
+        fix=f"SafeConfig({name}=[{value if isinstance(value, str) else '...'!r}])",
     )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from .errors import RunError
+from .errors import RunError, warn
 
 __all__ = ["FORMAT_VERSION", "Journal", "read_journal"]
 
@@ -22,10 +24,12 @@ class Journal:
     Every line has ``event`` (str) and, where the event belongs to one, ``step`` (int, optimizer steps done).
     The first line of a file is ``{"event": "journal", "version": 1}``. Numbers that JSON cannot hold (NaN, inf)
     are written as strings, so that every line is valid JSON. Each line is flushed when written: after a crash
-    at most the last line is incomplete.
+    at most the last line is incomplete, and whoever continues the file ends that line first.
+
+    A disk that fills up while the run goes on gives a warning, and later events stay in memory.
 
     Raises:
-        RunError: the file cannot be written.
+        RunError: the file cannot be written when it is opened.
 
     >>> journal = Journal()
     >>> journal.write("freeze", step=12, units=["encoder.layer.0"])
@@ -36,42 +40,69 @@ class Journal:
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self.path = Path(path) if path is not None else None
         self.events: list[dict[str, Any]] = []
-        self._file = None
+        self._file: FileIO | None = None
         if self.path is not None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("a", encoding="utf-8")
+                # Unbuffered, so that what a full disk refused is not tried again when the file is closed.
+                self._file = self.path.open("ab", buffering=0)
+                if _is_cut_off(self.path):
+                    self._file.write(b"\n")
+                if self._file.tell() == 0:
+                    self._append({"event": "journal", "version": FORMAT_VERSION})
             except OSError as error:
+                self.close()
                 raise RunError(
                     f"The journal {self.path} cannot be written ({error.strerror}).",
                     cause="The folder is missing or read-only, or the disk is full.",
                     fix="Give a path in a folder that you can write to.",
                 ) from error
-        if self._file is None or self._file.tell() == 0:
-            self.write("journal", version=FORMAT_VERSION)
+        else:
+            self._append({"event": "journal", "version": FORMAT_VERSION})
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event."""
-        line = {"event": event, **{key: _plain(value) for key, value in fields.items()}}
-        self.events.append(line)
-        if self._file is not None:
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-            self._file.flush()
+        try:
+            self._append({"event": event, **{key: _plain(value) for key, value in fields.items()}})
+        except OSError as error:  # must not end somebody's run
+            self.close()
+            warn(
+                f"The journal {self.path} ends before the event {event!r} ({error.strerror}).",
+                cause="The disk is full, or the folder is gone.",
+                fix="Free some space before the next run. Training goes on; later events are not written down.",
+            )
 
     def close(self) -> None:
         """Close the file; later writes stay in memory."""
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):  # of network file systems, which find out only now
+                file.close()
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self.events.append(line)
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            text = (json.dumps(line, allow_nan=False) + "\n").encode()
+            while text:  # an unbuffered write may take a part
+                text = text[self._file.write(text) :]
+
+
+def _is_cut_off(path: Path) -> bool:
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def read_journal(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Yield the events of a journal file; an incomplete last line (a killed run) is left out."""
-    with Path(path).open(encoding="utf-8") as file:
+    """Yield the events of a journal file; lines that a killed run left incomplete are left out."""
+    with Path(path).open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            if not line.endswith("\n"):
-                return
-            yield json.loads(line)
+            with contextlib.suppress(json.JSONDecodeError):
+                event = json.loads(line)
+                if isinstance(event, dict):
+                    yield event
 
 
 def _plain(value: Any) -> Any:

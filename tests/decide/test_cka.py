@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from adafreeze import ProbeError
-from adafreeze.decide import CKAReference, cka_flops, linear_cka
+from adafreeze.decide import CKAReference, cka_flops, linear_cka, unit_rows
 from adafreeze.decide._cka_naive import naive_cka, naive_debiased_cka
 
 SHAPES = [(8, 30, 30), (30, 8, 8), (20, 20, 20), (12, 40, 5), (50, 5, 40)]
@@ -161,3 +161,47 @@ def test_autocast_does_not_lower_the_precision(monkeypatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = linear_cka(x, y)
     assert inside == linear_cka(x, y)
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_on_either_side_at_every_shape(shape, debiased, bad):
+    x, y = pair(*shape)
+    broken = x.clone()
+    broken[-1, -1] = bad
+    assert math.isnan(linear_cka(broken, y, debiased)) and math.isnan(linear_cka(y, broken, debiased))
+    constant = torch.ones(shape[0], 3, dtype=torch.float64)
+    assert math.isnan(linear_cka(broken, constant, debiased)), "not 0: nothing is known of it"
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_symmetric_and_blind_to_the_rotation_and_scale_of_each_side_and_the_order_of_tokens(shape, debiased):
+    n, d1, d2 = shape
+    x, y = pair(*shape, rank=3)
+    cka = linear_cka(x, y, debiased)
+    of_x, of_y = (torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q for d in (d1, d2))
+    order = torch.randperm(n)
+    assert linear_cka(y, x, debiased) == pytest.approx(cka, abs=1e-9)
+    assert linear_cka(1e-3 * x @ of_x - 1, 1e3 * y @ of_y, debiased) == pytest.approx(cka, abs=1e-9)
+    assert linear_cka(x[order], y[order], debiased) == pytest.approx(cka, abs=1e-9)
+    assert debiased or 0 <= cka <= 1
+
+
+def test_features_that_are_constant_beside_others_change_nothing():
+    x, y = pair(30, 8, 8)
+    wide = torch.cat([x, torch.full((30, 2), 7.0, dtype=torch.float64)], 1)
+    assert linear_cka(wide, y) == pytest.approx(naive_cka(x, y), abs=1e-9)
+
+
+def test_plain_cka_rises_towards_one_as_tokens_run_out_and_the_debiased_does_not():
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 200), torch.randn(16, 200)  # unrelated
+    assert linear_cka(x, y) > 0.8
+    assert abs(linear_cka(x, y, debiased=True)) < 0.1
+
+
+def test_rows_have_unit_length_and_zero_rows_stay():
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [-5e6, 0.0]])
+    assert torch.equal(unit_rows(x), torch.tensor([[0.6, 0.8], [0.0, 0.0], [-1.0, 0.0]]))

@@ -121,6 +121,62 @@ def test_a_policy_of_ones_own_and_a_name_it_made_up():
     assert "u0" in str(caught.value)
 
 
+@pytest.mark.parametrize("answer", [None, "u0", 3, [None], [["u0"]], [0]])
+def test_a_policy_that_returns_no_names_is_told_what_it_returned(answer):
+    def mine(situation):
+        return answer
+
+    shown = answer[0] if isinstance(answer, list) else answer
+    with pytest.raises(ConfigError) as caught:
+        choose(mine, situation(chain(1, 2)))
+    assert caught.value.fact == f"The policy 'mine' returned {shown!r}."
+
+
+def test_a_policy_may_return_any_iterable_in_any_order_with_repeats():
+    for answer in (["u1", "u0", "u1"], {"u1", "u0"}, iter(["u0", "u1"]), {"u1": 1, "u0": 2}, ()):
+        expected = ["u0", "u1"] if answer != () else []
+        assert choose(lambda s, answer=answer: answer, situation(chain(1, 1, 1))) == expected
+
+
+def test_scores_that_are_zero_missing_or_not_numbers_at_either_end_of_the_ramp():
+    every = ("share", "threshold", "bottom_up")
+    zeros, nothing = chain(0.0, -0.0, 0.0), dict.fromkeys(chain(1, 1, 1), math.nan)
+    three = ((("u0",), ("u1",), ("u2",)),)
+    for scores in (zeros, nothing, {}):
+        assert [choose(policy, situation(scores, ramp=0.0, chains=three, freeze_share=1)) for policy in every] == [
+            []
+        ] * 3
+    # At the end of the ramp: share has nothing to judge by, threshold freezes what did not move (but one), bottom_up
+    # does not look.
+    assert [choose(policy, situation(zeros, freeze_share=0.5)) for policy in every] == [[], ["u0", "u1"], ["u0"]]
+    for scores in (nothing, {}):
+        chosen = [choose(policy, situation(scores, chains=three, freeze_share=0.5)) for policy in every]
+        assert chosen == [[], [], ["u0"]]
+
+
+def test_infinity_never_freezes_and_never_lends_its_size_to_the_total():
+    # 1 ≤ 0.15 · 10 if the infinite score is left out of the total; were it counted, everything below would freeze
+    assert choose("share", situation(chain(1, 4, 5, math.inf), freeze_share=0.15)) == ["u0"]
+    assert choose("share", situation(chain(-math.inf, 0, 9), freeze_share=0.5)) == []
+    assert choose("threshold", situation(chain(-math.inf, 1, 1))) == []
+
+
+def test_each_chain_is_guarded_by_itself():
+    one, two = chain(0, 0, prefix="a"), chain(0, 9, prefix="b")
+    chains = (tuple((n,) for n in one), tuple((n,) for n in two))
+    now = situation({**one, **two}, chains=chains)
+    assert choose("threshold", now) == ["a0", "b0"]  # a1 is the last of its chain, b1 scores above
+    head = situation({**one, **two}, chains=chains, min_live_blocks=0)
+    assert choose("threshold", head) == ["a0", "a1", "b0"]  # b1 trains: a may go as a whole
+    assert choose("share", situation({**one, **two}, chains=chains, freeze_share=0.1)) == ["b0"]  # a: total 0
+
+
+def test_empty_chains_and_chains_without_units():
+    for chains in ((), ((),), (((), ()),)):
+        for policy in POLICIES:
+            assert choose(policy, situation({}, chains=chains, freeze_share=1.0)) == []
+
+
 numbers = st.one_of(
     st.floats(allow_nan=True, allow_infinity=True), st.sampled_from([0.0, -0.0, 0.1, 0.1]), st.floats(0, 1)
 )
@@ -193,3 +249,33 @@ def test_the_guard_holds_over_several_chains_of_sites_and_empty_blocks(policy, c
     for blocks in chains:
         assert live(blocks, gone) >= min(least, live(blocks, frozen))
     assert head or not names or set(order) - gone
+
+
+@given(
+    st.sampled_from(["share", "bottom_up"]),
+    st.lists(st.lists(st.integers(0, 2), max_size=5), min_size=1, max_size=3),
+    st.data(),
+    st.floats(0, 1),
+    st.integers(0, 3),
+    st.booleans(),
+)
+def test_what_was_a_prefix_of_each_chain_stays_one(policy, chain_sizes, data, freeze_share, least, head):
+    chains = sites(chain_sizes)
+    frozen = set()
+    for blocks in chains:
+        frozen |= {name for block in blocks[: data.draw(st.integers(0, len(blocks)))] for name in block}
+    scores = {name: data.draw(numbers) for blocks in chains for block in blocks for name in block}
+    settings = {"min_live_blocks": least, "something_else_trains": head, "freeze_share": freeze_share}
+    names = choose(policy, situation(scores, chains=chains, frozen=frozenset(frozen), **settings))
+    gone = frozen | set(names)
+    for blocks in chains:
+        units = [name for block in blocks for name in block]
+        assert gone & set(units) == set(units[: len(gone & set(units))])
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=8), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_a_later_ramp_never_freezes_less(scores, freeze_share, a, b):
+    for policy in POLICIES:
+        settings = {"freeze_share": freeze_share, "threshold": freeze_share}
+        early, late = (set(choose(policy, situation(chain(*scores), ramp=ramp, **settings))) for ramp in sorted((a, b)))
+        assert early <= late

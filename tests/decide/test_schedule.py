@@ -5,7 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cases
+from adafreeze import Safe, SafeConfig
 from adafreeze.decide import Settling, Situation, choose, cubic_ramp, measurement_steps
+from adafreeze.scoring import Scorer
 
 
 def test_the_published_threshold_and_the_step_at_which_each_unit_freezes():
@@ -69,3 +72,84 @@ def test_the_ramp_rises_from_zero_to_one(a, b, step):
     now, later = cubic_ramp(step, start, end), cubic_ramp(step + 1, start, end)
     assert 0 <= now <= later <= 1
     assert cubic_ramp(end, start, end) == 1
+
+
+def freeze_steps(monkeypatch, scripted, measurements=30, **settings):
+    """Run the real loop over 100 steps without training. Returns (t_w, {block: step at which it froze})."""
+    monkeypatch.setattr(Scorer, "prepare", lambda self, run_samples, most: min(most, measurements))
+    monkeypatch.setattr(Scorer, "measure", lambda self, prefix: dict(zip(self.units, scripted(), strict=True)))
+    model = cases.lora_model("llama", blocks=len(scripted()))
+    safe = Safe(model, SafeConfig(warmup=0.1, ramp_end=0.3, **settings), probe=cases.loader("llama"), total_steps=100)
+    frozen_at = {int(name.split(".")[-1]): safe.steps for _ in range(100) for name in safe.step()}
+    return safe.warmup_end, frozen_at
+
+
+def test_the_loop_freezes_by_the_threshold_at_the_hand_computed_steps(monkeypatch):
+    # Measured at every step up to t_f = 0.3 · 100 = 30. Scores stand still: the first measurement has none before it,
+    # the 2nd is calm once, the 3rd twice, so t_w = 3. From there τ(t) = 0.02·(1 − (1 − (t − 3)/27)³):
+    #   block 0, 0.001:  τ(3) = 0,  τ(4) = 0.02·(1 − (26/27)³) = 0.02·2107/19683 = 0.00214          -> 4
+    #   block 1, 0.014:  τ(11) = 0.02·(1 − (19/27)³) = 0.02·12824/19683 = 0.01303,
+    #                    τ(12) = 0.02·(1 − (2/3)³) = 0.02·19/27 = 0.01407                           -> 12
+    #   block 3, 0.0175: τ = 0.0175 where 1 − (t − 3)/27 = 0.5, at t = 16.5                         -> 17
+    #   block 2, 0.02:   τ(30) = 0.02 is not above it                                               -> never
+    scores = [0.001, 0.014, 0.02, 0.0175]
+    t_w, steps = freeze_steps(monkeypatch, lambda: scores, policy="threshold", threshold=0.02)
+    assert (t_w, steps) == (3, {0: 4, 1: 12, 3: 17})
+
+
+def test_the_loop_freezes_by_share_at_the_hand_computed_steps(monkeypatch):
+    # Scores 1, 2, 3, 14 sum to 20; 0.3 of it is 6. Blocks 0, 0–1, 0–2 sum to 1, 3, 6: ramp ≥ 1/6, 1/2, 1. t_w = 3:
+    #   ramp(4) = 2107/19683 = 0.107,  ramp(5) = 1 − (25/27)³ = 4058/19683 = 0.206                  -> 5
+    #   ramp(8) = 1 − (22/27)³ = 9035/19683 = 0.459,  ramp(9) = 1 − (21/27)³ = 10422/19683 = 0.529  -> 9
+    #   ramp(30) = 1                                                                                -> 30
+    t_w, steps = freeze_steps(monkeypatch, lambda: [1.0, 2.0, 3.0, 14.0], freeze_share=0.3)
+    assert (t_w, steps) == (3, {0: 5, 1: 9, 2: 30})
+
+
+def test_scores_that_never_settle_end_the_warm_up_at_its_limit(monkeypatch):
+    # The top block's score grows by half each time, so t_w = 0.1 · 100 = 10. τ(11) = 0.02·(1 − 0.95³) = 0.00285.
+    growing = [1.0]
+
+    def scripted():
+        growing[0] *= 1.5
+        return [0.001, growing[0]]
+
+    t_w, steps = freeze_steps(monkeypatch, scripted, policy="threshold", threshold=0.02)
+    assert (t_w, steps) == (10, {0: 11})
+
+
+def test_between_measurements_nothing_freezes_and_the_ramp_goes_on(monkeypatch):
+    # Six measurements: 5, 10, 15, 20, 25, 30. They would settle at 15, after the limit, so t_w = 10 at step 10.
+    #   τ(15) = 0.02·(1 − 0.75³) = 0.0115625   τ(20) = 0.0175   τ(25) = 0.0196875   τ(30) = 0.02
+    t_w, steps = freeze_steps(
+        monkeypatch, lambda: [0.012, 0.0001, 0.0196, 0.0198], measurements=6, policy="threshold", threshold=0.02
+    )
+    assert (t_w, steps) == (10, {1: 15, 0: 20, 2: 25})  # block 3, below τ at 30, is the last live one
+    # One patient measurement less, and the warm-up has the same end: 10 is the limit as well.
+    t_w, _ = freeze_steps(
+        monkeypatch, lambda: [0.012, 0.5], measurements=6, policy="threshold", threshold=0.02, settle_patience=1
+    )
+    assert t_w == 10
+    # Two measurements: 15, 30. The limit passed unseen at 10, from where the ramp counts.
+    t_w, steps = freeze_steps(monkeypatch, lambda: [0.011, 0.5], measurements=2, policy="threshold", threshold=0.02)
+    assert (t_w, steps) == (10, {0: 15})
+
+
+scores_of_three = st.lists(st.one_of(st.floats(), st.sampled_from([0.0, -0.0, 1.0, 1.0])), min_size=3, max_size=3)
+
+
+@given(st.lists(scores_of_three, min_size=1, max_size=12), st.integers(1, 4), st.floats(0, 1))
+def test_settling_takes_patience_and_numbers_that_can_be_judged(history, patience, tolerance):
+    settling = Settling(patience, tolerance)
+    calm = 0
+    for index, scores in enumerate(history):
+        settled = settling.update(dict(zip("abc", scores, strict=True)), frozenset())
+        before = history[index - 1] if index else scores
+        usable = index > 0 and all(map(math.isfinite, scores)) and max(scores) > 0
+        largest = max(scores)
+        calm = (
+            calm + 1
+            if usable and all(abs(a - b) <= tolerance * largest for a, b in zip(scores, before, strict=True))
+            else 0
+        )
+        assert settled == (calm >= patience)

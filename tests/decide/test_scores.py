@@ -53,3 +53,31 @@ def test_random_scores_are_fixed_by_name_and_seed():
 def test_a_function_is_a_score_of_outputs():
     mine = resolve_score(lambda before, after: 0.5)
     assert mine.needs == "outputs" and mine.compare(mine.prepare(torch.ones(2), True), torch.ones(2)) == 0.5
+
+
+def test_a_reference_is_prepared_once_and_compared_with_any_number_of_later_states():
+    torch.manual_seed(0)
+    before, step = torch.randn(40, 8), torch.randn(40, 8)
+    for name in ("cka", "cka_debiased", "local_cka"):
+        score = SCORES[name]
+        reference = score.prepare(before, False)
+        far, near, none = (score.compare(reference, before + size * step) for size in (0.5, 0.1, 0.0))
+        assert far > near > none >= 0
+        assert score.compare(score.prepare(before, False), before + 0.1 * step) == near
+
+
+def test_whether_rows_are_normalised_reaches_the_score():
+    torch.manual_seed(0)
+    before, after = torch.randn(64, 8), torch.randn(64, 8)
+    before[0] = after[0] = 1e4
+    for name in ("cka", "local_cka"):
+        plain, rows = (SCORES[name].compare(SCORES[name].prepare(before, n), after) for n in (False, True))
+        assert plain < 1e-4 < 0.3 < rows
+
+
+def test_changes_of_nothing_and_of_what_is_not_finite():
+    still = torch.tensor([1.0, -2.0])
+    assert SCORES["weight_change"].compare(still, still) == 0
+    assert math.isnan(SCORES["weight_change"].compare(still, torch.tensor([math.nan, 0.0])))
+    assert SCORES["grad_norm"].compare(torch.tensor(2.0), torch.tensor(2.0)) == 0
+    assert math.isnan(SCORES["grad_norm"].compare(torch.tensor(2.0), torch.tensor(math.nan)))

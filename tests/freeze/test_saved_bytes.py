@@ -68,6 +68,52 @@ def test_half_the_blocks_frozen_is_about_half_the_bytes(family, arrange, count):
     assert count(model, family) == plain
 
 
+def saved_by_part(model, family):
+    """Bytes before the bottom block, in each block, and above the top one."""
+    blocks = next(module for module in model.modules() if isinstance(module, ModuleList))
+    totals = [0]
+    with SavedBytes(model) as count:
+        handles = [blocks[0].register_forward_pre_hook(lambda *_: totals.append(count.total))]
+        handles += [block.register_forward_hook(lambda *_: totals.append(count.total)) for block in blocks]
+        model(**cases.batch(family, rows=8, length=24))
+    for handle in handles:
+        handle.remove()
+    parts = [after - before for before, after in zip(totals, [*totals[1:], count.total], strict=True)]
+    return parts[0], parts[1:-1], parts[-1]
+
+
+@pytest.mark.parametrize("arrange", [as_it_is, forced_twice, checkpointing, checkpointing_reentrant])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_frozen_block_of_the_prefix_keeps_nothing_and_the_others_what_they_kept(family, arrange):
+    model = cases.lora_model(family, blocks=8)
+    arrange(model)
+    _, plain, head = saved_by_part(model, family)
+    lower = [f"{'model.layers' if family == 'llama' else 'bert.encoder.layer'}.{index}" for index in range(4)]
+    Safe(model, SafeConfig(freeze=lower), probe=cases.loader(family), total_steps=10)
+    below, half, head_then = saved_by_part(model, family)
+    one_input = 8 * 24 * 32 * 4  # tokens × features, float32
+    assert below == 0 and half[:4] == [0, 0, 0, 0] and head_then == head
+    assert half[5:] == plain[5:] and plain[4] - one_input <= half[4] <= plain[4]  # its input needs no gradient
+    if "checkpointing" in arrange.__name__:
+        assert plain == [one_input] * 8 and half[4:] == [one_input] * 4
+    # Whatever made the embeddings require grad, the bytes are those of the run that never had it.
+    if arrange is forced_twice:
+        untouched = cases.lora_model(family, blocks=8)
+        Safe(untouched, SafeConfig(freeze=lower), probe=cases.loader(family), total_steps=10)
+        assert saved(model, family) == saved(untouched, family)
+
+
+@pytest.mark.parametrize("arrange", [checkpointing, checkpointing_reentrant])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_with_as_many_blocks_as_real_models_have_the_head_no_longer_hides_it(family, arrange):
+    model = cases.lora_model(family, blocks=32)
+    arrange(model)
+    plain = saved(model, family)
+    lower = [f"{'model.layers' if family == 'llama' else 'bert.encoder.layer'}.{index}" for index in range(16)]
+    Safe(model, SafeConfig(freeze=lower), probe=cases.loader(family), total_steps=10)
+    assert saved(model, family) <= 0.55 * plain
+
+
 @pytest.mark.parametrize("family", cases.FAMILIES)
 def test_bytes_fall_with_every_block_of_the_prefix(family):
     model = cases.lora_model(family, blocks=4)

@@ -21,9 +21,10 @@ class SavedBytes:
         saved.total
 
     Each storage counts once, by its whole size: a saved view keeps its base alive. Parameters and buffers of
-    ``model`` do not count, they are there anyway. What activation checkpointing recomputes is not saved, and
-    does not count. Storages are kept alive until the block ends, so that none is counted twice under a reused
-    address; a graph that is dropped within the block is therefore counted too. Blocks may be nested.
+    ``model`` do not count, they are there anyway. What activation checkpointing recomputes within the backward
+    pass is not saved, and does not count. Storages are kept alive until the block ends, so that none is counted
+    twice under a reused address; a graph that is dropped within the block is therefore counted too. Blocks may be
+    nested.
 
     Args:
         model: whose parameters and buffers are left out.
@@ -51,6 +52,8 @@ class SavedBytes:
 
     @staticmethod
     def _pack(tensor: Tensor) -> Tensor:
+        if torch._C._current_graph_task_id() != -1:
+            return tensor  # within a backward pass: reentrant checkpointing recomputes under these hooks
         # A sparse COO tensor has no storage of its own, but two dense parts that have.
         parts = (tensor._indices(), tensor._values()) if tensor.layout == torch.sparse_coo else (tensor,)
         for counter in _counting:

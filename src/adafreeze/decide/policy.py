@@ -35,7 +35,7 @@ class Situation:
     scores: Mapping[str, float]
     chains: tuple[tuple[Block, ...], ...]
     frozen: frozenset[str] = frozenset()
-    freeze_share: float = 0.15
+    freeze_share: float = 0.10
     threshold: float = 0.01
     min_live_blocks: int = 1
     something_else_trains: bool = False
@@ -104,7 +104,7 @@ def choose(policy: str | Policy, situation: Situation) -> list[str]:
     trains.
 
     Raises:
-        ConfigError: the policy returned a name that is no unit.
+        ConfigError: the policy returned a name that is no unit, or no names at all.
 
     >>> chain = (("bottom",), ("middle",), ("top",))
     >>> choose("share", Situation(9, 1.0, {"bottom": 0.1, "middle": 0.1, "top": 1.8}, (chain,), freeze_share=0.1))
@@ -112,16 +112,24 @@ def choose(policy: str | Policy, situation: Situation) -> list[str]:
     """
     policy = policy if callable(policy) else POLICIES[policy]
     by_place = policy in (share, bottom_up)
-    wanted = set(policy(situation))
+    returned = policy(situation)
+    name = getattr(policy, "__name__", policy)
+    if isinstance(returned, str) or not isinstance(returned, Iterable):
+        raise ConfigError(
+            f"The policy {name!r} returned {returned!r}.",
+            cause="It must return the names of the units to freeze: a list, or any other iterable of strings.",
+            fix="return [...]  # names taken from situation.chains; [] for none",
+        )
+    answer = list(returned)
     order = [name for chain in situation.chains for block in chain for name in block]
-    strangers = sorted(map(str, wanted - set(order)))
+    strangers = [one for one in answer if one not in order]
     if strangers:
         raise ConfigError(
-            f"The policy {getattr(policy, '__name__', policy)!r} returned {strangers[0]!r}.",
+            f"The policy {name!r} returned {strangers[0]!r}.",
             cause=f"That is no unit of this model; its units are {', '.join(order[:3])}, ...",
             fix="Return names taken from situation.chains.",
         )
-    wanted -= situation.frozen
+    wanted = set(answer) - situation.frozen
     for chain in situation.chains:
         wanted -= _must_stay(chain, wanted, situation, by_place)
     if not situation.something_else_trains and wanted and wanted | situation.frozen >= set(order):
