@@ -77,7 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     live = safe.blocks - (safe.freezes[-1][1] if safe.freezes else 0)
     top = runs.train(f"top {live}", blocks=live)
     _print_table(plain, safe, top, len(test))
-    results = {"settings": vars(options), "environment": environment(), "arms": [asdict(arm) for arm in (plain, safe, top)]}
+    results = {
+        "settings": vars(options),
+        "environment": environment(),
+        "arms": [asdict(arm) for arm in (plain, safe, top)],
+    }
     results["theory"] = dict(zip(("saved_bytes_ratio", "flops_ratio"), safe.theory, strict=True))
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"Journal: {output / 'safe' / 'journal.jsonl'}\nNumbers: {output / 'results.json'}")
