@@ -13,7 +13,7 @@ FLOORS = [
     ["__init__", "cli"],
     ["integrations"],
     ["safe"],
-    ["preflight", "scoring", "_observe"],
+    ["preflight", "scoring", "caching", "_guard", "_observe"],
     ["freeze", "config", "tasks"],
     ["costs", "model"],
     ["decide"],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +46,16 @@ class SafeConfig:
             sinks of decoders) cannot drown all others.
         min_measurements: measurements between the start and ``ramp_end``, at least.
         overhead: the share of the run's FLOPs that measuring may cost.
+        cache: where the outputs of the frozen prefix are kept, so that a sample that comes again starts above it:
+            ``"auto"`` (default) in memory, then on disk if ``cache_dir`` is given, and nowhere if it cannot pay;
+            ``"ram"``, ``"disk"``, or ``"off"``.
+        cache_budget: the most that the cache holds in memory, and the most that it holds on disk: bytes, or a text
+            such as ``"4GiB"``. Of memory it never takes more than half of what is free.
+        cache_dir: folder of the disk tier; of this machine, since a network file system is no place for it. For
+            ``cache="disk"`` the default is ``adafreeze`` in the user's cache folder.
+        cache_dtype: ``"bfloat16"`` keeps cached outputs in half the bytes, rounded; None as the blocks give them.
+        prefix_dropout: keep the model's dropout in the frozen prefix. Its outputs are then random, and the cache is
+            off.
         dry_run: log what would freeze, freeze nothing.
         freeze: unit names to freeze by hand, at once.
         seed: of the probe's own random generator; the run's random state is never advanced.
@@ -71,6 +83,11 @@ class SafeConfig:
     normalize_rows: bool = True
     min_measurements: int = 6
     overhead: float = 0.01
+    cache: str = "auto"
+    cache_budget: int | str = "4GiB"
+    cache_dir: str | os.PathLike[str] | None = None
+    cache_dtype: str | None = None
+    prefix_dropout: bool = False
     dry_run: bool = False
     freeze: tuple[str, ...] = ()
     seed: int = 0
@@ -86,7 +103,22 @@ class SafeConfig:
         _within("ramp_end", self.ramp_end, 0, 1)
         _within("settle_tolerance", self.settle_tolerance, 0, 1)
         _within("overhead", self.overhead, 0, 1)
-        for name in ("normalize_rows", "dry_run"):
+        _named("cache", self.cache, ("auto", "ram", "disk", "off"))
+        _named("cache_dtype", self.cache_dtype, (None, "bfloat16"))
+        _size("cache_budget", self.cache_budget)
+        if self.cache_dir is not None and not isinstance(self.cache_dir, (str, os.PathLike)):
+            raise ConfigError(
+                f"SafeConfig.cache_dir is {self.cache_dir!r}.",
+                cause="It must be the path of a folder.",
+                fix='SafeConfig(cache_dir="cache")',
+            )
+        if self.cache_dir is not None and self.cache in ("ram", "off"):
+            raise ConfigError(
+                f"SafeConfig.cache_dir is given, and cache is {self.cache!r}.",
+                cause="Nothing would be written to that folder.",
+                fix='SafeConfig(cache="disk", cache_dir=...), or cache="auto" for memory first',
+            )
+        for name in ("normalize_rows", "prefix_dropout", "dry_run"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(
                     f"SafeConfig.{name} is {getattr(self, name)!r}.",
@@ -114,6 +146,11 @@ class SafeConfig:
                 fix=f"SafeConfig(warmup={self.warmup}, ramp_end={min(1.0, self.warmup + 0.2):g})",
             )
 
+    @property
+    def cache_bytes(self) -> int:
+        """``cache_budget`` in bytes."""
+        return _size("cache_budget", self.cache_budget)
+
     @classmethod
     def paper(cls, **overrides: Any) -> SafeConfig:
         """The method as published: the cubic threshold on raw scores, units frozen wherever they stand."""
@@ -138,7 +175,35 @@ class SafeConfig:
         for name in ("policy", "score"):
             if callable(values[name]):
                 values[name] = getattr(values[name], "__qualname__", repr(values[name]))
+        if values["cache_dir"] is not None:
+            values["cache_dir"] = os.fspath(values["cache_dir"])
         return values
+
+
+_UNITS = {"": 1, "b": 1, **{f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)}}
+_UNITS |= {f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)}
+
+
+def _size(name: str, value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value) if isinstance(value, str) else None
+    if found is None or found[2].lower() not in _UNITS or float(found[1]) * _UNITS[found[2].lower()] < 1:
+        raise ConfigError(
+            f"SafeConfig.{name} is {value!r}.",
+            cause="It must be a number of bytes, or a text with one of the units KiB, MiB, GiB, TiB, KB, MB, GB, TB.",
+            fix=f"SafeConfig({name}={getattr(SafeConfig, name)!r})",
+        )
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+def _named(name: str, value: Any, known: tuple[str | None, ...]) -> None:
+    if not (value is None or isinstance(value, str)) or value not in known:
+        raise ConfigError(
+            f"SafeConfig.{name} is {value!r}.",
+            cause=f"It must be one of {', '.join(map(repr, known))}.",
+            fix=f"SafeConfig({name}={getattr(SafeConfig, name)!r})",
+        )
 
 
 def _one_of(name: str, value: Any, known: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "ModelError",
     "ProbeError",
     "RunError",
+    "note",
     "warn",
 ]
 
@@ -73,3 +75,15 @@ class AdafreezeWarning(UserWarning):
 def warn(fact: str, *, cause: str, fix: str, stacklevel: int = 3) -> None:
     """Issue an :class:`AdafreezeWarning` in the same three parts as an error."""
     warnings.warn(_compose(fact, cause, fix), AdafreezeWarning, stacklevel=stacklevel)
+
+
+def note(text: str) -> None:
+    """Say one line that costs the user nothing: through the logger ``adafreeze``, on stderr unless set up otherwise."""
+    logger = logging.getLogger("adafreeze")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[adafreeze] %(message)s"))
+        logger.addHandler(handler)
+    logger.info(text)

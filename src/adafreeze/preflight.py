@@ -10,9 +10,9 @@ from torch import nn
 
 from .errors import ConfigError, ProbeError, RunError, warn
 from .model import Flow, Probe, Stack, Unit, trace_flow
-from .model.probe import keep_random_state
+from .model.draw import keep_random_state
 
-__all__ = ["check_run", "check_units", "flows_of"]
+__all__ = ["check_run", "check_state", "check_units", "flows_of"]
 
 
 def check_run(model: nn.Module, optimizer: Any, total_steps: int) -> None:
@@ -59,6 +59,27 @@ def check_units(names: tuple[str, ...], units: Mapping[str, Unit]) -> None:
                 cause=f"Its units are {', '.join(list(units)[:3])}, ... ({len(units)} in all).",
                 fix=f'SafeConfig(freeze=["{next(iter(units))}"])',
             )
+
+
+def check_state(state: Mapping[str, Any], version: int, units: Mapping[str, Unit]) -> None:
+    """Refuse a checkpoint's state that does not belong to this run.
+
+    Raises:
+        RunError: written by another version, or for a model with other units.
+    """
+    if state.get("version") != version:
+        raise RunError(
+            f"The adafreeze state has version {state.get('version')!r}; this version reads {version}.",
+            cause="The checkpoint was written by another version of adafreeze.",
+            fix="Resume with the version that wrote it, or start the run anew.",
+        )
+    strangers = [name for name in state["frozen"] if name not in units]
+    if strangers:
+        raise RunError(
+            f"The checkpoint froze {strangers[0]!r}, which is no unit of this model.",
+            cause="It was written for another model, adapter or granularity.",
+            fix="Resume with the model and SafeConfig of the checkpoint.",
+        )
 
 
 def flows_of(model: nn.Module, stacks: list[Stack], units: Mapping[str, Unit], probe: Probe) -> dict[str, Flow]:

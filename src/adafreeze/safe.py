@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -9,20 +10,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._guard import Guard
 from ._observe import Observer
+from .caching import Caching
 from .config import SafeConfig
 from .decide.policy import Situation, choose
 from .decide.schedule import Settling, cubic_ramp, measurement_steps
-from .errors import AdafreezeError, ConfigError, ProbeError, RunError, warn
+from .errors import AdafreezeError, ConfigError, ProbeError, RunError
 from .freeze import Freezer, Prefix
+from .freeze.cache import Progress
 from .journal import Journal
 from .model import Probe, find_stacks, find_units
 from .model.backends import PeftBackend
 from .model.blocks import unwrap
+from .model.draw import keep_random_state, samples_of
 from .model.flow import chains_of
-from .model.probe import keep_random_state
 from .model.units import warn_of_other_trainables
-from .preflight import check_run, check_units, flows_of
+from .preflight import check_run, check_state, check_units, flows_of
 from .scoring import Scorer
 
 __all__ = ["Safe"]
@@ -54,6 +58,8 @@ class Safe:
             iterated), a batch, or an iterable of batches.
         total_steps: optimizer steps of the whole run.
         samples_per_step: samples of one optimizer step; observed in the first step if not given.
+        samples_per_epoch: samples of one pass over the data; if not given, those of the probe's dataset where it
+            has a length.
         journal: a path or a Journal; None keeps the events in memory.
 
     Raises:
@@ -72,6 +78,7 @@ class Safe:
         probe: Any,
         total_steps: int,
         samples_per_step: int | None = None,
+        samples_per_epoch: int | None = None,
         journal: Journal | str | os.PathLike[str] | None = None,
     ) -> None:
         from .env import environment  # here, or `python -m adafreeze.env` finds itself imported already
@@ -81,6 +88,7 @@ class Safe:
         self.model = unwrap(model)
         self.total_steps = total_steps
         self.samples_per_step = samples_per_step
+        self.samples_per_epoch = samples_per_epoch or samples_of(probe)
         self.steps = 0
         self.scores: dict[str, float] = {}
         self.warmup_end: int | None = None
@@ -93,13 +101,11 @@ class Safe:
         self._probe = Probe.draw(probe, self.config.probe_tokens, self.config.seed, pad)
         self.freezer = Freezer(self.units, self.backend, optimizer)
         flows = flows_of(self.model, self.stacks, self.units, self._probe)
-        self.prefix = Prefix(self.model, self.stacks, flows)
+        self.prefix = Prefix(self.model, self.stacks, flows, keep_dropout=self.config.prefix_dropout)
         self._chains = chains_of(flows)
         self._scorer: Scorer | None = None
         self._plan: tuple[int, ...] | None = None
         self._settling = Settling(self.config.settle_patience, self.config.settle_tolerance)
-        self._check_gradients = False
-        self._warned: set[str] = set()
         self._at_close: tuple[frozenset[str], dict[str, int]] | None = None
         self._observer = Observer(self.model, optimizer, self._audit, self._look_at_gradients)
         self._owns_journal = not isinstance(journal, Journal)
@@ -114,6 +120,10 @@ class Safe:
             units=list(self.units),
             environment=environment(),
         )
+        self._guard = Guard(self.model, self.freezer, self.journal)
+        self.caching = Caching(self.config, self.prefix, self.backend, self.journal, self._progress, probe)
+        if samples_per_step is not None:
+            self._announce()
         # Even where no adapter stands at the bottom of the stack: until something freezes, the run is as it was.
         if self.config.freeze:
             self._freeze(list(self.config.freeze), by="hand")
@@ -133,12 +143,17 @@ class Safe:
     @property
     def state_key(self) -> tuple[Any, ...]:
         """Changes whenever the cost of a step changes."""
-        return (*sorted(self.frozen), *self.prefixes.items())
+        return (*sorted(self.frozen), *self.prefixes.items(), *self.caching.state_key)
 
     @property
     def flops_spent(self) -> int:
         """FLOPs spent on measuring so far."""
         return self._scorer.flops_spent if self._scorer is not None else 0
+
+    @property
+    def nested_flops(self) -> int:
+        """FLOPs spent inside training steps to compute what the prefix cache does not hold yet."""
+        return self.caching.flops
 
     def logs(self) -> dict[str, float]:
         """Scalars for the host's own logs.
@@ -158,7 +173,7 @@ class Safe:
         total = sum(self.scores.values())
         if total > 0:
             logs["safe/frozen_score_share"] = round(sum(self.scores.get(n, 0.0) for n in self.frozen) / total, 6)
-        return logs
+        return logs | self.caching.logs()
 
     # What a host calls.
 
@@ -184,6 +199,7 @@ class Safe:
         if self._at_close is None:
             self._at_close = self.frozen, self.prefixes
             self._observer.remove()
+            self.caching.close()
             self.prefix.restore()
             self.freezer.restore()
             self.journal.write("close", step=self.steps, frozen=self.frozen, flops_spent=self.flops_spent)
@@ -201,6 +217,7 @@ class Safe:
             "plan": list(self._plan) if self._plan is not None else None,
             "probe_samples": self._scorer.probe.samples if self._scorer is not None else None,
             "settling": self._settling.state_dict(),
+            "cache": self.caching.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -209,19 +226,7 @@ class Safe:
         Raises:
             RunError: written by another version, or for a model with other units.
         """
-        if state.get("version") != STATE_VERSION:
-            raise RunError(
-                f"The adafreeze state has version {state.get('version')!r}; this version reads {STATE_VERSION}.",
-                cause="The checkpoint was written by another version of adafreeze.",
-                fix="Resume with the version that wrote it, or start the run anew.",
-            )
-        strangers = [name for name in state["frozen"] if name not in self.units]
-        if strangers:
-            raise RunError(
-                f"The checkpoint froze {strangers[0]!r}, which is no unit of this model.",
-                cause="It was written for another model, adapter or granularity.",
-                fix="Resume with the model and SafeConfig of the checkpoint.",
-            )
+        check_state(state, STATE_VERSION, self.units)
         self.steps, self.warmup_end = state["steps"], state["warmup_end"]
         self.scores = dict(state["scores"])
         self._settling.load_state_dict(state["settling"])
@@ -230,20 +235,33 @@ class Safe:
             self._scorer = self._new_scorer(self._probe.shrunk(state["probe_samples"]))
             with keep_random_state():
                 self._scorer.prepare(run_samples=10**12, most=len(self._plan))
+        self.caching.load_state_dict(state["cache"])
         self._freeze([name for name in state["frozen"] if name not in self.frozen], by="resume")
 
     # Measuring and deciding.
+
+    @property
+    def _step_samples(self) -> int:
+        return self.samples_per_step or self._observer.samples // max(1, self.steps) or 1
+
+    def _progress(self) -> Progress:
+        remaining = max(0, self.total_steps - self.steps) * self._step_samples
+        return Progress(self.steps, remaining, self.samples_per_epoch)
+
+    def _announce(self) -> None:
+        epoch = None if self.samples_per_epoch is None else math.ceil(self.samples_per_epoch / self._step_samples)
+        self.caching.announce(sum(map(len, self.stacks)), epoch, self.total_steps)
 
     def _new_scorer(self, probe: Probe) -> Scorer:
         return Scorer(self.model, self.stacks, self.units, self.backend, self.config, probe)
 
     def _prepare(self) -> None:
         self._plan = ()
+        self._announce()
         until = max(1, int(self.config.ramp_end * self.total_steps))
-        samples = self.samples_per_step or self._observer.samples or 1
         self._scorer = self._new_scorer(self._probe)
         with keep_random_state():
-            count = self._scorer.prepare(self.total_steps * samples, until)
+            count = self._scorer.prepare(self.total_steps * self._step_samples, until)
         self._plan = measurement_steps(until, count)
         self.journal.write(
             "probe",
@@ -268,7 +286,7 @@ class Safe:
         measured = self._scorer.measure(self.prefixes)
         finite = {name: score for name, score in measured.items() if score == score and abs(score) != float("inf")}
         if len(finite) < len(measured):
-            self._warn_once(
+            self._guard.warn_once(
                 "non-finite",
                 f"{len(measured) - len(finite)} of {len(measured)} scores are not finite at step {self.steps}.",
                 cause="Activations on the probe are NaN or infinite; these scores are left out.",
@@ -297,7 +315,7 @@ class Safe:
             freeze_share=self.config.freeze_share,
             threshold=self.config.threshold,
             min_live_blocks=self.config.min_live_blocks,
-            something_else_trains=self._something_else_trains(),
+            something_else_trains=self._guard.something_else_trains(),
         )
 
     def _decide(self) -> list[str]:
@@ -322,8 +340,9 @@ class Safe:
             return
         self.freezer.freeze(names)
         self.prefix.update()
+        self.caching.prefix_changed()
         self._observer.count_again()
-        self._check_gradients = by != "resume"
+        self._guard.check_gradients = by != "resume"
         self.journal.write(
             "freeze",
             step=self.steps,
@@ -340,15 +359,11 @@ class Safe:
             return 0.0
         return cubic_ramp(self.steps, self.warmup_end, int(self.config.ramp_end * self.total_steps))
 
-    def _something_else_trains(self) -> bool:
-        owned = {id(p) for unit in self.units.values() for p in (*unit.parameters(), *unit.shared_parameters())}
-        return any(p.requires_grad and id(p) not in owned for p in self.model.parameters())
-
     def _give_up_measuring(self, error: Exception) -> None:
         self._plan = tuple(step for step in self._plan or () if step > self.steps)
         fact = error.fact if isinstance(error, AdafreezeError) else f"{type(error).__name__}: {error}"
         self.journal.write("measure_failed", step=self.steps, error=str(error))
-        self._warn_once(
+        self._guard.warn_once(
             "measure",
             f"Scores could not be measured at step {self.steps}: {fact}",
             cause=error.cause if isinstance(error, AdafreezeError) else "The forward pass on the probe failed.",
@@ -360,40 +375,11 @@ class Safe:
     # What the observer calls.
 
     def _audit(self) -> None:
-        loose = self.freezer.audit()
-        if loose:
+        if self._guard.audit(self.steps):
             self.prefix.update()
-            self.journal.write("refreeze", step=self.steps, units=loose)
-            self._warn_once(
-                "loose",
-                f"{len(loose)} frozen units had been made trainable again ({loose[0]}, ...) and were frozen again.",
-                cause="Something called set_adapter, enable_adapter_layers or requires_grad_ on the model.",
-                fix="Nothing to do if that was meant for another adapter; call safe.close() to end the freezing.",
-            )
+            self.caching.prefix_changed()
 
     def _look_at_gradients(self) -> None:
         if self._scorer is not None:
             self._scorer.listen()
-        if not self._check_gradients:
-            return
-        self._check_gradients = False
-        missing = self.freezer.live_without_gradient()
-        live = len(self.units) - len(self.frozen)
-        if missing and len(missing) == live and not self._something_else_trains():
-            raise RunError(
-                f"After the freeze at step {self.steps} no live unit has a gradient.",
-                cause="The graph was cut above the frozen prefix, by reentrant checkpointing or a detach.",
-                fix='Use gradient_checkpointing_kwargs={"use_reentrant": False}.',
-            )
-        if missing:
-            self._warn_once(
-                "gradient",
-                f"{len(missing)} of {live} live units have no gradient after a freeze: {missing[0]}, ...",
-                cause="Their block was skipped in this step (layer drop, unused experts), or the graph was cut.",
-                fix="If it is not layer drop, please report it with the output of python -m adafreeze.env.",
-            )
-
-    def _warn_once(self, key: str, fact: str, *, cause: str, fix: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            warn(fact, cause=cause, fix=fix, stacklevel=4)
+        self._guard.look_at_gradients(self.steps)

@@ -6,9 +6,10 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..costs.meter import Meter
 from ..journal import Journal
 
-__all__ = ["JournalCallback", "MeteredTrainer", "RankAllocationCallback"]
+__all__ = ["JournalCallback", "MeteredTrainer", "RankAllocationCallback", "meter_of"]
 
 
 class MeteredTrainer(Trainer):
@@ -29,6 +30,16 @@ class MeteredTrainer(Trainer):
             return super().training_step(model, inputs, *args, **kwargs)
         with self.meter.step(inputs):
             return super().training_step(model, inputs, *args, **kwargs)
+
+
+def meter_of(model: Any, safe_callback: Any) -> Meter:
+    """A Meter that knows when freezing changes what a step costs; ``safe_callback`` may be None."""
+
+    def now(name: str, without: Any) -> Any:
+        safe = getattr(safe_callback, "safe", None)
+        return without if safe is None else getattr(safe, name)
+
+    return Meter(model, lambda: now("state_key", ()), lambda: now("nested_flops", 0))
 
 
 class JournalCallback(TrainerCallback):

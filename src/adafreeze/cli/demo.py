@@ -130,9 +130,8 @@ class _Runs:
             set_seed,
         )
 
-        from ..costs.meter import Meter
         from ..integrations.transformers import SafeCallback
-        from ._trainer import MeteredTrainer
+        from ._trainer import MeteredTrainer, meter_of
 
         options = self.options
         print(f"\n{name}")
@@ -144,7 +143,7 @@ class _Runs:
         model = get_peft_model(model, lora)
         set_seed(options.seed)
         callback = SafeCallback(journal=self.output / "safe" / "journal.jsonl") if name == "safe" else None
-        meter = Meter(model, lambda: callback.safe.state_key if callback and callback.safe else 0)
+        meter = meter_of(model, callback)
         trainer = MeteredTrainer(
             model=model,
             args=TrainingArguments(

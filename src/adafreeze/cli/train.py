@@ -179,7 +179,7 @@ def _make_trainer(
     eval_rows: Any,
     journal: Any,
 ) -> Trainer:
-    from ._trainer import JournalCallback, MeteredTrainer, RankAllocationCallback
+    from ._trainer import JournalCallback, MeteredTrainer, RankAllocationCallback, meter_of
 
     callbacks: list[Any] = [RankAllocationCallback()]
     safe_callback: Any = None
@@ -189,15 +189,7 @@ def _make_trainer(
         safe_callback = SafeCallback(arguments.safe, journal=journal)
         callbacks.append(safe_callback)
     callbacks.append(JournalCallback(journal))  # behind SafeCallback, which adds to what is logged
-    meter = None
-    if arguments.run.count_costs:
-        from ..costs.meter import Meter
-
-        def state() -> Any:
-            safe = getattr(safe_callback, "safe", None)
-            return safe.state_key if safe is not None else ()
-
-        meter = Meter(model, state_key=state)
+    meter = meter_of(model, safe_callback) if arguments.run.count_costs else None
     training = arguments.training
     if training.label_names is None:
         training.label_names = ["labels"]  # Trainer cannot read them off a PeftModel, and then evaluates no metric

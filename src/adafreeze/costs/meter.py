@@ -40,11 +40,20 @@ class Meter:
     Args:
         model: whose parameters and buffers do not count as saved.
         state_key: anything hashable that changes when the cost of a step does.
+        nested_flops: running total of FLOPs that somebody else counts inside the steps (the prefix cache, where a
+            step computes what is not held yet); they differ from step to step of one kind.
     """
 
-    def __init__(self, model: nn.Module, state_key: Callable[[], Hashable] = lambda: 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        state_key: Callable[[], Hashable] = lambda: 0,
+        nested_flops: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.model = model
         self.state_key = state_key
+        self.nested_flops = nested_flops
+        self.nested: list[int] = []
         self.kinds: list[Hashable] = []
         self.costs: dict[Hashable, StepCost] = {}
 
@@ -52,17 +61,24 @@ class Meter:
     def step(self, batch: Mapping[str, Any]) -> Iterator[None]:
         """Around forward and backward of one micro-step on ``batch``."""
         kind = (self.state_key(), _shapes(batch), self.model.training)
+        before = self.nested_flops()
         if kind in self.costs:
             yield
+            nested = self.nested_flops() - before
         else:
             with CountFlops() as flops, SavedBytes(self.model) as saved:
                 yield
-            self.costs[kind] = StepCost(flops.total, saved.total)
+            nested = self.nested_flops() - before
+            self.costs[kind] = StepCost(flops.total - nested, saved.total)
         self.kinds.append(kind)
+        self.nested.append(nested)
 
     def series(self) -> list[StepCost]:
         """The cost of each micro-step, in order."""
-        return [self.costs[kind] for kind in self.kinds]
+        return [
+            StepCost(self.costs[kind].flops + nested, self.costs[kind].saved_bytes)
+            for kind, nested in zip(self.kinds, self.nested, strict=True)
+        ]
 
     def summary(self) -> dict[str, float]:
         """``steps`` (micro-steps), ``flops`` (sum), ``peak_saved_bytes`` and ``mean_saved_bytes``."""
@@ -71,7 +87,7 @@ class Meter:
         total = sum(self.costs[kind].saved_bytes * count for kind, count in counts.items())
         return {
             "steps": steps,
-            "flops": sum(self.costs[kind].flops * count for kind, count in counts.items()),
+            "flops": sum(self.costs[kind].flops * count for kind, count in counts.items()) + sum(self.nested),
             "peak_saved_bytes": max((cost.saved_bytes for cost in self.costs.values()), default=0),
             "mean_saved_bytes": total / steps if steps else 0.0,
         }

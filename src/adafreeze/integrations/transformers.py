@@ -11,6 +11,7 @@ from transformers.trainer_callback import ExportableState
 from ..config import SafeConfig
 from ..errors import RunError
 from ..journal import Journal
+from ..model.draw import samples_of
 from ..safe import Safe
 
 __all__ = ["SafeCallback"]
@@ -67,6 +68,7 @@ class SafeCallback(TrainerCallback, ExportableState):
             probe=kwargs["train_dataloader"] if self.probe is None else self.probe,
             total_steps=state.max_steps,
             samples_per_step=args.train_batch_size * args.gradient_accumulation_steps,
+            samples_per_epoch=samples_of(kwargs["train_dataloader"]),
             journal=self.journal,
         )
         # A checkpoint of a run without this callback knows nothing of it, and the next save would fail on that.

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -147,6 +150,33 @@ def real_tokens(chunk: Chunk) -> int:
     return padded_tokens(chunk)
 
 
+def samples_of(source: Any) -> int | None:
+    """Samples of one pass over a dataloader; None where that is not known."""
+    dataset: Any = getattr(source, "dataset", None)
+    return len(dataset) if hasattr(dataset, "__len__") and hasattr(source, "collate_fn") else None
+
+
+def varies(source: Any) -> bool:
+    """Whether a dataloader gives the same samples other inputs when asked again (random masking, augmentation).
+
+    Draws a few samples twice; no random state of the run advances. False where it cannot be told.
+    """
+    dataset: Any = getattr(source, "dataset", None)
+    collate = getattr(source, "collate_fn", None)
+    if collate is None or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        return False
+    collate, index = _own_copy(collate), range(min(CHUNK, len(dataset)))
+    with suppress(Exception):  # whatever is wrong with the data, training itself will say it
+        with keep_random_state():
+            batches = [dict(collate([dataset[i] for i in index])) for _ in range(2)]
+        return any(
+            not torch.equal(batches[0][name], batches[1][name])
+            for name in _INPUTS
+            if isinstance(batches[0].get(name), Tensor)
+        )
+    return False
+
+
 def _own_copy(collate: Callable[..., Any]) -> Callable[..., Any]:
     """A collator whose own random generator (masking) is not the run's."""
     twin = copy.copy(collate)
@@ -154,3 +184,18 @@ def _own_copy(collate: Callable[..., Any]) -> Callable[..., Any]:
     if generator is not None and twin is not collate:
         twin.generator = copy.deepcopy(generator)  # type: ignore[attr-defined]
     return twin
+
+
+@contextmanager
+def keep_random_state() -> Iterator[None]:
+    """Put the random states of Python, NumPy and torch (all devices) back as they were."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    accelerator = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if accelerator is not None:
+            torch.cuda.set_rng_state_all(accelerator)

@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from .blocks import Stack, StopForward, patched_forward, quiet
 
-__all__ = ["Flow", "chains_of", "trace_flow"]
+__all__ = ["Flow", "chains_of", "tensors_in", "trace_flow"]
 
 
 @dataclass
@@ -89,7 +89,7 @@ def trace_flow(model: nn.Module, stacks: list[Stack], batch: dict[str, Any]) -> 
 
 def _leaves(value: Any, seen: set[Any]) -> Iterator[nn.Parameter]:
     """The Parameters from which any tensor in ``value`` was computed, through graph nodes not yet ``seen``."""
-    todo = [tensor.grad_fn for tensor in _tensors(value) if tensor.grad_fn is not None]
+    todo = [tensor.grad_fn for tensor in tensors_in(value) if tensor.grad_fn is not None]
     while todo:
         node = todo.pop()
         if node in seen:
@@ -101,15 +101,16 @@ def _leaves(value: Any, seen: set[Any]) -> Iterator[nn.Parameter]:
         todo.extend(parent for parent, _ in node.next_functions if parent is not None)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def chains_of(flows: Mapping[str, Flow]) -> list[list[str]]:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import ProbeError
 from .backends.peft import PeftBackend
 from .blocks import Stack, StopForward, device_of, hidden_states, patched_forward, quiet, starting_at
-from .draw import REAL_TOKENS, Chunk, collect, padded_tokens, real_tokens, rows_of, split
+from .draw import REAL_TOKENS, Chunk, collect, keep_random_state, padded_tokens, real_tokens, rows_of, split
 from .units import Unit
 
-__all__ = ["Outputs", "Probe", "keep_random_state"]
+__all__ = ["Outputs", "Probe"]
 
 Outputs = dict[str, list[Tensor]]
 """Unit name -> one tensor of shape (chosen tokens, features), or two: without and with its own adapter."""
@@ -292,18 +290,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _tensors(item)
-
-
-@contextmanager
-def keep_random_state() -> Iterator[None]:
-    """Put the random states of Python, NumPy and torch (all devices) back as they were."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    accelerator = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if accelerator is not None:
-            torch.cuda.set_rng_state_all(accelerator)

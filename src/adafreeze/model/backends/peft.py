@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -78,6 +80,30 @@ class PeftBackend:
         """Whether an adapter is merged into its base weight now (its forward would unmerge it: rounding)."""
         return any(isinstance(module, BaseTunerLayer) and module.merged for module in self.model.modules())
 
+    def settings(self, site: nn.Module) -> tuple[Any, ...]:
+        """What decides what ``site`` computes, but for its weights: adapters on, their scaling, merged or not."""
+        active = tuple(site.active_adapters)  # type: ignore[arg-type]
+        scaling = getattr(site, "scaling", None) or {}
+        scales = tuple(scaling.get(name) for name in active) if isinstance(scaling, dict) else (scaling,)
+        return active, scales, tuple(site.merged_adapters), bool(site.disable_adapters)  # type: ignore[arg-type]
+
+    def described(self) -> list[str]:
+        """The settings of all adapters as text, the same in every process."""
+        configs = getattr(self.model, "peft_config", None) or {}
+
+        def plain(value: Any) -> Any:
+            return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
+
+        return [
+            f"{name}: {json.dumps(config.to_dict(), sort_keys=True, default=plain)}"
+            for name, config in sorted(configs.items())
+        ]
+
+    def merges(self, block: nn.Module, notice: Callable[[], None]) -> Iterator[AbstractContextManager[None]]:
+        """Contexts in which ``notice`` is called before an adapter of ``block`` is merged into its base weight."""
+        for _, site in self.sites(block):
+            yield _before_merge(site, notice)
+
     def hold(self, site: nn.Module, frozen: set[int]) -> None:
         """Tell PEFT to keep the parameters of ``site`` whose id is in ``frozen`` frozen.
 
@@ -124,6 +150,21 @@ class PeftBackend:
         """Undo :meth:`stop_rank_allocation`."""
         for module in self._allocators:
             module.__dict__.pop("update_and_allocate", None)
+
+
+@contextmanager
+def _before_merge(site: nn.Module, notice: Callable[[], None]) -> Iterator[None]:
+    original = site.merge
+
+    def merge(*args: Any, **kwargs: Any) -> Any:
+        notice()
+        return original(*args, **kwargs)  # type: ignore[operator]
+
+    site.merge = merge  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del site.merge
 
 
 def _parameters_of(holder: object, adapter: str) -> list[nn.Parameter]:

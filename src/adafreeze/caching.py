@@ -1,0 +1,189 @@
+"""Caching: whether the prefix cache can pay, said before it matters, and the cache of a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from .config import SafeConfig
+from .costs.theory import expected_ratios
+from .errors import ConfigError, note, warn
+from .freeze import Prefix
+from .freeze.cache import DiskTier, Identity, PrefixCache, Progress, RamTier, Tier
+from .journal import Journal
+from .model.backends import PeftBackend
+from .model.draw import varies
+
+__all__ = ["Caching", "outlook"]
+
+# A store that a killed run left is deleted when nobody has written to it for so long.
+STALE_DAYS = 7
+
+
+class Caching:
+    """The prefix cache of a run: opened when the prefix first has a block, or not at all.
+
+    Args:
+        config: cache, cache_budget, cache_dir, cache_dtype.
+        prefix: whose output is held.
+        backend: knows the adapters' state.
+        journal: of the run.
+        progress: where the run stands.
+        source: of the probe; if it is the train dataloader, its samples show whether they repeat.
+
+    Raises:
+        ConfigError: ``cache="disk"`` without LMDB.
+    """
+
+    def __init__(
+        self,
+        config: SafeConfig,
+        prefix: Prefix,
+        backend: PeftBackend,
+        journal: Journal,
+        progress: Callable[[], Progress],
+        source: Any,
+    ) -> None:
+        self.config = config
+        self.prefix = prefix
+        self.backend = backend
+        self.journal = journal
+        self.progress = progress
+        self.cache: PrefixCache | None = None
+        self._source = source
+        self._folder: str | None = None
+        self._resumed: Mapping[str, Any] | None = None
+        self._announced = False
+        self._reason: str | None = "cache='off'" if config.cache == "off" else None
+        if self._reason is None and config.prefix_dropout:
+            self._reason = "prefix_dropout=True makes the prefix's output random"
+        if config.cache == "disk" and self._reason is None:
+            DiskTier.check_installed()
+
+    def announce(self, blocks: int, steps_per_epoch: float | None, total_steps: int) -> None:
+        """Say in one line, once, what the cache is going to save; or that it will not, and why."""
+        if self._announced:
+            return
+        self._announced = True
+        if self._reason is None and steps_per_epoch is not None and total_steps <= steps_per_epoch:
+            self._reason = "no sample comes twice in one epoch"
+        if self._reason is None and varies(self._source):
+            self._reason = "samples come with other inputs each time (random masking, augmentation)"
+        line = outlook(blocks, steps_per_epoch, total_steps, self.config.ramp_end, self._reason)
+        self.journal.write("cache_outlook", step=self.progress().step, off=self._reason, text=line)
+        if self.config.cache != "off":
+            note(line)
+
+    def prefix_changed(self) -> None:
+        """To be called whenever the prefix may have other depths."""
+        if self.cache is None and self._reason is None and any(self.prefix.depths.values()):
+            self._open()
+        if self.cache is not None:
+            self.cache.grown()
+
+    def _open(self) -> None:
+        identity = Identity(self.prefix.model, self.prefix.stacks, self.backend)
+        tiers: list[Tier] = []
+        if self.config.cache != "disk":
+            tiers.append(RamTier(min(self.config.cache_bytes, psutil.virtual_memory().available // 2)))
+        if self.config.cache == "disk" or self.config.cache_dir is not None:
+            self._folder = self._folder or identity.of(tuple(self.prefix.depths.values())).hex()
+            tiers += self._disk(self._folder)
+        dtype = torch.bfloat16 if self.config.cache_dtype == "bfloat16" else None
+        if not tiers:
+            tiers.append(RamTier(min(self.config.cache_bytes, psutil.virtual_memory().available // 2)))
+        self.cache = PrefixCache(self.prefix, self.backend, identity, tiers, self.journal, self.progress, dtype)
+        if self._resumed is not None:
+            self.cache.load_state_dict(self._resumed)
+
+    def _disk(self, folder: str) -> list[Tier]:
+        home = Path(self.config.cache_dir or _default_folder())
+        try:
+            _delete_stale(home)
+            return [DiskTier(home / f"prefix-{folder}", self.config.cache_bytes)]
+        except OSError as error:
+            warn(
+                f"The prefix cache cannot use the folder {home} ({error.strerror or error}).",
+                cause="It is read-only, below something that is no folder, or open in this process already.",
+                fix="SafeConfig(cache_dir=...) with a folder that you can write to. Memory alone is used now.",
+            )
+        except ConfigError as error:  # auto, with a folder, without LMDB
+            warn(error.fact, cause=error.cause, fix=error.fix + " Memory alone is used now.")
+        return []
+
+    @property
+    def state_key(self) -> tuple[Any, ...]:
+        """Changes whenever the cache changes what a training pass costs."""
+        return self.cache.state_key if self.cache is not None else ()
+
+    @property
+    def flops(self) -> int:
+        """FLOPs spent in nested passes."""
+        return self.cache.flops if self.cache is not None else 0
+
+    def logs(self) -> dict[str, float]:
+        """Scalars of the cache; none while there is no cache."""
+        return self.cache.logs() if self.cache is not None else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs of it."""
+        return {
+            "folder": self._folder,
+            "cache": self.cache.state_dict() if self.cache is not None else self._resumed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` wrote, before the prefix changes."""
+        self._folder, self._resumed = state["folder"], state["cache"]
+
+    def close(self) -> None:
+        """Give everything back."""
+        if self.cache is not None:
+            self.cache.close()
+
+
+def outlook(
+    blocks: int, steps_per_epoch: float | None, total_steps: int, ramp_end: float, reason: str | None = None
+) -> str:
+    """One line: what the cache saves if a half, or two thirds, of the blocks freeze by the end of the ramp.
+
+    Args:
+        blocks: of all stacks.
+        steps_per_epoch: optimizer steps of one pass over the data; None if not known.
+        total_steps: of the run.
+        ramp_end: share of the run.
+        reason: why there is no cache.
+    """
+    if reason is not None:
+        return f"Prefix cache off: {reason}."
+    if steps_per_epoch is None:
+        return "Prefix cache on: a sample that comes again starts above the frozen prefix."
+    scale = max(1.0, total_steps / 1000)  # a thousand steps tell as much as a million
+    total, per_epoch, costs = round(total_steps / scale), steps_per_epoch / scale, []
+    for share in (1 / 2, 2 / 3):
+        depth = round(share * blocks)
+        depths = [depth if step >= ramp_end * total else 0 for step in range(total)]
+        cached, without = (expected_ratios(blocks, depths, per)[1] for per in (per_epoch, None))
+        costs.append(f"{depth} of {blocks} blocks {cached:.0%} ({without:.0%} without the cache)")
+    return (
+        f"Prefix cache on: {total_steps / steps_per_epoch:.3g} epochs; FLOPs, and time nearly so, against plain "
+        f"training if by {ramp_end:.0%} of the run there freeze {', '.join(costs)}."
+    )
+
+
+def _default_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adafreeze"
+
+
+def _delete_stale(home: Path) -> None:
+    for folder in home.glob("prefix-*") if home.is_dir() else ():
+        data = folder / "data.mdb"
+        if data.is_file() and time.time() - data.stat().st_mtime > STALE_DAYS * 86400:
+            shutil.rmtree(folder, ignore_errors=True)

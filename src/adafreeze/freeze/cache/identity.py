@@ -1,0 +1,139 @@
+"""Identity: a digest of all that a prefix's output depends on, but for the sample."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from ..._version import __version__
+from ...model.backends.peft import PeftBackend
+from ...model.blocks import Stack
+
+__all__ = ["FORMAT_VERSION", "Identity"]
+
+FORMAT_VERSION = 1
+
+
+class Identity:
+    """Tells one prefix from any other by 128 bits.
+
+    A chain: the digest of depth k is the digest of depth k − 1 together with the weights of block k − 1 and its
+    adapters, so that growth hashes the new blocks alone. At its root stand the frozen weights outside the blocks
+    (embeddings among them), the model's class and configuration, its attention implementation, the adapters'
+    settings, the versions of the libraries, and the format of the store.
+
+    Args:
+        model: the module that the host calls.
+        stacks: in data-flow order.
+        backend: knows the adapters' settings.
+    """
+
+    def __init__(self, model: nn.Module, stacks: Sequence[Stack], backend: PeftBackend) -> None:
+        self._model = model
+        self._stacks = stacks
+        self._backend = backend
+        self._chains: list[list[bytes]] = [[] for _ in stacks]
+        self._watched: list[Tensor] = []
+        self._seen: tuple[int, int] = (0, 0)
+
+    def of(self, depths: Sequence[int]) -> bytes:
+        """The digest of prefixes of these depths, one for each stack; hashes what it has not hashed yet."""
+        digest = xxhash.xxh3_128()
+        for stack, chain, depth in zip(self._stacks, self._chains, depths, strict=True):
+            if not chain:
+                chain.append(self._chains[0][0] if self._chains[0] else self._root())
+            for block in stack.blocks[len(chain) - 1 : depth]:
+                link = xxhash.xxh3_128(chain[-1])
+                _add_tensors(link, _named_tensors(block))
+                for name, site in self._backend.sites(block):
+                    link.update(f"{name}:{self._backend.settings(site)}".encode())
+                chain.append(link.digest())
+            digest.update(chain[depth])
+        return digest.digest()
+
+    def watch(self, depths: Sequence[int]) -> None:
+        """Take the weights of these prefixes, as they are now, for what :meth:`changed` compares with."""
+        blocks = [block for stack, depth in zip(self._stacks, depths, strict=True) for block in stack.blocks[:depth]]
+        inside = [tensor for block in blocks for _, tensor in _named_tensors(block)]
+        self._watched = [*(tensor for _, tensor in self._outside()), *inside]
+        self._seen = _versions(self._watched)
+
+    def changed(self) -> bool:
+        """Whether a watched weight was written to or replaced since; costs no look at its values."""
+        return _versions(self._watched) != self._seen
+
+    def forget(self) -> None:
+        """Hash anew at the next :meth:`of`."""
+        for chain in self._chains:
+            chain.clear()
+
+    def _root(self) -> bytes:
+        digest = xxhash.xxh3_128()
+        config: Any = getattr(self._model, "config", None)
+        described = [
+            str(FORMAT_VERSION),
+            f"adafreeze {__version__}",
+            *(f"{name} {_version(name)}" for name in ("torch", "transformers", "peft")),
+            type(self._model).__qualname__,
+            sys.byteorder,
+            str(getattr(config, "_attn_implementation", None)),
+            config.to_json_string() if hasattr(config, "to_json_string") else repr(config),
+            *self._backend.described(),
+        ]
+        digest.update("\n".join(described).encode())
+        _add_tensors(digest, self._outside())
+        return digest.digest()
+
+    def _outside(self) -> Iterator[tuple[str, Tensor]]:
+        """Frozen parameters outside the blocks, and buffers of modules in which nothing trains."""
+        inside = {id(module) for stack in self._stacks for block in stack.blocks for module in block.modules()}
+        for name, module in self._model.named_modules():
+            if id(module) in inside:
+                continue
+            own = dict(module.named_parameters(recurse=False))
+            yield from ((f"{name}.{key}", p) for key, p in own.items() if not p.requires_grad)
+            if not any(p.requires_grad for p in own.values()):
+                yield from ((f"{name}.{key}", buffer) for key, buffer in module.named_buffers(recurse=False))
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _add_tensors(digest: xxhash.xxh3_128, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    for name, tensor in tensors:
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(_bytes_of(tensor.detach()))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview | bytes:
+    state: Any = getattr(tensor, "quant_state", None)  # bitsandbytes keeps its scales beside the weight
+    if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and state is None:
+        return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    buffer = io.BytesIO()  # a subclass: whatever it is made of
+    torch.save([tensor, state.as_dict() if hasattr(state, "as_dict") else None], buffer)
+    return buffer.getvalue()
+
+
+def _versions(tensors: Sequence[Tensor]) -> tuple[int, int]:
+    writes, places = 0, 0
+    for tensor in tensors:
+        if not tensor.is_inference():
+            writes += tensor._version
+        places += id(tensor)
+    return writes, places
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"

@@ -1,0 +1,393 @@
+"""PrefixCache: from the second time on that a sample comes, its training step starts above the frozen prefix."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from ...costs.flops import CountFlops
+from ...errors import AdafreezeError, note
+from ...journal import Journal
+from ...model.backends.peft import PeftBackend
+from ...model.blocks import device_of
+from ...model.rows import NotBySample, Rows
+from ..prefix import Prefix, Start
+from .checks import Examiner
+from .identity import Identity
+from .store import Store
+from .tiers import Entry, Tier
+from .worth import Worth
+
+__all__ = ["PrefixCache", "Progress"]
+
+# Passes that ask for more than the last hidden states run the prefix.
+_WHOLE_PASS = ("output_hidden_states", "output_attentions", "past_key_values", "use_cache")
+# Weights that change more often than this are no frozen prefix.
+MOST_CHANGES = 3
+
+Computed = tuple[list[int], dict[str, Tensor]]
+"""Rows of a batch, and their hidden states by stack path."""
+
+
+class Progress(NamedTuple):
+    """Where the run stands: optimizer steps done, samples still to come, samples of an epoch (None: not known)."""
+
+    step: int
+    remaining: int
+    epoch: int | None
+
+
+class PrefixCache:
+    """Looks up what the frozen prefix makes of a sample, and computes it where it is not held.
+
+    Before each training pass the batch is taken apart into samples. Key of a sample: 128 bits of its unpadded inputs
+    and of the autocast state. Value: its unpadded hidden states at the boundary, with the identity of the prefix
+    that gave them (:class:`~.identity.Identity`). What is not held is computed by a nested pass over those rows
+    alone, which ends at the boundary; what is held at a smaller depth goes through the new blocks alone. Then the
+    training pass starts at the boundary, with the hidden states that running the prefix would give: to the bit at
+    fixed padding, up to rounding where a sample comes at another width.
+
+    Passes without gradients, in evaluation mode, with other adapters on than the trained ones, or that ask for all
+    hidden states, run the model as if there were no cache. The first passes are watched before anything is looked
+    up (:class:`~.checks.Examiner`). A failure of the cache ends the cache, and never the run.
+
+    Args:
+        prefix: whose output is held; the cache sets its ``look_up``.
+        backend: knows the adapters' state.
+        identity: of the prefix.
+        tiers: in the order in which they are filled.
+        journal: of the run.
+        progress: where the run stands.
+        store_dtype: hold states as this; None: as the blocks give them.
+
+    Attributes:
+        off: why it was switched off; None while it is on.
+        flops: spent in nested passes; what a training pass itself spends is its host's to count.
+    """
+
+    def __init__(
+        self,
+        prefix: Prefix,
+        backend: PeftBackend,
+        identity: Identity,
+        tiers: Sequence[Tier],
+        journal: Journal,
+        progress: Callable[[], Progress],
+        store_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.prefix = prefix
+        self.backend = backend
+        self.journal = journal
+        self.progress = progress
+        self.store_dtype = store_dtype
+        self.off: str | None = None
+        self.flops = 0
+        self.worth = Worth(device_of(prefix.model))
+        self._stacks = prefix.stacks
+        self.store = Store(tiers, identity, journal)
+        self._identity = identity
+        self._encoder_decoder = bool(getattr(_config(prefix.model), "is_encoder_decoder", False))
+        sides = {stack.path: int(self._encoder_decoder and n > 0) for n, stack in enumerate(prefix.stacks)}
+        self.examiner = Examiner(prefix, sides)
+        self._names = _positional_names(prefix.model)
+        self._depths: tuple[int, ...] = (0,) * len(prefix.stacks)
+        self._sites: list[nn.Module] = []
+        self._settings: list[tuple[Any, ...]] = []
+        self._changes = 0
+        self._flops_per_row: dict[Any, float] = {}
+        self._asked = (0, 0)
+        self._undo = ExitStack()
+        prefix.look_up = self.look_up
+
+    # What Safe calls.
+
+    @property
+    def state_key(self) -> tuple[Any, ...]:
+        """Changes whenever the cost of a training pass, nested passes left out, may change."""
+        return self.off is None, self.examiner.padding_known
+
+    def grown(self) -> None:
+        """The prefix has changed; what is held is advanced at its next use."""
+        self._undo.close()
+        self._depths = tuple(self.prefix.depths[stack.path] for stack in self._stacks)
+        self.examiner.passed = False
+        if self.off is not None:
+            return
+        pairs = zip(self._stacks, self._depths, strict=True)
+        blocks = [block for stack, depth in pairs for block in stack.blocks[:depth]]
+        self._sites = [site for block in blocks for _, site in self.backend.sites(block)]
+        self._settings = [self.backend.settings(site) for site in self._sites]
+        self._identity.watch(self._depths)
+        for block in blocks:
+            for context in self.backend.merges(block, self._merged):
+                self._undo.enter_context(context)
+
+    def logs(self) -> dict[str, float]:
+        """Scalars: hit rate since the last call, MiB held, seconds saved so far."""
+        if self.off is not None or not self.worth.looked_up:
+            return {}
+        now = self.worth.hits + self.worth.advanced, self.worth.looked_up
+        found, asked = (a - b for a, b in zip(now, self._asked, strict=True))
+        self._asked = now
+        logs = {f"safe/cache_{name}_mib": round(size / 2**20, 3) for name, size in self.store.nbytes.items()}
+        if asked:
+            logs["safe/cache_hit_rate"] = round(found / asked, 4)
+        if self.worth.seconds_saved is not None:
+            logs["safe/cache_seconds_saved"] = round(self.worth.seconds_saved, 3)
+        return logs
+
+    def switch_off(self, reason: str) -> None:
+        """Hold nothing any more, and say why; the prefix is run from now on."""
+        if self.off is None:
+            self.off = reason
+            self.journal.write("cache_off", step=self.progress().step, reason=reason)
+            note(f"Prefix cache off: {reason}.")
+            self._give_back()
+
+    def close(self) -> None:
+        """Write down what it did, and give everything back; a run that ends here leaves nothing on disk."""
+        if self.worth.looked_up:
+            self.journal.write(
+                "cache",
+                step=self.progress().step,
+                hits=self.worth.hits,
+                advanced=self.worth.advanced,
+                misses=self.worth.misses,
+                nbytes=self.store.nbytes,
+                damaged=self.store.damaged,
+                flops=self.flops,
+                seconds_saved=self.worth.seconds_saved,
+            )
+        self._give_back()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was decided, and which samples a full memory holds."""
+        return {
+            "off": self.off,
+            "whole_rows": self.examiner.whole_rows,
+            "padding_known": self.examiner.padding_known,
+            "held": self.store.held_in_memory(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` wrote."""
+        self.examiner.whole_rows, self.examiner.padding_known = state["whole_rows"], state["padding_known"]
+        if state["off"] is not None:
+            self.switch_off(state["off"])
+        self.store.hold_in_memory_only(state["held"])
+
+    def _give_back(self) -> None:
+        self._undo.close()
+        self.prefix.look_up = self.prefix.watch_boundary = None
+        self.store.close()
+
+    def _merged(self) -> None:
+        self.switch_off("an adapter of the frozen prefix is being merged into its base weights, which rounds them")
+
+    # What the prefix asks.
+
+    def look_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Start]:
+        """Where the pass with these arguments starts, by stack path; empty: at the embeddings."""
+        self.prefix.watch_boundary = None
+        try:
+            if self.off is None and any(self._depths) and self._may_serve(inputs := self._named(args, kwargs)):
+                return self._look_up(inputs)
+        except NotBySample as error:
+            self.switch_off(str(error))
+        except Exception as error:  # whatever it is: the prefix can always be run
+            fact = error.fact if isinstance(error, AdafreezeError) else f"{type(error).__name__}: {error}"
+            self.switch_off(f"it failed ({fact})")
+        return {}
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self._names, args, strict=False)), **kwargs}
+
+    def _may_serve(self, inputs: Mapping[str, Any]) -> bool:
+        config = _config(self.prefix.model)
+        asked = [inputs.get(name) for name in _WHOLE_PASS]
+        if any(value is not None and value is not False for value in asked):
+            return False
+        if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
+            return False
+        return [self.backend.settings(site) for site in self._sites] == self._settings
+
+    def _look_up(self, inputs: Mapping[str, Any]) -> Mapping[str, Start]:
+        if self._identity.changed():
+            self._hash_again()
+        rows = Rows(inputs, encoder_decoder=self._encoder_decoder, whole=self.examiner.whole_rows)
+        with CountFlops() as count:
+            self.examiner.look(rows)
+            trusted = self.examiner.refusal is None and self.examiner.trusts_padding(rows)
+        self.flops += count.total
+        if self.examiner.refusal is not None:
+            self.switch_off(self.examiner.refusal)
+        if self.off is not None:
+            return {}
+        if self.examiner.whole_rows and not trusted:
+            note("Prefix cache: padding is read above the prefix, or changes what it gives: whole rows are held.")
+            rows = Rows(inputs, encoder_decoder=self._encoder_decoder, whole=True)
+        nothing = (0,) * len(self._depths)
+        width = max(rows.width(0), 1)
+        with self.worth.timed(self.worth.read, rows.count * width):
+            keys = self._keys(rows)
+            # While it is not known whether anything reads padding, all rows are computed, padding and all.
+            entries: list[Entry | None] = [None] * rows.count
+            if trusted:
+                entries = self.store.read(keys, self._depths)
+            groups: dict[tuple[int, ...], list[int]] = {}
+            for row, entry in enumerate(entries):
+                groups.setdefault(nothing if entry is None else entry.depths, []).append(row)
+            found = groups.pop(self._depths, [])
+            missing = len(groups.get(nothing, []))
+            starts: Mapping[str, Start] = {}
+            if not groups:
+                starts = self._assembled(rows, range(rows.count), entries, self._depths)
+        self.worth.count(len(found), rows.count - len(found) - missing, missing)
+        self.worth.skipped_work += width * (
+            len(found) * sum(self._depths) + sum(len(group) * sum(depths) for depths, group in groups.items())
+        )
+        if groups:
+            starts = self._completed(rows, keys, entries, groups)
+        progress = self.progress()
+        reason = self.worth.verdict(sum(self._depths), progress.epoch, progress.remaining + self.worth.looked_up)
+        if reason is not None:
+            self.switch_off(reason)
+        return starts
+
+    def _hash_again(self) -> None:
+        before = self._identity.of(self._depths)
+        self._identity.forget()
+        self._identity.watch(self._depths)
+        if self._identity.of(self._depths) != before:
+            self._changes += 1
+            if self._changes > MOST_CHANGES:
+                self.switch_off("the weights of the frozen prefix keep changing")
+
+    def _keys(self, rows: Rows) -> list[bytes]:
+        salt = f"{self.prefix.autocast} {self.examiner.whole_rows} {self.store_dtype}".encode()
+        keys = []
+        for row in range(rows.count):
+            digest = xxhash.xxh3_128(salt)
+            for name, content in rows.pieces(row):
+                digest.update(name.encode())
+                digest.update(content)
+            keys.append(digest.digest())
+        return keys
+
+    def _completed(
+        self,
+        rows: Rows,
+        keys: list[bytes],
+        entries: list[Entry | None],
+        groups: Mapping[tuple[int, ...], list[int]],
+    ) -> Mapping[str, Start]:
+        """Compute what is missing, in groups of equal depth, and put it beside what was found."""
+        computed: list[Computed] = []
+        for depths, group in groups.items():
+            states = self._computed(rows, group, depths, [entries[row] for row in group])
+            if states is None:
+                self.switch_off("a training pass does not come to the boundary of every stack")
+                return {}
+            computed.append((group, states))
+            self._write(rows, keys, group, states)
+            for row in group:
+                entries[row] = None
+        if len(computed[0][0]) == rows.count:
+            paths = {stack.path: depth for stack, depth in zip(self._stacks, self._depths, strict=True)}
+            return {path: Start(paths[path], states) for path, states in computed[0][1].items()}
+        return self._assembled(rows, range(rows.count), entries, self._depths, computed)
+
+    def _computed(
+        self, rows: Rows, group: list[int], depths: tuple[int, ...], entries: list[Entry | None]
+    ) -> dict[str, Tensor] | None:
+        """The hidden states of some rows at the boundary, from what is held of them."""
+        inputs = rows.take(group)
+        starts = self._assembled(rows, group, entries, depths) if any(depths) else {}
+        shapes = tuple((name, v.shape[1:]) for name, v in sorted(inputs.items()) if isinstance(v, Tensor) and v.ndim)
+        kind = (depths, self._depths, shapes)
+        work = len(group) * max(rows.width(0), 1) * (sum(self._depths) - sum(depths))
+        if kind in self._flops_per_row:
+            with self.worth.timed(self.worth.compute, work):
+                states = self.prefix.compute(inputs, starts)
+        else:
+            with CountFlops() as count:
+                states = self.prefix.compute(inputs, starts)
+            self._flops_per_row[kind] = count.total / len(group)
+        self.flops += round(self._flops_per_row[kind] * len(group))
+        return states
+
+    def _write(self, rows: Rows, keys: list[bytes], group: list[int], states: Mapping[str, Tensor]) -> None:
+        progress = self.progress()
+        if progress.epoch is not None and progress.remaining <= progress.epoch:
+            return  # in the last epoch no sample comes again
+        with self.worth.timed(self.worth.write, len(group)):
+            host = {path: hidden.detach().to("cpu", self.store_dtype) for path, hidden in states.items()}
+            identity = self._identity.of(self._depths)
+            items = []
+            for place, row in enumerate(group):
+                pieces: list[Tensor | None] = []
+                for stack in self._stacks:
+                    hidden = host.get(stack.path)
+                    if hidden is not None:
+                        first, last = self.examiner.layouts[stack.path].span(rows, row, hidden.shape[1])
+                        hidden = hidden[place, first:last].contiguous()
+                    pieces.append(hidden)
+                items.append((keys[row], Entry(identity, self._depths, tuple(pieces))))
+            reason = self.store.hold(items, progress.step)
+        if reason is not None:
+            self.switch_off(reason)
+
+    def _assembled(
+        self,
+        rows: Rows,
+        at: Sequence[int],
+        entries: Sequence[Entry | None],
+        depths: tuple[int, ...],
+        computed: Sequence[Computed] = (),
+    ) -> dict[str, Start]:
+        """A batch of hidden states for each stack: what is held, with zeros for padding, beside what was computed.
+
+        Args:
+            rows: of the whole batch.
+            at: the rows wanted.
+            entries: what is held of each of these; None for those in ``computed``.
+            depths: of the hidden states.
+            computed: other rows' hidden states; with these, ``at`` is the whole batch.
+        """
+        starts = {}
+        for position, stack in enumerate(self._stacks):
+            if not depths[position]:
+                continue
+            layout = self.examiner.layouts[stack.path]
+            held = [
+                (place, row, state)
+                for place, (row, entry) in enumerate(zip(at, entries, strict=True))
+                if entry is not None and (state := entry.states[position]) is not None
+            ]
+            like = held[0][2] if held else computed[0][1][stack.path][0]
+            width = rows.width(layout.side) if layout.by_position else like.shape[0]
+            shape = (len(at), width, *like.shape[1:])
+            batch = torch.zeros(shape, dtype=layout.dtype, device=self.worth.device)
+            for place, row, state in held:
+                first, last = layout.span(rows, row, width)
+                batch[place, first:last].copy_(state, non_blocking=True)
+            for group, states in computed:
+                batch[group] = states[stack.path]
+            starts[stack.path] = Start(depths[position], batch)
+        return starts
+
+
+def _config(model: nn.Module) -> Any:
+    return getattr(model, "config", None)
+
+
+def _positional_names(model: nn.Module) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds]
+    return names or ["input_ids"]

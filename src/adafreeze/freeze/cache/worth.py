@@ -1,0 +1,116 @@
+"""Worth: what the cache has saved and cost so far, and whether it should go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+__all__ = ["Worth"]
+
+# A verdict by the clock wants this many timed passes of each kind.
+LEAST_TIMED = 8
+# Without knowing how long an epoch is, this share of the run without a hit is taken for "nothing repeats".
+PATIENCE = 0.5
+
+
+@dataclass
+class _Clock:
+    """Seconds and the work done in them."""
+
+    seconds: float = 0.0
+    work: int = 0
+    passes: int = 0
+
+    @property
+    def rate(self) -> float | None:
+        """Seconds for one piece of work."""
+        return self.seconds / self.work if self.work and self.passes >= LEAST_TIMED else None
+
+
+@dataclass
+class Worth:
+    """Counts and clocks of one cache.
+
+    The time saved is an estimate: positions looked up × blocks skipped × the time that computing one block on one
+    position took where it was computed, less the time that looking up and writing down took. On an accelerator only
+    the first passes of each kind are timed, since timing waits for the device.
+
+    Attributes:
+        hits: samples that were found at the full depth.
+        advanced: found at a smaller depth, and run through the new blocks.
+        misses: computed from the embeddings.
+        since_hit: samples looked up since the last one that was found.
+    """
+
+    device: torch.device
+    hits: int = 0
+    advanced: int = 0
+    misses: int = 0
+    since_hit: int = 0
+    skipped_work: int = 0
+    compute: _Clock = field(default_factory=_Clock)
+    read: _Clock = field(default_factory=_Clock)
+    write: _Clock = field(default_factory=_Clock)
+
+    @property
+    def looked_up(self) -> int:
+        """Samples of all training passes that asked."""
+        return self.hits + self.advanced + self.misses
+
+    @contextmanager
+    def timed(self, clock: _Clock, work: int) -> Iterator[None]:
+        """Add this block's time to ``clock``."""
+        waits = self.device.type == "cuda"
+        if waits and clock.passes >= 2 * LEAST_TIMED:
+            yield
+            return
+        if waits:
+            torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        yield
+        if waits:
+            torch.cuda.synchronize(self.device)
+        clock.seconds += time.perf_counter() - start
+        clock.work += work
+        clock.passes += 1
+
+    def count(self, hits: int, advanced: int, misses: int) -> None:
+        """The samples of one look-up."""
+        self.hits += hits
+        self.advanced += advanced
+        self.misses += misses
+        self.since_hit = 0 if hits or advanced else self.since_hit + misses
+
+    @property
+    def seconds_saved(self) -> float | None:
+        """See the class; None before enough was timed."""
+        compute = self.compute.rate
+        if compute is None:
+            return None
+        return self.skipped_work * compute - self.read.seconds - self.write.seconds
+
+    def verdict(self, blocks: int, epoch: int | None, run: int) -> str | None:
+        """Why the cache should be switched off now; None while it should not.
+
+        Args:
+            blocks: blocks that a hit skips.
+            epoch: samples of one pass over the data; None if not known.
+            run: samples of the whole run.
+        """
+        patience = 1.25 * epoch if epoch is not None else PATIENCE * run
+        if self.since_hit > patience:
+            return (
+                f"none of the last {self.since_hit:,} samples came a second time: packed rows, random masking, "
+                "augmentation, or a stream"
+            )
+        compute, read = self.compute.rate, self.read.rate
+        if compute is not None and read is not None and self.hits and read > compute * blocks:
+            return (
+                f"looking a position up takes {1e6 * read:.1f} µs, and computing its {blocks} blocks "
+                f"{1e6 * compute * blocks:.1f} µs"
+            )
+        return None

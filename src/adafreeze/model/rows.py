@@ -1,0 +1,182 @@
+"""The samples of one forward pass: each one's own inputs, without the padding its batch gave it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .draw import rows_of
+
+__all__ = ["NotBySample", "Rows", "Span"]
+
+Span = tuple[int, int]
+"""First position of a sample that is no padding, and the one after its last."""
+
+# What only the loss or the form of the output depends on.
+_TARGETS = ("start_positions", "end_positions", "num_items_in_batch")
+_FORM = {"use_cache", "return_dict", "return_loss", "logits_to_keep", "output_router_logits"}
+
+
+class NotBySample(Exception):
+    """These inputs cannot be told apart by sample; the text says why."""
+
+
+class Rows:
+    """The inputs of one forward pass, sample by sample.
+
+    Args:
+        inputs: names to what the model is called with.
+        encoder_decoder: whether labels reach the blocks of a decoder.
+        whole: take padding for content: a sample is then its row as it stands in the batch.
+
+    Raises:
+        NotBySample: some input is not one entry per sample (packed rows, block masks, a key-value cache).
+    """
+
+    def __init__(self, inputs: Mapping[str, Any], *, encoder_decoder: bool = False, whole: bool = False) -> None:
+        self.inputs = dict(inputs)
+        self.count = rows_of(self.inputs)
+        if not self.count:
+            raise NotBySample("the model is called without input_ids, inputs_embeds or pixel_values")
+        self._read: dict[str, Tensor] = {}
+        self._context: list[str] = []
+        for name, value in self.inputs.items():
+            self._sort(name, value, encoder_decoder)
+        self._host = _on_host(self._read)
+        self._widths = (self._width("attention_mask"), self._decoder_width() if encoder_decoder else 0)
+        if whole:
+            self._spans = tuple([(0, width)] * self.count for width in self._widths)
+        else:
+            self._spans = (self._encoder_spans(), self._decoder_spans() if encoder_decoder else [])
+
+    def _sort(self, name: str, value: Any, encoder_decoder: bool) -> None:
+        """Whether the prefix's output may depend on this input."""
+        label = "label" in name
+        if name in _TARGETS or name in _FORM or (label and not (encoder_decoder and name == "labels")):
+            return
+        decoded = (self.inputs.get("decoder_input_ids"), self.inputs.get("decoder_inputs_embeds"))
+        if label and any(given is not None for given in decoded):
+            return
+        if isinstance(value, Tensor) and value.ndim and len(value) == self.count:
+            self._read[name] = value.detach()
+        elif isinstance(value, Tensor) and value.ndim:
+            raise NotBySample(f"{name} has the shape {tuple(value.shape)}, which is not one entry per sample")
+        elif isinstance(value, (bool, int, float, str)):
+            self._context.append(f"{name}={value}")
+        elif isinstance(value, Tensor):
+            self._context.append(f"{name}={value.item()}")
+        elif value is not None:
+            raise NotBySample(f"{name} is a {type(value).__name__}")
+
+    def width(self, side: int) -> int:
+        """Positions of a row as the encoder's blocks (side 0) or the decoder's (side 1) see it; 0: not known."""
+        return self._widths[side]
+
+    def spans(self, side: int) -> Sequence[Span]:
+        """Each sample's unpadded part, of :meth:`width` positions."""
+        return self._spans[side]
+
+    @property
+    def padded(self) -> bool:
+        """Whether any position is padding."""
+        return any(span != (0, width) for width, spans in zip(self._widths, self._spans, strict=True) for span in spans)
+
+    def pieces(self, row: int) -> list[tuple[str, memoryview | bytes]]:
+        """All that tells a sample from others: names and bytes of its unpadded inputs."""
+        found: list[tuple[str, memoryview | bytes]] = [("", ";".join(self._context).encode())]
+        for name, (shape, data) in self._host.items():
+            side = 1 if name == "labels" or name.startswith("decoder_") else 0
+            width = self._widths[side]
+            row_bytes = data[row]
+            if width and shape[:1] == (width,):
+                first, last = self._spans[side][row]
+                each = len(row_bytes) // width
+                row_bytes = row_bytes[first * each : last * each]
+                shape = (last - first, *shape[1:])
+            found.append((f"{name}{shape}{self._read[name].dtype}", memoryview(row_bytes)))
+        return found
+
+    def take(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The inputs of these samples, at the width of the batch."""
+        if len(rows) == self.count:
+            return dict(self.inputs)
+        index: dict[torch.device, Tensor] = {}
+        taken = {}
+        for name, value in self.inputs.items():
+            if isinstance(value, Tensor) and value.ndim and len(value) == self.count:
+                if value.device not in index:
+                    index[value.device] = torch.tensor(rows, device=value.device)
+                value = value[index[value.device]]
+            taken[name] = value
+        return taken
+
+    def alone(self, row: int) -> dict[str, Any]:
+        """The inputs of one sample without its padding; what belongs to a decoder stays as it is."""
+        taken = self.take([row]) if self.count > 1 else dict(self.inputs)
+        first, last = self._spans[0][row]
+        for name, value in taken.items():
+            inside = name in self._read and name != "labels" and not name.startswith("decoder_")
+            if inside and value.ndim > 1 and value.shape[1] == self._widths[0]:
+                taken[name] = value[:, first:last]
+        return taken
+
+    def _width(self, name: str) -> int:
+        """Positions of a 2-D input; of the text itself where there is no mask."""
+        for candidate in (name, "input_ids", "inputs_embeds"):
+            if candidate in self._read and self._read[candidate].ndim > 1:
+                return self._read[candidate].shape[1]
+        return 0
+
+    def _decoder_width(self) -> int:
+        for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"):
+            if name in self._read and self._read[name].ndim > 1:
+                return self._read[name].shape[1]
+        return 0
+
+    def _encoder_spans(self) -> list[Span]:
+        mask = self._read.get("attention_mask")
+        width = self._widths[0]
+        if mask is None or mask.ndim != 2 or not width:
+            return [(0, width)] * self.count
+        real = self._values("attention_mask") != 0
+        first = real.argmax(1)
+        last = width - real[:, ::-1].argmax(1)
+        return [(int(a), int(b)) if some else (0, width) for a, b, some in zip(first, last, real.any(1), strict=True)]
+
+    def _decoder_spans(self) -> list[Span]:
+        # Right padding only: a decoder is causal, so what stands before it does not depend on it.
+        width = self._widths[1]
+        labels = self._read.get("labels")
+        if "decoder_attention_mask" in self._read:
+            real = self._values("decoder_attention_mask") != 0
+        elif labels is not None and labels.ndim == 2:
+            real = self._values("labels") != -100
+        else:
+            return [(0, width)] * self.count
+        last = real.shape[1] - real[:, ::-1].argmax(1)
+        return [(0, int(b)) if some else (0, width) for b, some in zip(last, real.any(1), strict=True)]
+
+    def _values(self, name: str) -> np.ndarray:
+        """A 2-D integer input on the host."""
+        tensor = self._read[name]
+        flat = torch.from_numpy(self._host[name][1]).view(tensor.dtype)
+        return flat.reshape(tensor.shape).to(torch.int64).numpy()
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
+    """Shape of one sample and the bytes of each, (samples, bytes); from an accelerator in one transfer a device."""
+    flat = {name: tensor.contiguous().view(torch.uint8).reshape(-1) for name, tensor in tensors.items()}
+    for device in {data.device for data in flat.values() if data.device.type != "cpu"}:
+        names = [name for name, data in flat.items() if data.device == device]
+        names.sort(key=lambda name: -tensors[name].element_size())  # so that each begins where its dtype may
+        together = torch.cat([flat[name] for name in names]).cpu()
+        pieces = together.split([len(flat[name]) for name in names])
+        flat.update(zip(names, pieces, strict=True))
+    return {
+        name: (tuple(tensors[name].shape[1:]), data.numpy().reshape(len(tensors[name]), -1))
+        for name, data in flat.items()
+    }
