@@ -131,7 +131,7 @@ def test_close_leaves_the_model_as_it_was(family):
 
 def test_dropout_below_the_boundary_is_off_and_above_it_on():
     model = cases.lora_model("bert", dropout=0.5, lora_dropout=0.5)
-    safe = Safe(model, probe=cases.loader("bert"), total_steps=10)
+    safe = Safe(model, SafeConfig(cache="off"), probe=cases.loader("bert"), total_steps=10)
     safe._freeze(list(safe.units)[:2], by="hand")
     model.train()
     seen = {1: [], 3: []}

@@ -76,6 +76,9 @@ class Caching:
             self._reason = "no sample comes twice in one epoch"
         if self._reason is None and varies(self._source):
             self._reason = "samples come with other inputs each time (random masking, augmentation)"
+        if self._reason is not None and self.cache is not None:
+            self.cache.switch_off(self._reason)
+            return
         line = outlook(blocks, steps_per_epoch, total_steps, self.config.ramp_end, self._reason)
         self.journal.write("cache_outlook", step=self.progress().step, off=self._reason, text=line)
         if self.config.cache != "off":

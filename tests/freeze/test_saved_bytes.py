@@ -89,7 +89,7 @@ def test_a_frozen_block_of_the_prefix_keeps_nothing_and_the_others_what_they_kep
     arrange(model)
     _, plain, head = saved_by_part(model, family)
     lower = [f"{'model.layers' if family == 'llama' else 'bert.encoder.layer'}.{index}" for index in range(4)]
-    Safe(model, SafeConfig(freeze=lower), probe=cases.loader(family), total_steps=10)
+    Safe(model, SafeConfig(freeze=lower, cache="off"), probe=cases.loader(family), total_steps=10)
     below, half, head_then = saved_by_part(model, family)
     one_input = 8 * 24 * 32 * 4  # tokens × features, float32
     assert below == 0 and half[:4] == [0, 0, 0, 0] and head_then == head
@@ -99,7 +99,7 @@ def test_a_frozen_block_of_the_prefix_keeps_nothing_and_the_others_what_they_kep
     # Whatever made the embeddings require grad, the bytes are those of the run that never had it.
     if arrange is forced_twice:
         untouched = cases.lora_model(family, blocks=8)
-        Safe(untouched, SafeConfig(freeze=lower), probe=cases.loader(family), total_steps=10)
+        Safe(untouched, SafeConfig(freeze=lower, cache="off"), probe=cases.loader(family), total_steps=10)
         assert saved(model, family) == saved(untouched, family)
 
 
@@ -110,7 +110,7 @@ def test_with_as_many_blocks_as_real_models_have_the_head_no_longer_hides_it(fam
     arrange(model)
     plain = saved(model, family)
     lower = [f"{'model.layers' if family == 'llama' else 'bert.encoder.layer'}.{index}" for index in range(16)]
-    Safe(model, SafeConfig(freeze=lower), probe=cases.loader(family), total_steps=10)
+    Safe(model, SafeConfig(freeze=lower, cache="off"), probe=cases.loader(family), total_steps=10)
     assert saved(model, family) <= 0.55 * plain
 
 

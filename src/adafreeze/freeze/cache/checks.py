@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -50,9 +50,10 @@ class Examiner:
         refusal: why no pass may ever start at the boundary.
     """
 
-    def __init__(self, prefix: Prefix, sides: Mapping[str, int]) -> None:
+    def __init__(self, prefix: Prefix, sides: Mapping[str, int], on_whole_rows: Callable[[], None]) -> None:
         self.prefix = prefix
         self.sides = sides
+        self.on_whole_rows = on_whole_rows
         self.layouts: dict[str, Layout] = {}
         self.whole_rows = False
         self.padding_known = False
@@ -64,7 +65,10 @@ class Examiner:
         """Look at the model with the first sample, unless it was looked at since the prefix last grew."""
         if self.passed:
             return
-        one = rows.take([0])
+        with keep_random_state():
+            self._look(rows, rows.take([0]))
+
+    def _look(self, rows: Rows, one: Mapping[str, Any]) -> None:
         states = self.prefix.compute(one, {})
         if states is None:
             self.refusal = "a training pass does not come to the boundary of every stack"
@@ -118,12 +122,12 @@ class Examiner:
     def _take_whole_rows(self) -> None:
         self.whole_rows = self.padding_known = True
         self._waiting = set()
+        self.on_whole_rows()
 
 
 def is_random(prefix: Prefix, inputs: Mapping[str, Any]) -> bool:
     """Whether two training passes of the prefix over one sample differ (NEFTune, noise, dropout that is no module)."""
-    with keep_random_state():
-        first, second = prefix.compute(inputs, {}), prefix.compute(inputs, {})
+    first, second = prefix.compute(inputs, {}), prefix.compute(inputs, {})
     if first is None or second is None:
         return True
     return not all(torch.equal(first[path], second[path]) for path in first)
@@ -150,7 +154,6 @@ def is_read_elsewhere(
         return forward
 
     with ExitStack() as undo:
-        undo.enter_context(keep_random_state())
         undo.enter_context(torch.no_grad())
         undo.enter_context(quiet(model))
         with ExitStack() as watching:

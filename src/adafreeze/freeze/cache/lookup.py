@@ -94,7 +94,7 @@ class PrefixCache:
         self._identity = identity
         self._encoder_decoder = bool(getattr(_config(prefix.model), "is_encoder_decoder", False))
         sides = {stack.path: int(self._encoder_decoder and n > 0) for n, stack in enumerate(prefix.stacks)}
-        self.examiner = Examiner(prefix, sides)
+        self.examiner = Examiner(prefix, sides, self._note_whole_rows)
         self._names = _positional_names(prefix.model)
         self._depths: tuple[int, ...] = (0,) * len(prefix.stacks)
         self._sites: list[nn.Module] = []
@@ -187,6 +187,14 @@ class PrefixCache:
         self.prefix.look_up = self.prefix.watch_boundary = None
         self.store.close()
 
+    def _note_whole_rows(self) -> None:
+        self.journal.write("cache_whole_rows", step=self.progress().step)
+        note(
+            "Prefix cache: padding is read above the prefix (labels on it, a mean over all positions) or changes what "
+            "the prefix gives (left padding with absolute positions). Whole rows are held: a sample is found again at "
+            "the width it came with."
+        )
+
     def _merged(self) -> None:
         self.switch_off("an adapter of the frozen prefix is being merged into its base weights, which rounds them")
 
@@ -230,7 +238,6 @@ class PrefixCache:
         if self.off is not None:
             return {}
         if self.examiner.whole_rows and not trusted:
-            note("Prefix cache: padding is read above the prefix, or changes what it gives: whole rows are held.")
             rows = Rows(inputs, encoder_decoder=self._encoder_decoder, whole=True)
         nothing = (0,) * len(self._depths)
         width = max(rows.width(0), 1)

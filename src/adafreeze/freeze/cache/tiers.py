@@ -22,6 +22,9 @@ __all__ = ["DiskTier", "Entry", "RamTier", "Tier"]
 
 ARENA = 64 * 2**20
 ALIGNMENT = 64
+# LMDB needs some pages of its own, and writes a value that is replaced to a new place first.
+LEAST_PAGES = 64
+RESERVE = 0.1
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ class DiskTier:
 
     Args:
         folder: made if missing.
-        budget: bytes that its file may have.
+        budget: bytes that its file may have, 64 pages (256 KiB) at least; a tenth of them is kept for replacing.
 
     Raises:
         ConfigError: LMDB is not installed.
@@ -194,7 +197,7 @@ class DiskTier:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
         page = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
-        self.budget = max(16 * page, min(budget, int(0.9 * free)) // page * page)
+        self.budget = max(LEAST_PAGES * page, min(budget, int(0.9 * free)) // page * page)
         try:
             # Without metasync a power cut may lose the last transaction, and never the file's integrity.
             self._environment = self._lmdb.open(
@@ -226,7 +229,8 @@ class DiskTier:
     def put(self, items: Sequence[tuple[bytes, Entry]]) -> list[tuple[bytes, Entry]]:
         """Write these in one transaction; returns them all if there was no room for it."""
         known = items
-        if self.full:  # what is held already may still be replaced
+        if self.full or self.nbytes + sum(entry.nbytes for _, entry in items) > (1 - RESERVE) * self.budget:
+            self.full = True  # what is held already may still be replaced
             with self._environment.begin(buffers=True) as transaction:
                 known = [(key, entry) for key, entry in items if transaction.get(key) is not None]
         values = [(key, encode(key, entry)) for key, entry in known]
