@@ -233,7 +233,8 @@ def read_by(tmp_path, folder, batches, model, depth=2, settings=None):
     safe.prefix.look_up = look_up
     torch.manual_seed(9)
     for one, loss in zip(batches, expected, strict=False):
-        assert (now := model(**one).loss).item() == loss
+        now = model(**one).loss
+        assert now.item() == loss
         now.backward()  # whether padding is read is seen by its gradient
     worth = safe.caching.cache.worth
     safe.close()

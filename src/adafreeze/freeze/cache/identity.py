@@ -20,6 +20,12 @@ __all__ = ["FORMAT_VERSION", "Identity"]
 
 FORMAT_VERSION = 1
 
+# What a configuration says of heads and outputs; models and hosts set some of it in mid-run.
+_NOT_OF_THE_PREFIX = {
+    *("problem_type", "id2label", "label2id", "architectures", "_name_or_path", "use_cache", "return_dict"),
+    *("output_hidden_states", "output_attentions", "pad_token_id", "bos_token_id", "eos_token_id"),
+}
+
 
 class Identity:
     """Tells one prefix from any other by 128 bits.
@@ -77,6 +83,7 @@ class Identity:
     def _root(self) -> bytes:
         digest = xxhash.xxh3_128()
         config: Any = getattr(self._model, "config", None)
+        settings = config.to_dict() if hasattr(config, "to_dict") else {"config": config}
         described = [
             str(FORMAT_VERSION),
             f"adafreeze {__version__}",
@@ -84,7 +91,7 @@ class Identity:
             type(self._model).__qualname__,
             sys.byteorder,
             str(getattr(config, "_attn_implementation", None)),
-            config.to_json_string() if hasattr(config, "to_json_string") else repr(config),
+            *sorted(f"{name}={value}" for name, value in settings.items() if name not in _NOT_OF_THE_PREFIX),
             *self._backend.described(),
         ]
         digest.update("\n".join(described).encode())
