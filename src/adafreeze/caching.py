@@ -61,6 +61,7 @@ class Caching:
         self._folder: str | None = None
         self._resumed: Mapping[str, Any] | None = None
         self._announced = False
+        self._counts_flops = False
         self._reason: str | None = "cache='off'" if config.cache == "off" else None
         if self._reason is None and config.prefix_dropout:
             self._reason = "prefix_dropout=True makes the prefix's output random"
@@ -103,6 +104,7 @@ class Caching:
         if not tiers:
             tiers.append(RamTier(min(self.config.cache_bytes, psutil.virtual_memory().available // 2)))
         self.cache = PrefixCache(self.prefix, self.backend, identity, tiers, self.journal, self.progress, dtype)
+        self.cache.counts_flops = self._counts_flops
         if self._resumed is not None:
             self.cache.load_state_dict(self._resumed)
 
@@ -128,8 +130,12 @@ class Caching:
 
     @property
     def flops(self) -> int:
-        """FLOPs spent in nested passes."""
-        return self.cache.flops if self.cache is not None else 0
+        """FLOPs spent in nested passes, counted from the first time that this is asked for."""
+        self._counts_flops = True
+        if self.cache is None:
+            return 0
+        self.cache.counts_flops = True
+        return self.cache.flops
 
     def logs(self) -> dict[str, float]:
         """Scalars of the cache; none while there is no cache."""

@@ -152,7 +152,10 @@ class Safe:
 
     @property
     def nested_flops(self) -> int:
-        """FLOPs spent inside training steps to compute what the prefix cache does not hold yet."""
+        """FLOPs spent inside training steps to compute what the prefix cache does not hold yet.
+
+        Counted from the first time that this is asked for: counting takes time, and most runs need none.
+        """
         return self.caching.flops
 
     def logs(self) -> dict[str, float]:

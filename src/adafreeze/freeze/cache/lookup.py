@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +68,7 @@ class PrefixCache:
 
     Attributes:
         off: why it was switched off; None while it is on.
+        counts_flops: count what nested passes spend. The first pass of each shape takes a third longer then.
         flops: spent in nested passes; what a training pass itself spends is its host's to count.
     """
 
@@ -87,6 +88,7 @@ class PrefixCache:
         self.progress = progress
         self.store_dtype = store_dtype
         self.off: str | None = None
+        self.counts_flops = False
         self.flops = 0
         self.worth = Worth(device_of(prefix.model))
         self._stacks = prefix.stacks
@@ -161,7 +163,7 @@ class PrefixCache:
                 misses=self.worth.misses,
                 nbytes=self.store.nbytes,
                 damaged=self.store.damaged,
-                flops=self.flops,
+                flops=self.flops if self.counts_flops else None,
                 seconds_saved=self.worth.seconds_saved,
             )
         self._give_back()
@@ -229,10 +231,10 @@ class PrefixCache:
         if self._identity.changed():
             self._hash_again()
         rows = Rows(inputs, encoder_decoder=self._encoder_decoder, whole=self.examiner.whole_rows)
-        with CountFlops() as count:
+        with CountFlops() if self.counts_flops else nullcontext() as count:
             self.examiner.look(rows)
             trusted = self.examiner.refusal is None and self.examiner.trusts_padding(rows)
-        self.flops += count.total
+        self.flops += count.total if count is not None else 0
         if self.examiner.refusal is not None:
             self.switch_off(self.examiner.refusal)
         if self.off is not None:
@@ -319,14 +321,14 @@ class PrefixCache:
         shapes = tuple((name, v.shape[1:]) for name, v in sorted(inputs.items()) if isinstance(v, Tensor) and v.ndim)
         kind = (depths, self._depths, shapes)
         work = len(group) * max(rows.width(0), 1) * (sum(self._depths) - sum(depths))
-        if kind in self._flops_per_row:
+        if kind in self._flops_per_row or not self.counts_flops:
             with self.worth.timed(self.worth.compute, work):
                 states = self.prefix.compute(inputs, starts)
         else:
             with CountFlops() as count:
                 states = self.prefix.compute(inputs, starts)
             self._flops_per_row[kind] = count.total / len(group)
-        self.flops += round(self._flops_per_row[kind] * len(group))
+        self.flops += round(self._flops_per_row.get(kind, 0) * len(group))
         return states
 
     def _write(self, rows: Rows, keys: list[bytes], group: list[int], states: Mapping[str, Tensor]) -> None:
