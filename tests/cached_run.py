@@ -53,7 +53,7 @@ def epochs(family, count=COUNT, seed=3, epochs=EPOCHS, collator=None):
             yield (collator or pad_to(16))([data[index] for index in order[start : start + ROWS]])
 
 
-def train(family, settings, batches, model=None, accumulate=1, count=COUNT, after=None, **safe_arguments):
+def train(family, settings, batches, model=None, accumulate=1, count=COUNT, after=None, step=None, **safe_arguments):
     """A plain loop; returns the losses, the gradients before each optimizer step, and the closed Safe."""
     model = model or lora_model(family, BLOCKS)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
@@ -70,9 +70,12 @@ def train(family, settings, batches, model=None, accumulate=1, count=COUNT, afte
     torch.manual_seed(5)
     losses, gradients = [], []
     for number, batch in enumerate(batches):
-        loss = model(**batch).loss
-        (loss / accumulate).backward()
-        losses.append(loss.item())
+        if step is None:
+            loss = model(**batch).loss
+            (loss / accumulate).backward()
+            losses.append(loss.item())
+        else:
+            step(safe, model, batch)
         if (number + 1) % accumulate:
             continue
         gradients.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])

@@ -6,9 +6,11 @@ import itertools
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 from adafreeze import Safe, SafeCallback
+from adafreeze.costs import Meter, expected_ratios
 from cached_run import BLOCKS, COUNT, ROWS, assert_same, config, counts, epochs, pad_to, train
 from cases import FAMILIES, TARGETS, Samples, base_model, batch, collate, lora_model, sample
 
@@ -130,17 +132,23 @@ def test_bfloat16_holds_half_the_bytes_and_rounds():
 def test_under_autocast_and_outside_it_a_sample_has_two_values():
     model = lora_model("bert", BLOCKS, dropout=0.0)
     inputs = batch("bert")
-    safe = Safe(model, config(), probe=inputs, total_steps=100, samples_per_epoch=4)
+    safe = Safe(model, config(), probe=inputs, total_steps=100, samples_per_epoch=40)
     safe._freeze(list(safe.units)[:2], by="hand")
-    contexts = [contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)] * 3
-    losses = []
-    for context in contexts:
-        with context:
-            losses.append(model(**inputs).loss.item())
-    assert losses[0] == losses[2] == losses[4] and losses[1] == losses[3] == losses[5] and losses[0] != losses[1]
+    contexts = [contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)] * 2
+    contexts = [contexts[n] for n in (0, 1, 0, 1, 1, 0, 0)]
+
+    def losses():
+        found = []
+        for context in contexts:
+            with context:
+                found.append(model(**inputs).loss.item())
+        return found
+
+    cached = losses()
+    safe.prefix.look_up = None
+    assert cached == losses() and len(set(cached)) == 2
     safe.close()
-    hits, _, misses = counts(safe)
-    assert (hits, misses) == (16, 8)
+    assert counts(safe) == (5 * 4, 0, 2 * 4)
 
 
 def test_the_tables_of_trainer_and_callback(tmp_path):
@@ -172,6 +180,36 @@ def test_the_tables_of_trainer_and_callback(tmp_path):
     assert last["safe/cache_hit_rate"] == 1.0 and last["safe/cache_memory_mib"] > 0
     hits, _, misses = counts(callback.safe)
     assert hits + misses == 2 + 2 * COUNT and misses <= COUNT
+
+
+@pytest.mark.parametrize("depths", [{1: 4}, {10: 3, 40: 4}])
+def test_counted_flops_are_those_of_the_arithmetic(depths):
+    torch.manual_seed(0)
+    shape = BertConfig(vocab_size=64, hidden_size=96, num_hidden_layers=6, num_attention_heads=2, intermediate_size=384)
+    network = get_peft_model(BertForSequenceClassification(shape), LoraConfig(r=1, target_modules=["query", "value"]))
+    batches = list(epochs("bert", count=120, epochs=4))
+    plain = Meter(network.train())
+    with plain.step(batches[0]):
+        network(**batches[0]).loss.backward()
+    meters = []
+
+    def step(safe, model, batch):
+        if not meters:
+            meters.append(Meter(model, lambda: safe.state_key, lambda: safe.nested_flops))
+        with meters[0].step(batch):
+            model(**batch).loss.backward()
+
+    _, _, safe = train("bert", config(depths), batches, model=network, count=120, step=step)
+    counted = meters[0].summary()["flops"] / (plain.summary()["flops"] * len(batches))
+    frozen = {
+        event["step"]: event["prefixes"]["bert.encoder.layer"]
+        for event in safe.journal.events
+        if event["event"] == "freeze"
+    }
+    prefix = [max((depth for at, depth in frozen.items() if at <= number), default=0) for number in range(len(batches))]
+    _, theory = expected_ratios(6, prefix, steps_per_epoch=30)
+    assert counted == pytest.approx(theory, rel=0.03)
+    assert counted < 0.9 * expected_ratios(6, prefix)[1]
 
 
 # Who is sent past it.
@@ -211,8 +249,6 @@ def test_a_reference_pass_gives_the_pretrained_logits(family):
 
 
 def test_another_adapter_is_not_served_what_the_trained_one_gave():
-    from peft import LoraConfig
-
     model, inputs, safe = cached_and_filled("bert")
     model.add_adapter("other", LoraConfig(target_modules=TARGETS["bert"], r=2, init_lora_weights=False))
     now = counts_now(safe)

@@ -33,7 +33,9 @@ class Arm:
     seconds: float
     freezes: list[tuple[int, int]] = field(default_factory=list)  # (step, blocks in the prefix from then on)
     steps: int = 0
+    epochs: int = 1
     blocks: int = 0
+    cache: dict[str, Any] = field(default_factory=dict)  # what the prefix cache found, computed and held
 
     @property
     def theory(self) -> tuple[float, float]:
@@ -41,7 +43,7 @@ class Arm:
         from ..costs import expected_ratios
 
         depths = [max((depth for at, depth in self.freezes if at <= step), default=0) for step in range(self.steps)]
-        return expected_ratios(self.blocks, depths)
+        return expected_ratios(self.blocks, depths, self.steps / self.epochs if self.cache else None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,7 +184,9 @@ class _Runs:
             seconds=seconds,
             freezes=[(e["step"], sum(e["prefixes"].values())) for e in events if e["event"] == "freeze"],
             steps=trainer.state.global_step,
+            epochs=options.epochs,
             blocks=depth,
+            cache=next((event for event in events if event["event"] == "cache"), {}),
         )
 
 
@@ -218,6 +222,12 @@ def _print_table(plain: Arm, safe: Arm, top: Arm, tested: int) -> None:
     console.print(table)
     frozen = ", ".join(f"{depth} of {safe.blocks} blocks from step {step}" for step, depth in safe.freezes)
     print(f"Frozen prefix: {frozen or 'nothing froze'} (of {safe.steps} steps).")
+    if safe.cache:
+        found = safe.cache["hits"] + safe.cache["advanced"]
+        print(
+            f"Prefix cache: of {found + safe.cache['misses']:,} samples after the first freeze {found:,} were found; "
+            f"{sum(safe.cache['nbytes'].values()) / mib:.0f} MiB held."
+        )
     print(
         f"Accuracy: SAFE {100 * (safe.accuracy - plain.accuracy):+.1f} points against plain; one standard error of "
         f"plain's accuracy is {100 * error:.1f} points. One seed proves nothing: run `adafreeze demo --seed 1`."

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..model.blocks import Stack, StopForward, hidden_states, patched_forward
 from ..model.flow import Flow, tensors_in
 
-__all__ = ["Prefix", "Start"]
+__all__ = ["Prefix", "Start", "autocast_now"]
 
 
 @dataclass
@@ -202,8 +202,7 @@ class Prefix:
         return start.states if handed_on is None else (start.states, *handed_on)
 
     def _notice_autocast(self, block: nn.Module) -> None:
-        kind = next(block.parameters()).device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        autocast = autocast_now(next(block.parameters()).device)
         if autocast != self.autocast:
             self.autocast = autocast
             if self._pass.recorded is None:
@@ -220,6 +219,11 @@ class Prefix:
 
     def _detached(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
         return output.detach() if isinstance(output, Tensor) and self._active() else None
+
+
+def autocast_now(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast gives to products on ``device`` here; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _after_first(output: Any) -> tuple[Any, ...] | None:

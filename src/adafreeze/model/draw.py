@@ -26,12 +26,12 @@ MOST_SAMPLES = 512
 # A mask for the probe alone: under its own name, since passing it on would change what the model computes.
 REAL_TOKENS = "real_tokens"
 
-_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
+INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
 
 
 def rows_of(chunk: Mapping[str, Any]) -> int:
     """The number of samples in a chunk: the first dimension of its model input."""
-    return next((len(chunk[name]) for name in _INPUTS if isinstance(chunk.get(name), Tensor)), 0)
+    return next((len(chunk[name]) for name in INPUTS if isinstance(chunk.get(name), Tensor)), 0)
 
 
 def split(batch: Any, pad_token_id: int | None = None) -> Iterator[Chunk]:
@@ -113,12 +113,12 @@ def _checked(batch: Any, pad_token_id: int | None) -> Chunk:
             fix='Use a collator that returns a dict, e.g. {"input_ids": ..., "attention_mask": ..., "labels": ...}.',
         )
     chunk = dict(data)
-    names = [name for name in _INPUTS if isinstance(chunk.get(name), Tensor)]
+    names = [name for name in INPUTS if isinstance(chunk.get(name), Tensor)]
     if not names:
         only = "only labels" if set(chunk) == {"labels"} else f"only {', '.join(map(str, chunk)) or 'nothing'}"
         raise ProbeError(
             f"A probe batch holds {only}.",
-            cause=f"Scores are measured on a forward pass, which needs one of {', '.join(_INPUTS)}.",
+            cause=f"Scores are measured on a forward pass, which needs one of {', '.join(INPUTS)}.",
             fix="Pass batches as the model gets them in training: probe=train_dataloader",
         )
     ids = chunk.get("input_ids")
@@ -171,7 +171,7 @@ def varies(source: Any) -> bool:
             batches = [dict(collate([dataset[i] for i in index])) for _ in range(2)]
         return any(
             not torch.equal(batches[0][name], batches[1][name])
-            for name in _INPUTS
+            for name in INPUTS
             if isinstance(batches[0].get(name), Tensor)
         )
     return False

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .draw import rows_of
+from .draw import INPUTS, rows_of
 
 __all__ = ["NotBySample", "Rows", "Span"]
 
@@ -42,6 +42,9 @@ class Rows:
         self.count = rows_of(self.inputs)
         if not self.count:
             raise NotBySample("the model is called without input_ids, inputs_embeds or pixel_values")
+        kinds = [name for name in INPUTS if isinstance(self.inputs.get(name), Tensor)]
+        if len(kinds) > 1:
+            raise NotBySample(f"{' and '.join(kinds)} come together, and which belongs to which sample is not known")
         self._read: dict[str, Tensor] = {}
         self._context: list[str] = []
         for name, value in self.inputs.items():
@@ -80,10 +83,9 @@ class Rows:
         """Each sample's unpadded part, of :meth:`width` positions."""
         return self._spans[side]
 
-    @property
-    def padded(self) -> bool:
-        """Whether any position is padding."""
-        return any(span != (0, width) for width, spans in zip(self._widths, self._spans, strict=True) for span in spans)
+    def is_padded(self, side: int) -> bool:
+        """Whether any position of that side is padding."""
+        return any(span != (0, self._widths[side]) for span in self._spans[side])
 
     def pieces(self, row: int) -> list[tuple[str, memoryview | bytes]]:
         """All that tells a sample from others: names and bytes of its unpadded inputs."""

@@ -46,7 +46,7 @@ class Examiner:
         layouts: by stack path.
         passed: the model was looked at with its prefix as it is, and nothing was found.
         whole_rows: padding matters, so it is content.
-        padding_known: it is known whether padding matters.
+        padding_known: sides (0 the encoder's, 1 the decoder's) of which it is known whether their padding matters.
         refusal: why no pass may ever start at the boundary.
     """
 
@@ -56,7 +56,7 @@ class Examiner:
         self.on_whole_rows = on_whole_rows
         self.layouts: dict[str, Layout] = {}
         self.whole_rows = False
-        self.padding_known = False
+        self.padding_known: set[int] = set()
         self.refusal: str | None = None
         self.passed = False
         self._waiting: set[str] = set()
@@ -82,13 +82,18 @@ class Examiner:
 
     def trusts_padding(self, rows: Rows) -> bool:
         """Whether held states, which have no padding, may stand in this batch; asks its gradient otherwise."""
-        if not rows.padded or self.padding_known:
+        layouts = [self.layouts[path] for path, depth in self.prefix.depths.items() if depth]
+        sides = {layout.side for layout in layouts if layout.by_position and rows.is_padded(layout.side)}
+        if self.whole_rows or sides <= self.padding_known:
             return True
         if differs_without_padding(self.prefix, rows, self.layouts):
             self._take_whole_rows()
             return False
-        self._waiting = {path for path, depth in self.prefix.depths.items() if depth and self.layouts[path].by_position}
-        self.padding_known = not self._waiting
+        self._waiting = {
+            path
+            for path, depth in self.prefix.depths.items()
+            if depth and self.layouts[path].by_position and self.layouts[path].side in sides
+        }
         self.prefix.watch_boundary = partial(self._ask_for_gradient, rows)
         return False
 
@@ -116,11 +121,11 @@ class Examiner:
         self._waiting.discard(path)
         if float(size.max()) > 1e-6 * largest:
             self._take_whole_rows()
-        elif not self._waiting:
-            self.padding_known = True
+        elif not any(self.layouts[other].side == self.layouts[path].side for other in self._waiting):
+            self.padding_known.add(self.layouts[path].side)
 
     def _take_whole_rows(self) -> None:
-        self.whole_rows = self.padding_known = True
+        self.whole_rows = True
         self._waiting = set()
         self.on_whole_rows()
 

@@ -17,7 +17,8 @@ from ...journal import Journal
 from ...model.backends.peft import PeftBackend
 from ...model.blocks import device_of
 from ...model.rows import NotBySample, Rows
-from ..prefix import Prefix, Start
+from ..prefix import Prefix, Start, autocast_now
+from .batches import Batches, Computed
 from .checks import Examiner
 from .identity import Identity
 from .store import Store
@@ -30,9 +31,6 @@ __all__ = ["PrefixCache", "Progress"]
 _WHOLE_PASS = ("output_hidden_states", "output_attentions", "past_key_values", "use_cache")
 # Weights that change more often than this are no frozen prefix.
 MOST_CHANGES = 3
-
-Computed = tuple[list[int], dict[str, Tensor]]
-"""Rows of a batch, and their hidden states by stack path."""
 
 
 class Progress(NamedTuple):
@@ -97,11 +95,13 @@ class PrefixCache:
         self._encoder_decoder = bool(getattr(_config(prefix.model), "is_encoder_decoder", False))
         sides = {stack.path: int(self._encoder_decoder and n > 0) for n, stack in enumerate(prefix.stacks)}
         self.examiner = Examiner(prefix, sides, self._note_whole_rows)
+        self._batches = Batches(prefix.stacks, self.examiner.layouts, self.worth.device, store_dtype)
         self._names = _positional_names(prefix.model)
         self._depths: tuple[int, ...] = (0,) * len(prefix.stacks)
         self._sites: list[nn.Module] = []
         self._settings: list[tuple[Any, ...]] = []
         self._changes = 0
+        self._autocasts: dict[Any, Any] = {}
         self._flops_per_row: dict[Any, float] = {}
         self._asked = (0, 0)
         self._undo = ExitStack()
@@ -112,7 +112,7 @@ class PrefixCache:
     @property
     def state_key(self) -> tuple[Any, ...]:
         """Changes whenever the cost of a training pass, nested passes left out, may change."""
-        return self.off is None, self.examiner.padding_known
+        return self.off is None, self.examiner.whole_rows, *sorted(self.examiner.padding_known)
 
     def grown(self) -> None:
         """The prefix has changed; what is held is advanced at its next use."""
@@ -173,13 +173,13 @@ class PrefixCache:
         return {
             "off": self.off,
             "whole_rows": self.examiner.whole_rows,
-            "padding_known": self.examiner.padding_known,
+            "padding_known": sorted(self.examiner.padding_known),
             "held": self.store.held_in_memory(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` wrote."""
-        self.examiner.whole_rows, self.examiner.padding_known = state["whole_rows"], state["padding_known"]
+        self.examiner.whole_rows, self.examiner.padding_known = state["whole_rows"], set(state["padding_known"])
         if state["off"] is not None:
             self.switch_off(state["off"])
         self.store.hold_in_memory_only(state["held"])
@@ -231,6 +231,9 @@ class PrefixCache:
         if self._identity.changed():
             self._hash_again()
         rows = Rows(inputs, encoder_decoder=self._encoder_decoder, whole=self.examiner.whole_rows)
+        ambient = autocast_now(self.worth.device)
+        if ambient not in self._autocasts:
+            self.examiner.passed = False
         with CountFlops() if self.counts_flops else nullcontext() as count:
             self.examiner.look(rows)
             trusted = self.examiner.refusal is None and self.examiner.trusts_padding(rows)
@@ -239,6 +242,8 @@ class PrefixCache:
             self.switch_off(self.examiner.refusal)
         if self.off is not None:
             return {}
+        # Hosts put autocast around the call or within it; which one a call is going to run under is seen by trying.
+        self.prefix.autocast = self._autocasts.setdefault(ambient, self.prefix.autocast)
         if self.examiner.whole_rows and not trusted:
             rows = Rows(inputs, encoder_decoder=self._encoder_decoder, whole=True)
         nothing = (0,) * len(self._depths)
@@ -256,7 +261,7 @@ class PrefixCache:
             missing = len(groups.get(nothing, []))
             starts: Mapping[str, Start] = {}
             if not groups:
-                starts = self._assembled(rows, range(rows.count), entries, self._depths)
+                starts = self._batches.together(rows, range(rows.count), entries, self._depths)
         self.worth.count(len(found), rows.count - len(found) - missing, missing)
         self.worth.skipped_work += width * (
             len(found) * sum(self._depths) + sum(len(group) * sum(depths) for depths, group in groups.items())
@@ -298,10 +303,13 @@ class PrefixCache:
     ) -> Mapping[str, Start]:
         """Compute what is missing, in groups of equal depth, and put it beside what was found."""
         computed: list[Computed] = []
+        autocast = self.prefix.autocast
         for depths, group in groups.items():
             states = self._computed(rows, group, depths, [entries[row] for row in group])
             if states is None:
                 self.switch_off("a training pass does not come to the boundary of every stack")
+                return {}
+            if self.prefix.autocast != autocast:
                 return {}
             computed.append((group, states))
             self._write(rows, keys, group, states)
@@ -310,14 +318,14 @@ class PrefixCache:
         if len(computed[0][0]) == rows.count:
             paths = {stack.path: depth for stack, depth in zip(self._stacks, self._depths, strict=True)}
             return {path: Start(paths[path], states) for path, states in computed[0][1].items()}
-        return self._assembled(rows, range(rows.count), entries, self._depths, computed)
+        return self._batches.together(rows, range(rows.count), entries, self._depths, computed)
 
     def _computed(
         self, rows: Rows, group: list[int], depths: tuple[int, ...], entries: list[Entry | None]
     ) -> dict[str, Tensor] | None:
         """The hidden states of some rows at the boundary, from what is held of them."""
         inputs = rows.take(group)
-        starts = self._assembled(rows, group, entries, depths) if any(depths) else {}
+        starts = self._batches.together(rows, group, entries, depths) if any(depths) else {}
         shapes = tuple((name, v.shape[1:]) for name, v in sorted(inputs.items()) if isinstance(v, Tensor) and v.ndim)
         kind = (depths, self._depths, shapes)
         work = len(group) * max(rows.width(0), 1) * (sum(self._depths) - sum(depths))
@@ -336,60 +344,12 @@ class PrefixCache:
         if progress.epoch is not None and progress.remaining <= progress.epoch:
             return  # in the last epoch no sample comes again
         with self.worth.timed(self.worth.write, len(group)):
-            host = {path: hidden.detach().to("cpu", self.store_dtype) for path, hidden in states.items()}
             identity = self._identity.of(self._depths)
-            items = []
-            for place, row in enumerate(group):
-                pieces: list[Tensor | None] = []
-                for stack in self._stacks:
-                    hidden = host.get(stack.path)
-                    if hidden is not None:
-                        first, last = self.examiner.layouts[stack.path].span(rows, row, hidden.shape[1])
-                        hidden = hidden[place, first:last].contiguous()
-                    pieces.append(hidden)
-                items.append((keys[row], Entry(identity, self._depths, tuple(pieces))))
+            pieces = self._batches.apart(rows, group, states)
+            items = [(keys[row], Entry(identity, self._depths, one)) for row, one in zip(group, pieces, strict=True)]
             reason = self.store.hold(items, progress.step)
         if reason is not None:
             self.switch_off(reason)
-
-    def _assembled(
-        self,
-        rows: Rows,
-        at: Sequence[int],
-        entries: Sequence[Entry | None],
-        depths: tuple[int, ...],
-        computed: Sequence[Computed] = (),
-    ) -> dict[str, Start]:
-        """A batch of hidden states for each stack: what is held, with zeros for padding, beside what was computed.
-
-        Args:
-            rows: of the whole batch.
-            at: the rows wanted.
-            entries: what is held of each of these; None for those in ``computed``.
-            depths: of the hidden states.
-            computed: other rows' hidden states; with these, ``at`` is the whole batch.
-        """
-        starts = {}
-        for position, stack in enumerate(self._stacks):
-            if not depths[position]:
-                continue
-            layout = self.examiner.layouts[stack.path]
-            held = [
-                (place, row, state)
-                for place, (row, entry) in enumerate(zip(at, entries, strict=True))
-                if entry is not None and (state := entry.states[position]) is not None
-            ]
-            like = held[0][2] if held else computed[0][1][stack.path][0]
-            width = rows.width(layout.side) if layout.by_position else like.shape[0]
-            shape = (len(at), width, *like.shape[1:])
-            batch = torch.zeros(shape, dtype=layout.dtype, device=self.worth.device)
-            for place, row, state in held:
-                first, last = layout.span(rows, row, width)
-                batch[place, first:last].copy_(state, non_blocking=True)
-            for group, states in computed:
-                batch[group] = states[stack.path]
-            starts[stack.path] = Start(depths[position], batch)
-        return starts
 
 
 def _config(model: nn.Module) -> Any:
