@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from adafreeze.errors import AdafreezeError
 from adafreeze.journal import read_journal
@@ -174,6 +174,28 @@ def test_safe_freezes_and_its_costs_are_counted(train, bert, csv_file):
     found = results(folder)
     assert found["frozen_units"] >= 1 and found["train_flops"] > 0 and found["train_peak_saved_bytes"] > 0
     assert "freeze" in [event["event"] for event in read_journal(folder / "journal.jsonl")]
+
+
+def test_no_flag_of_ours_takes_the_name_of_anothers():
+    from dataclasses import fields
+
+    from adafreeze.cli import _arguments as flags
+
+    kinds = (flags.ModelArguments, flags.DataArguments, flags.AdapterArguments, flags.SafeArguments, flags.RunArguments)
+    names = [field.name for kind in kinds for field in fields(kind)]
+    assert len(names) == len(set(names))
+    assert not {field.name for field in fields(flags.SafeArguments)} & {f.name for f in fields(TrainingArguments)}
+
+
+@pytest.mark.parametrize("where", ["ram", "disk"])
+def test_the_prefix_cache_has_flags_of_its_own(train, bert, csv_file, tmp_path, where):
+    folder = ("--prefix_cache_dir", str(tmp_path / "prefix")) if where == "disk" else ()
+    flags = ("--method", "safe", "--prefix_cache", where, "--prefix_cache_budget", "10MiB", *folder)
+    units = ("--freeze", "bert.encoder.layer.0", "--num_train_epochs", "3", "--max_steps", "-1")
+    found = train("text-classification", bert, csv_file, *flags, *units)
+    assert results(found)["cache_hit_rate"] > 0.5 and results(found)["frozen_units"] >= 1
+    (event,) = [e for e in read_journal(found / "journal.jsonl") if e["event"] == "cache"]
+    assert list(event["nbytes"]) == ["memory" if where == "ram" else "disk"]
 
 
 def test_the_papers_method_trains_a_causal_model(train, llama, csv_file):

@@ -134,9 +134,10 @@ class _TrainingFlags(TrainingArguments):
 
 
 # TrainingArguments has a seed of its own, and both must be settable.
-_SAFE_FLAGS = {
-    field.name: field.name if field.name != "seed" else "probe_seed" for field in dataclasses.fields(SafeConfig)
-}
+# --seed is the run's, and --cache_dir the hub's downloads', as in all of transformers' scripts.
+_CACHE = ("cache", "cache_budget", "cache_dir", "cache_dtype")
+_RENAMED = {"seed": "probe_seed", **{name: f"prefix_{name}" for name in _CACHE}}
+_SAFE_FLAGS = {field.name: _RENAMED.get(field.name, field.name) for field in dataclasses.fields(SafeConfig)}
 
 
 def _safe_arguments() -> type:

@@ -226,6 +226,10 @@ def _train(trainer: Any, checkpoint: str | None) -> dict[str, Any]:
     if safe is not None:
         metrics["frozen_units"] = len(safe.frozen)
         metrics["score_flops"] = safe.flops_spent
+        for event in safe.journal.events:
+            if event["event"] == "cache":
+                found = event["hits"] + event["advanced"]
+                metrics["cache_hit_rate"] = found / (found + event["misses"])
     trainer.save_model()
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
