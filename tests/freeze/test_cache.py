@@ -212,6 +212,29 @@ def test_counted_flops_are_those_of_the_arithmetic(depths):
     assert counted < 0.9 * expected_ratios(6, prefix)[1]
 
 
+def test_workers_that_fork_while_the_store_is_open(tmp_path):
+    callback = SafeCallback(config({1: 2}, cache="disk", cache_dir=tmp_path / "cache"))
+    arguments = TrainingArguments(
+        output_dir=tmp_path, num_train_epochs=4, per_device_train_batch_size=ROWS, report_to=[], save_strategy="no",
+        disable_tqdm=True, use_cpu=True, dataloader_num_workers=2,
+    )  # fmt: skip
+    model, data = lora_model("bert", BLOCKS), Samples("bert", COUNT)
+    Trainer(model=model, args=arguments, train_dataset=data, data_collator=pad_to(16), callbacks=[callback]).train()
+    assert counts(callback.safe)[0] >= 2 * COUNT and counts(callback.safe)[2] <= COUNT
+
+
+def test_a_model_called_with_positional_arguments():
+    model = lora_model("bert", BLOCKS, dropout=0.0)
+    inputs = batch("bert")
+    safe = Safe(model, config(), probe=inputs, total_steps=100, samples_per_epoch=40)
+    safe._freeze(list(safe.units)[:2], by="hand")
+    expected = model(**inputs).loss.item()
+    for _ in range(2):
+        assert model(inputs["input_ids"], inputs["attention_mask"], labels=inputs["labels"]).loss.item() == expected
+    assert counts_now(safe) == (8, 4)
+    safe.close()
+
+
 # Who is sent past it.
 
 

@@ -166,6 +166,14 @@ def test_inputs_that_cannot_be_told_apart_by_sample():
     assert "cu_seq_lens_q" in off_reason(safe)
 
 
+def test_blocks_that_are_left_out_by_chance():
+    model, inputs = lora_model("bert", BLOCKS), batch("bert")
+    model.config.encoder_layerdrop = 0.1
+    safe = freeze_two(model, inputs)
+    model(**inputs)
+    assert "encoder_layerdrop leaves out blocks" in off_reason(safe)
+
+
 def test_text_with_images_is_not_taken_apart():
     model, inputs = lora_model("llama", BLOCKS), batch("llama", rows=2, length=8)
     safe = freeze_two(model, inputs)

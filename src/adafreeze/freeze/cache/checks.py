@@ -20,6 +20,10 @@ from ..prefix import Prefix
 __all__ = ["Examiner", "Layout", "differs_without_padding", "is_random", "is_read_elsewhere"]
 
 
+# Settings under which a model skips whole blocks in training, each with a probability.
+_LAYER_DROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop", "layer_drop")
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a stack's hidden states lie in a batch.
@@ -98,7 +102,11 @@ class Examiner:
         return False
 
     def _look_at_model(self, one: Mapping[str, Any]) -> None:
-        if is_random(self.prefix, one):
+        config = getattr(self.prefix.model, "config", None)
+        dropped = [name for name in _LAYER_DROP if getattr(config, name, None)]
+        if dropped:
+            self.refusal = f"{dropped[0]} leaves out blocks of the prefix by chance"
+        elif is_random(self.prefix, one):
             self.refusal = "the prefix gives a sample another output each time (NEFTune noise, or dropout of its own)"
         elif is_read_elsewhere(self.prefix.model, self.prefix.stacks, self.prefix.depths, one):
             self.refusal = (

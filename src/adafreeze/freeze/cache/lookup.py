@@ -216,6 +216,8 @@ class PrefixCache:
         return {}
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        if len(args) > len(self._names):
+            raise NotBySample("the model is called with positional arguments that have no names")
         return {**dict(zip(self._names, args, strict=False)), **kwargs}
 
     def _may_serve(self, inputs: Mapping[str, Any]) -> bool:
@@ -359,4 +361,6 @@ def _config(model: nn.Module) -> Any:
 def _positional_names(model: nn.Module) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds]
-    return names or ["input_ids"]
+    if not names and hasattr(model, "get_base_model"):  # PEFT hands everything on to the model that it wraps
+        return _positional_names(model.get_base_model())
+    return names
