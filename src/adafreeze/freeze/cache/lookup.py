@@ -362,5 +362,5 @@ def _positional_names(model: nn.Module) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds]
     if not names and hasattr(model, "get_base_model"):  # PEFT hands everything on to the model that it wraps
-        return _positional_names(model.get_base_model())
+        return _positional_names(model.get_base_model())  # type: ignore[operator]
     return names
