@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from .draw import INPUTS, rows_of
@@ -87,10 +88,13 @@ class Rows:
         """Whether any position of that side is padding."""
         return any(span != (0, self._widths[side]) for span in self._spans[side])
 
-    def pieces(self, row: int) -> list[tuple[str, memoryview | bytes]]:
-        """All that tells a sample from others: names and bytes of its unpadded inputs."""
-        found: list[tuple[str, memoryview | bytes]] = [("", ";".join(self._context).encode())]
-        for name, (shape, data) in self._host.items():
+    def keys(self, salt: str = "") -> list[bytes]:
+        """128 bits of each sample: of its unpadded inputs, their names, shapes and dtypes, and of ``salt``."""
+        return [self._key(row, f"{salt};{';'.join(self._context)}") for row in range(self.count)]
+
+    def _key(self, row: int, context: str) -> bytes:
+        digest = xxhash.xxh3_128(context.encode())
+        for name, (shape, data) in sorted(self._host.items()):
             side = 1 if name == "labels" or name.startswith("decoder_") else 0
             width = self._widths[side]
             row_bytes = data[row]
@@ -99,8 +103,9 @@ class Rows:
                 each = len(row_bytes) // width
                 row_bytes = row_bytes[first * each : last * each]
                 shape = (last - first, *shape[1:])
-            found.append((f"{name}{shape}{self._read[name].dtype}", memoryview(row_bytes)))
-        return found
+            digest.update(f";{name}{shape}{self._read[name].dtype};".encode())
+            digest.update(row_bytes.data)
+        return digest.digest()
 
     def take(self, rows: Sequence[int]) -> dict[str, Any]:
         """The inputs of these samples, at the width of the batch."""

@@ -8,7 +8,6 @@ from contextlib import ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import xxhash
 from torch import Tensor, nn
 
 from ...costs.flops import CountFlops
@@ -251,7 +250,7 @@ class PrefixCache:
         nothing = (0,) * len(self._depths)
         width = max(rows.width(0), 1)
         with self.worth.timed(self.worth.read, rows.count * width):
-            keys = self._keys(rows)
+            keys = rows.keys(f"{self.prefix.autocast} {self.examiner.whole_rows} {self.store_dtype}")
             # While it is not known whether anything reads padding, all rows are computed, padding and all.
             entries: list[Entry | None] = [None] * rows.count
             if trusted:
@@ -284,17 +283,6 @@ class PrefixCache:
             self._changes += 1
             if self._changes > MOST_CHANGES:
                 self.switch_off("the weights of the frozen prefix keep changing")
-
-    def _keys(self, rows: Rows) -> list[bytes]:
-        salt = f"{self.prefix.autocast} {self.examiner.whole_rows} {self.store_dtype}".encode()
-        keys = []
-        for row in range(rows.count):
-            digest = xxhash.xxh3_128(salt)
-            for name, content in rows.pieces(row):
-                digest.update(name.encode())
-                digest.update(content)
-            keys.append(digest.digest())
-        return keys
 
     def _completed(
         self,

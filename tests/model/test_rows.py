@@ -1,0 +1,119 @@
+"""A sample's key depends on its own unpadded inputs, on all of them, and on nothing else."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adafreeze.model.rows import NotBySample, Rows
+from cases import batch, collate, sample
+
+
+def key(rows: Rows, row: int) -> bytes:
+    return rows.keys()[row]
+
+
+def padded(one, left, right, **more):
+    """One sample with so much padding on either side."""
+    fill = {"labels": -100}
+    values = {
+        name: torch.nn.functional.pad(value, (left, right), value=fill.get(name, 0)) if value.ndim else value
+        for name, value in one.items()
+    }
+    return {name: value[None] for name, value in {**values, **more}.items()}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 50), st.integers(0, 9), st.integers(0, 9), st.sampled_from(["bert", "llama", "gpt2"]))
+def test_neither_padding_nor_company_changes_a_key(index, left, right, family):
+    one = sample(family, index)
+    alone = Rows(padded(one, 0, 0))
+    among = Rows(collate([sample(family, index + 1, 15), one, sample(family, index + 2)]))
+    assert key(alone, 0) == key(Rows(padded(one, left, right)), 0) == key(among, 1) != key(among, 0)
+    length = len(one["input_ids"])
+    assert Rows(padded(one, left, right)).spans(0) == [(left, left + length)]
+    assert Rows(padded(one, left, right)).is_padded(0) == bool(left or right)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 50), st.data())
+def test_any_change_of_the_sample_changes_its_key(index, data):
+    one = sample("bert", index)
+    length = len(one["input_ids"])
+    one |= {"token_type_ids": torch.zeros(length, dtype=torch.long), "position_ids": torch.arange(length)}
+    before = key(Rows(padded(one, 0, 3)), 0)
+    name = data.draw(st.sampled_from(["input_ids", "token_type_ids", "position_ids", "attention_mask"]))
+    place = data.draw(st.integers(1, length - 2))
+    changed = one[name].clone()
+    changed[place] = 1 - changed[place] if name == "attention_mask" else changed[place] + 1
+    assert key(Rows(padded({**one, name: changed}, 0, 3)), 0) != before
+    assert key(Rows(padded({**one, name: one[name].int()}, 0, 3)), 0) != before  # another dtype is another input
+
+
+def test_labels_matter_to_a_decoder_alone():
+    inputs = batch("llama")
+    other = inputs | {"labels": inputs["labels"] + 1, "num_items_in_batch": torch.tensor(7)}
+    assert [key(Rows(inputs), n) for n in range(4)] == [key(Rows(other), n) for n in range(4)]
+    inputs = batch("t5")
+    other = inputs | {"labels": inputs["labels"] + 1}
+    keys = [[key(Rows(one, encoder_decoder=True), n) for n in range(4)] for one in (inputs, other)]
+    assert not set(keys[0]) & set(keys[1])
+    given_ids = [Rows(one | {"decoder_input_ids": inputs["labels"]}, encoder_decoder=True) for one in (inputs, other)]
+    assert key(given_ids[0], 0) == key(given_ids[1], 0)
+
+
+def test_labels_of_a_decoder_without_their_padding():
+    one = batch("t5", rows=1)
+    longer = one | {"labels": torch.nn.functional.pad(one["labels"], (0, 4), value=-100)}
+    short, long = (Rows(inputs, encoder_decoder=True) for inputs in (one, longer))
+    assert key(short, 0) == key(long, 0)
+    assert (short.width(1), long.width(1), long.spans(1)) == (6, 10, [(0, 6)])
+
+
+def test_whole_rows_take_padding_for_content():
+    one = sample("bert", 1)
+    rows = [Rows(padded(one, 0, right), whole=True) for right in (0, 2)]
+    assert key(rows[0], 0) != key(rows[1], 0) and not rows[1].is_padded(0)
+
+
+def test_images_and_embeddings():
+    inputs = batch("vit")
+    keys = {key(Rows(inputs), n) for n in range(4)}
+    inputs["pixel_values"][2, 0, 5, 5] += 1e-6
+    assert len(keys) == 4 and len(keys - {key(Rows(inputs), n) for n in range(4)}) == 1
+    embedded = {"inputs_embeds": torch.randn(3, 7, 8).bfloat16(), "attention_mask": torch.ones(3, 7)}
+    assert len({key(Rows(embedded), n) for n in range(3)}) == 3 and Rows(embedded).width(0) == 7
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"cu_seq_lens_q": torch.tensor([0, 3, 6])}, "not one entry per sample"),
+        ({"position_ids": torch.zeros(3, 4, 12)}, "not one entry per sample"),
+        ({"attention_mask": {"full": torch.ones(4, 12)}}, "is a dict"),
+        ({"pixel_values": torch.zeros(4, 3, 8, 8)}, "come together"),
+    ],
+)
+def test_what_cannot_be_told_apart_by_sample(more, reason):
+    with pytest.raises(NotBySample, match=reason):
+        Rows(batch("llama", rows=4) | more)
+
+
+def test_without_an_input_there_are_no_samples():
+    with pytest.raises(NotBySample, match="without input_ids"):
+        Rows({"labels": torch.ones(3)})
+
+
+def test_taking_rows_keeps_the_width_and_one_alone_loses_its_padding():
+    inputs = collate([sample("bert", 0, 12), sample("bert", 1, 8)]) | {"num_items_in_batch": torch.tensor(2)}
+    rows = Rows(inputs)
+    taken = rows.take([1])
+    assert taken["input_ids"].shape == (1, 12) and taken["num_items_in_batch"] == 2 and len(taken["labels"]) == 1
+    alone = rows.alone(1)
+    assert alone["input_ids"].shape == alone["attention_mask"].shape == (1, 8)
+    assert all(rows.take([0, 1])[name] is value for name, value in inputs.items())
+
+
+def test_without_a_mask_a_row_is_whole():
+    rows = Rows({"input_ids": torch.zeros(2, 5, dtype=torch.long)})
+    assert rows.spans(0) == [(0, 5), (0, 5)] and rows.width(0) == 5
