@@ -80,7 +80,7 @@ class Caching:
         if self._reason is not None and self.cache is not None:
             self.cache.switch_off(self._reason)
             return
-        line = outlook(blocks, steps_per_epoch, total_steps, self.config.ramp_end, self._reason)
+        line = outlook(blocks, steps_per_epoch, total_steps, (self.config.warmup + self.config.ramp_end) / 2, self._reason)
         self.journal.write("cache_outlook", step=self.progress().step, off=self._reason, text=line)
         if self.config.cache != "off":
             note(line)
@@ -159,15 +159,15 @@ class Caching:
 
 
 def outlook(
-    blocks: int, steps_per_epoch: float | None, total_steps: int, ramp_end: float, reason: str | None = None
+    blocks: int, steps_per_epoch: float | None, total_steps: int, frozen_at: float, reason: str | None = None
 ) -> str:
-    """One line: what the cache saves if a half, or two thirds, of the blocks freeze by the end of the ramp.
+    """One line: what the cache saves if a half, or two thirds, of the blocks freeze in the middle of the ramp.
 
     Args:
         blocks: of all stacks.
         steps_per_epoch: optimizer steps of one pass over the data; None if not known.
         total_steps: of the run.
-        ramp_end: share of the run.
+        frozen_at: share of the run.
         reason: why there is no cache.
     """
     if reason is not None:
@@ -178,12 +178,12 @@ def outlook(
     total, per_epoch, costs = round(total_steps / scale), steps_per_epoch / scale, []
     for share in (1 / 2, 2 / 3):
         depth = round(share * blocks)
-        depths = [depth if step >= ramp_end * total else 0 for step in range(total)]
+        depths = [depth if step >= frozen_at * total else 0 for step in range(total)]
         cached, without = (expected_ratios(blocks, depths, per)[1] for per in (per_epoch, None))
         costs.append(f"{depth} of {blocks} blocks {cached:.0%} ({without:.0%} without the cache)")
     return (
         f"Prefix cache on: {total_steps / steps_per_epoch:.3g} epochs; FLOPs, and time nearly so, against plain "
-        f"training if by {ramp_end:.0%} of the run there freeze {', '.join(costs)}."
+        f"training if by {frozen_at:.0%} of the run there freeze {', '.join(costs)}."
     )
 
 

@@ -72,10 +72,10 @@ class SafeConfig:
     policy: str | Callable[..., Any] = "share"
     score: str | Callable[..., Any] = "cka"
     granularity: str = "block"
-    freeze_share: float = 0.10
+    freeze_share: float = 0.6
     threshold: float = 0.01
-    warmup: float = 0.1
-    ramp_end: float = 0.3
+    warmup: float = 0.3
+    ramp_end: float = 0.5
     settle_patience: int = 2
     settle_tolerance: float = 0.1
     min_live_blocks: int = 1

@@ -41,7 +41,7 @@ def test_share_goes_on_above_a_block_frozen_by_hand_before_it_was_measured():
     # u0 is in the prefix from the start, so no measurement ever scores it; total 10, u1 = 1 ≤ 1.5 < u1 + u2 = 3
     chains = (tuple((name,) for name in ("u0", "u1", "u2", "u3")),)
     scores = {"u1": 1.0, "u2": 2.0, "u3": 7.0}
-    assert choose("share", situation(scores, chains=chains, frozen=frozenset(["u0"]))) == ["u1"]
+    assert choose("share", situation(scores, freeze_share=0.15, chains=chains, frozen=frozenset(["u0"]))) == ["u1"]
 
 
 def test_share_freezes_nothing_by_sums_beyond_the_floats():

@@ -39,10 +39,10 @@ def test_one_line_before_training_says_what_to_expect(caplog):
     data = loader("bert", count=40, rows=4)
     Safe(lora_model("bert", 6), SafeConfig(), probe=data, total_steps=60, samples_per_step=4)
     (line,) = [r.getMessage() for r in caplog.records]
-    # 3 of 6: of 60 steps 18 are plain, 2 freeze and fill (8.75 of 11.75), 10 find a fifth of the samples (8.15), 30
+    # 3 of 6: of 60 steps 24 are plain, 6 freeze and fill (8.75 of 11.75), 10 find six tenths of the samples (6.95), 20
     # find all (5.75). Of a block's 12 products of d × d, the lowest that trains does without three in its backward.
     assert line.startswith("Prefix cache on: 6 epochs;")
-    assert "3 of 6 blocks 69% (82% without the cache)" in line and "4 of 6 blocks 58% (76% without" in line
+    assert "3 of 6 blocks 74% (85% without the cache)" in line and "4 of 6 blocks 65% (80% without" in line
 
 
 @pytest.mark.parametrize("steps", [3, 10])
@@ -194,7 +194,8 @@ def test_a_decoder_whose_batch_alone_is_padded_says_nothing_of_the_encoder():
 
     first, later = list(epochs("t5", epochs=2, collator=sizes(3))), list(epochs("t5", epochs=2))
     cached = train("t5", config({1: 5}), first + later)
-    assert_same(cached, train("t5", config({1: 5}, cache="off"), first + later))
+    without = train("t5", config({1: 5}, cache="off"), first + later)
+    torch.testing.assert_close(cached[0], without[0], rtol=1e-5, atol=0)  # the width changes: not to the last bit
     assert cached[2].caching.cache.examiner.padding_known == {0, 1}
 
 

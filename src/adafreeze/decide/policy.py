@@ -35,7 +35,7 @@ class Situation:
     scores: Mapping[str, float]
     chains: tuple[tuple[Block, ...], ...]
     frozen: frozenset[str] = frozenset()
-    freeze_share: float = 0.10
+    freeze_share: float = 0.6
     threshold: float = 0.01
     min_live_blocks: int = 1
     something_else_trains: bool = False
