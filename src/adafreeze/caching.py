@@ -80,7 +80,8 @@ class Caching:
         if self._reason is not None and self.cache is not None:
             self.cache.switch_off(self._reason)
             return
-        line = outlook(blocks, steps_per_epoch, total_steps, (self.config.warmup + self.config.ramp_end) / 2, self._reason)
+        frozen_at = (self.config.warmup + self.config.ramp_end) / 2
+        line = outlook(blocks, steps_per_epoch, total_steps, frozen_at, self._reason)
         self.journal.write("cache_outlook", step=self.progress().step, off=self._reason, text=line)
         if self.config.cache != "off":
             note(line)
