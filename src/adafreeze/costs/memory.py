@@ -1,13 +1,18 @@
-"""Saved bytes: what autograd keeps of a forward pass for the backward pass."""
+"""Bytes: what autograd keeps of a forward pass for the backward pass, and all that a step holds at once."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["SavedBytes"]
+__all__ = ["SavedBytes", "StorageTracker", "bytes_of"]
 
 # autograd calls only the innermost hooks, so they count for every block that is open.
 _counting: list[SavedBytes] = []
@@ -54,14 +59,85 @@ class SavedBytes:
     def _pack(tensor: Tensor) -> Tensor:
         if torch._C._current_graph_task_id() != -1:
             return tensor  # within a backward pass: reentrant checkpointing recomputes under these hooks
-        # A sparse COO tensor has no storage of its own, but two dense parts that have.
-        parts = (tensor._indices(), tensor._values()) if tensor.layout == torch.sparse_coo else (tensor,)
         for counter in _counting:
-            for part in parts:
-                counter._count(part.untyped_storage())
+            for storage in _storages(tensor):
+                counter._count(storage)
         return tensor
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata not in self._known and storage._cdata not in self._storages:
             self._storages[storage._cdata] = storage
             self.total += storage.nbytes()
+
+
+class StorageTracker(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive, and their peak, within the block, on any device::
+
+        with StorageTracker() as tracker:
+            tracker.hold(*model.parameters(), *model.buffers())
+            model(**batch).loss.backward()
+        tracker.peak
+
+    A storage counts from the operator that made it until nobody refers to it any more, once, by its whole size.
+    What a kernel allocates and frees within itself is not seen. Works on fake tensors as on real ones.
+
+    Args:
+        rounding: each storage counts as a multiple of so many bytes (the CUDA allocator's is 512).
+
+    Attributes:
+        now: bytes alive.
+        peak: the most there were since the start, or since :meth:`reset_peak`.
+    """
+
+    def __init__(self, rounding: int = 1) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._rounding = rounding
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def hold(self, *tensors: Tensor) -> None:
+        """Count these too: they were there before."""
+        for tensor in tensors:
+            for storage in _storages(tensor):
+                self._count(storage)
+
+    def reset_peak(self) -> None:
+        """Look for the peak from here on."""
+        self.peak = self.now
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operator as it is, and count what it made."""
+        result = func(*args, **(kwargs or {}))
+        self.hold(*(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)))
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        known = self._alive.get(key)
+        if known is not None and known() is storage:
+            return
+        nbytes = -(-storage.nbytes() // self._rounding) * self._rounding
+
+        def freed(reference: weakref.ref[torch.UntypedStorage]) -> None:
+            self.now -= nbytes
+            if self._alive.get(key) is reference:  # or its address is another's already
+                del self._alive[key]
+
+        self._alive[key] = weakref.ref(storage, freed)
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind ``tensors``, each once."""
+    return sum({one._cdata: one.nbytes() for tensor in tensors for one in _storages(tensor)}.values())
+
+
+def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    # A sparse COO tensor has no storage of its own, but two dense parts that have.
+    parts = (tensor._indices(), tensor._values()) if tensor.layout == torch.sparse_coo else (tensor,)
+    try:
+        return [part.untyped_storage() for part in parts]
+    except NotImplementedError:  # a wrapper, such as torchao's quantised tensors: count what is inside
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        return [storage for name in names for storage in _storages(getattr(tensor, name))]

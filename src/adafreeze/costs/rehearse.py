@@ -1,0 +1,221 @@
+"""A training step on tensors that hold no data: what it would cost, without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ..model.draw import keep_random_state
+from .flops import CountFlops
+from .memory import SavedBytes, StorageTracker, bytes_of
+
+__all__ = ["Rehearsal", "faked", "rehearse", "rehearsing_on"]
+
+# The CUDA allocator hands out multiples of this.
+CUDA_ROUNDING = 512
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one training step costs: bytes, and FLOPs (multiply and add are two).
+
+    Attributes:
+        resident: parameters and buffers, each storage once.
+        gradients: of all parameters that train.
+        inputs: of the micro-batch.
+        saved: what autograd keeps of the forward pass (inputs that it keeps count here too).
+        peak: the most that the forward and the backward pass hold at once, all of the above included.
+        forward_flops: of the forward pass.
+        backward_flops: of the backward pass, activations that it recomputes included.
+    """
+
+    resident: int
+    gradients: int
+    inputs: int
+    saved: int
+    peak: int
+    forward_flops: int
+    backward_flops: int
+
+    @property
+    def flops(self) -> int:
+        """Of both passes."""
+        return self.forward_flops + self.backward_flops
+
+
+def rehearse(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    forward: Callable[..., Any] | None = None,
+    target: str = "cpu",
+    gradients: bool = True,
+    fake: bool = True,
+) -> Rehearsal:
+    """Count one forward and backward pass of ``model``.
+
+    The model's own code runs, with autograd, on FakeTensors: shapes without data. An 8B model takes seconds and no
+    memory, ``model`` may be on ``meta``, and if it is real its weights, gradients and random state stay as they are.
+    What the model returns beside the loss is given up before the backward pass, as Trainer does it.
+
+    Args:
+        model: in training mode; parameters that require grad train.
+        inputs: keyword arguments of the forward pass; only shapes and dtypes of their tensors matter.
+        forward: called in the place of the model.
+        target: where the step would run, ``"cpu"`` or ``"cuda"``: attention keeps other tensors there, and storages
+            are rounded up to 512 bytes.
+        gradients: gradients are there already, as from the second micro-batch of an accumulated step on; they take
+            their bytes from the start.
+        fake: False runs the step for real, for a model that fails on FakeTensors; its gradients are cleared.
+
+    Raises:
+        ValueError: no loss came out, and no logits to make one of.
+        Exception: whatever the model raises on FakeTensors.
+    """
+    with ExitStack() as undo:
+        mode = undo.enter_context(faked(model) if fake else nullcontext(None))
+        undo.enter_context(torch.enable_grad())
+        undo.enter_context(keep_random_state())
+        if mode is not None:
+            undo.enter_context(mode)
+            inputs = tree_map_only(Tensor, _empty_like, dict(inputs))
+        undo.enter_context(rehearsing_on(target))
+        resident = (*model.parameters(), *model.buffers())
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        before = [parameter.grad for parameter in trained]
+        try:
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter) if gradients else None
+            return _counted(model, inputs, forward or model, resident, trained, target)
+        finally:
+            for parameter, gradient in zip(trained, before, strict=True):
+                parameter.grad = gradient
+
+
+def _counted(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    forward: Callable[..., Any],
+    resident: tuple[Tensor, ...],
+    trained: list[nn.Parameter],
+    target: str,
+) -> Rehearsal:
+    given = [value for value in inputs.values() if isinstance(value, Tensor)]
+    with StorageTracker(CUDA_ROUNDING if target == "cuda" else 1) as tracker:
+        tracker.hold(*resident, *given, *(p.grad for p in trained if p.grad is not None))
+        with CountFlops() as flops:
+            with SavedBytes(model) as saved:
+                loss = _loss_of(forward(**inputs), inputs)
+            forward_flops = flops.total
+            loss.backward()
+            del loss
+    return Rehearsal(
+        resident=bytes_of(resident),
+        gradients=bytes_of(p.grad for p in trained if p.grad is not None),
+        inputs=bytes_of(given),
+        saved=saved.total,
+        peak=tracker.peak,
+        forward_flops=forward_flops,
+        backward_flops=flops.total - forward_flops,
+    )
+
+
+@contextmanager
+def faked(model: nn.Module) -> Iterator[Any]:
+    """Put FakeTensors in the place of all parameters and buffers of ``model``; gives the FakeTensorMode, not entered.
+
+    Shared parameters stay shared, flags stay as they are. At the end the model is what it was.
+    """
+    from torch._subclasses import FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[int, Tensor] = {}
+    slots = [
+        (slots, name, tensor)
+        for module in model.modules()
+        for slots in (module._parameters, module._buffers)
+        for name, tensor in slots.items()
+        if tensor is not None
+    ]
+    try:
+        for place, name, tensor in slots:
+            if id(tensor) not in made:
+                with mode:
+                    fake = _empty_like(tensor)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+            place[name] = made[id(tensor)]  # type: ignore[index]
+        yield mode
+    finally:
+        for place, name, tensor in slots:
+            place[name] = tensor  # type: ignore[index]
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    """As a dense tensor on the CPU: a build of torch without CUDA takes no fake tensors of it."""
+    return torch.empty_strided(tensor.shape, _strides(tensor), dtype=tensor.dtype, device="cpu")
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    # Of an expanded or overlapping tensor nobody keeps more than its elements.
+    return torch.empty(tensor.shape, device="meta").stride() if 0 in tensor.stride() else tensor.stride()
+
+
+@contextmanager
+def rehearsing_on(target: str) -> Iterator[None]:
+    """While this is entered, attention takes the operators that it takes on ``target``."""
+    # In its place, and not by a function mode: torch leaves those for the time of a backward pass.
+    before = nn.functional.scaled_dot_product_attention
+    if target == "cuda":
+        nn.functional.scaled_dot_product_attention = _cuda_attention
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = before
+
+
+def _cuda_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    operators = torch.ops.aten
+    if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256:
+        return operators._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:  # becomes a bias, its rows padded to sixteen
+            width = -(-attn_mask.shape[-1] // 16) * 16
+            padded = query.new_zeros((*attn_mask.shape[:-1], width))
+            attn_mask = padded.masked_fill(padded == 0, 0.0)[..., : attn_mask.shape[-1]]
+        attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+    return operators._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+def _loss_of(output: Any, inputs: Mapping[str, Any]) -> Tensor:
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None and isinstance(output, (tuple, list)) and output and output[0].ndim == 0:
+        loss = output[0]
+    if isinstance(loss, Tensor):
+        return loss.sum()
+    logits = output.get("logits") if isinstance(output, Mapping) else output
+    if not isinstance(logits, Tensor) or not logits.requires_grad:
+        raise ValueError("The forward pass gave neither a loss nor logits with a gradient.")
+    # The loss is taken outside the model (label smoothing): as cross entropy takes it, in float32.
+    return nn.functional.log_softmax(logits.float(), -1).sum()
+
