@@ -13,11 +13,12 @@ FLOORS = [
     ["__init__", "cli"],
     ["integrations"],
     ["safe"],
-    ["preflight", "scoring", "caching", "_guard", "_observe"],
+    ["preflight", "scoring", "budget", "caching", "_guard", "_observe"],
     ["freeze", "config", "tasks"],
     ["costs", "model"],
     ["decide"],
     ["journal", "env"],
+    ["sizes"],
     ["errors", "_version"],
 ]
 LEVEL = {part: number for number, floor in enumerate(FLOORS) for part in floor}

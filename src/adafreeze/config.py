@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from .decide.policy import POLICIES
 from .decide.scores import SCORES
 from .errors import ConfigError
+from .sizes import parse_size
 
 __all__ = ["SafeConfig"]
 
@@ -56,6 +57,10 @@ class SafeConfig:
         cache_dtype: ``"bfloat16"`` keeps cached outputs in half the bytes, rounded; None as the blocks give them.
         prefix_dropout: keep the model's dropout in the frozen prefix. Its outputs are then random, and the cache is
             off.
+        memory_budget: the most that a training step may hold on the device, weights included, from the first step
+            on: bytes, a text such as ``"6GiB"``, a share of the device such as 0.5, or ``"auto"`` for what is free.
+            Blocks above the prefix recompute their activations as far as that takes. None (default): the peak of
+            the run is the plain run's.
         dry_run: log what would freeze, freeze nothing.
         freeze: unit names to freeze by hand, at once.
         seed: of the probe's own random generator; the run's random state is never advanced.
@@ -88,6 +93,7 @@ class SafeConfig:
     cache_dir: str | os.PathLike[str] | None = None
     cache_dtype: str | None = None
     prefix_dropout: bool = False
+    memory_budget: int | float | str | None = None
     dry_run: bool = False
     freeze: tuple[str, ...] = ()
     seed: int = 0
@@ -105,7 +111,9 @@ class SafeConfig:
         _within("overhead", self.overhead, 0, 1)
         _named("cache", self.cache, ("auto", "ram", "disk", "off"))
         _named("cache_dtype", self.cache_dtype, (None, "bfloat16"))
-        _size("cache_budget", self.cache_budget)
+        parse_size("SafeConfig.cache_budget", self.cache_budget)
+        if self.memory_budget is not None:
+            _memory_budget(self.memory_budget)
         if self.cache_dir is not None and not isinstance(self.cache_dir, (str, os.PathLike)):
             raise ConfigError(
                 f"SafeConfig.cache_dir is {self.cache_dir!r}.",
@@ -149,7 +157,12 @@ class SafeConfig:
     @property
     def cache_bytes(self) -> int:
         """``cache_budget`` in bytes."""
-        return _size("cache_budget", self.cache_budget)
+        return parse_size("SafeConfig.cache_budget", self.cache_budget)
+
+    @property
+    def memory_limit(self) -> int | float | str | None:
+        """``memory_budget`` in bytes, as a share of the device (a float), ``"auto"``, or None."""
+        return None if self.memory_budget is None else _memory_budget(self.memory_budget)
 
     @classmethod
     def paper(cls, **overrides: Any) -> SafeConfig:
@@ -180,21 +193,15 @@ class SafeConfig:
         return values
 
 
-_UNITS = {"": 1, "b": 1, **{f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)}}
-_UNITS |= {f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)}
-
-
-def _size(name: str, value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value) if isinstance(value, str) else None
-    if found is None or found[2].lower() not in _UNITS or float(found[1]) * _UNITS[found[2].lower()] < 1:
-        raise ConfigError(
-            f"SafeConfig.{name} is {value!r}.",
-            cause="It must be a number of bytes, or a text with one of the units KiB, MiB, GiB, TiB, KB, MB, GB, TB.",
-            fix=f"SafeConfig({name}={getattr(SafeConfig, name)!r})",
-        )
-    return int(float(found[1]) * _UNITS[found[2].lower()])
+def _memory_budget(value: Any) -> int | float | str:
+    """Bytes, a share of the device as a float, or ``"auto"``."""
+    if value == "auto":
+        return "auto"
+    with suppress(ValueError, TypeError):
+        share = float(value) if isinstance(value, (float, str)) else 0.0
+        if 0 < share <= 1:
+            return share
+    return parse_size("SafeConfig.memory_budget", value, "6GiB")
 
 
 def _named(name: str, value: Any, known: tuple[str | None, ...]) -> None:

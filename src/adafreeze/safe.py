@@ -12,6 +12,7 @@ from torch import nn
 
 from ._guard import Guard
 from ._observe import Observer
+from .budget import open_budget
 from .caching import Caching
 from .config import SafeConfig
 from .decide.policy import Situation, choose
@@ -23,9 +24,9 @@ from .journal import Journal
 from .model import Probe, find_stacks, find_units
 from .model.backends import PeftBackend
 from .model.blocks import unwrap
-from .model.draw import keep_random_state, samples_of
+from .model.draw import batch_size_of, keep_random_state, samples_of
 from .model.flow import chains_of
-from .model.units import warn_of_other_trainables
+from .model.units import units_along, warn_of_other_trainables
 from .preflight import check_run, check_state, check_units, flows_of
 from .scoring import Scorer
 
@@ -57,6 +58,8 @@ class Safe:
         probe: where scores are measured: the train dataloader (its dataset and collator are used, it is not
             iterated), a batch, or an iterable of batches.
         total_steps: optimizer steps of the whole run.
+        batch_size: samples of one micro-batch, by which a memory budget is checked before the run; if not given, that
+            of the probe where it is a dataloader.
         samples_per_step: samples of one optimizer step; observed in the first step if not given.
         samples_per_epoch: samples of one pass over the data; if not given, those of the probe's dataset where it
             has a length.
@@ -66,7 +69,7 @@ class Safe:
         ModelError: the model has no adapters by block.
         ProbeError: the probe holds nothing that the model takes.
         ConfigError: total_steps is not positive, or a unit to freeze by hand does not exist.
-        RunError: the run is of a kind where freezing is not right yet (several processes, DeepSpeed).
+        RunError: freezing is not right yet for the run (several processes, DeepSpeed), or the memory budget too small.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Safe:
         optimizer: torch.optim.Optimizer | None = None,
         probe: Any,
         total_steps: int,
+        batch_size: int | None = None,
         samples_per_step: int | None = None,
         samples_per_epoch: int | None = None,
         journal: Journal | str | os.PathLike[str] | None = None,
@@ -102,14 +106,13 @@ class Safe:
         self.freezer = Freezer(self.units, self.backend, optimizer)
         flows = flows_of(self.model, self.stacks, self.units, self._probe)
         self.prefix = Prefix(self.model, self.stacks, flows, keep_dropout=self.config.prefix_dropout)
-        self._chains = chains_of(flows)
+        self._chains = units_along(chains_of(flows), self.stacks, self.units)
+        self._owns_journal = not isinstance(journal, Journal)
+        self.journal = journal if isinstance(journal, Journal) else Journal(journal)
         self._scorer: Scorer | None = None
         self._plan: tuple[int, ...] | None = None
         self._settling = Settling(self.config.settle_patience, self.config.settle_tolerance)
         self._at_close: tuple[frozenset[str], dict[str, int]] | None = None
-        self._observer = Observer(self.model, optimizer, self._audit, self._look_at_gradients)
-        self._owns_journal = not isinstance(journal, Journal)
-        self.journal = journal if isinstance(journal, Journal) else Journal(journal)
         self.journal.write(
             "start",
             step=0,
@@ -120,6 +123,10 @@ class Safe:
             units=list(self.units),
             environment=environment(),
         )
+        budget, rows = self.config.memory_limit, batch_size or batch_size_of(probe)
+        parts = self.model, self.stacks, self.prefix, optimizer, self.journal, lambda: self._scoring_bytes
+        self.budget = open_budget(budget, self._probe, rows, *parts)
+        self._observer = Observer(self.model, optimizer, self._audit, self._look_at_gradients)
         self._guard = Guard(self.model, self.freezer, self.journal)
         self.caching = Caching(self.config, self.prefix, self.backend, self.journal, self._progress, probe)
         if samples_per_step is not None:
@@ -176,7 +183,7 @@ class Safe:
         total = sum(self.scores.values())
         if total > 0:
             logs["safe/frozen_score_share"] = round(sum(self.scores.get(n, 0.0) for n in self.frozen) / total, 6)
-        return logs | self.caching.logs()
+        return logs | self.caching.logs() | (self.budget.logs() if self.budget is not None else {})
 
     # What a host calls.
 
@@ -204,6 +211,8 @@ class Safe:
             self._observer.remove()
             self.caching.close()
             self.prefix.restore()
+            if self.budget is not None:
+                self.budget.close()
             self.freezer.restore()
             self.journal.write("close", step=self.steps, frozen=self.frozen, flops_spent=self.flops_spent)
             if self._owns_journal:
@@ -221,6 +230,7 @@ class Safe:
             "probe_samples": self._scorer.probe.samples if self._scorer is not None else None,
             "settling": self._settling.state_dict(),
             "cache": self.caching.state_dict(),
+            "budget": self.budget.state_dict() if self.budget is not None else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -239,9 +249,15 @@ class Safe:
             with keep_random_state():
                 self._scorer.prepare(run_samples=10**12, most=len(self._plan))
         self.caching.load_state_dict(state["cache"])
+        if self.budget is not None and state.get("budget") is not None:
+            self.budget.load_state_dict(state["budget"])
         self._freeze([name for name in state["frozen"] if name not in self.frozen], by="resume")
 
     # Measuring and deciding.
+
+    @property
+    def _scoring_bytes(self) -> int:
+        return self._scorer.nbytes if self._scorer is not None else 0
 
     @property
     def _step_samples(self) -> int:
@@ -305,15 +321,11 @@ class Safe:
         )
 
     def _situation(self, ramp: float) -> Situation:
-        units: dict[tuple[str, int], list[str]] = {}
-        for name, unit in self.units.items():
-            units.setdefault((unit.stack, unit.block), []).append(name)
-        blocks = {s.path: tuple(tuple(units.get((s.path, i), ())) for i in range(len(s))) for s in self.stacks}
         return Situation(
             step=self.steps,
             ramp=ramp,
             scores=dict(self.scores),
-            chains=tuple(tuple(block for path in chain for block in blocks[path]) for chain in self._chains),
+            chains=self._chains,
             frozen=self.frozen,
             freeze_share=self.config.freeze_share,
             threshold=self.config.threshold,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["SavedBytes", "StorageTracker", "bytes_of"]
+__all__ = ["SavedBytes", "StorageTracker", "bytes_of", "uncounted"]
 
 # autograd calls only the innermost hooks, so they count for every block that is open.
 _counting: list[SavedBytes] = []
@@ -68,6 +69,17 @@ class SavedBytes:
         if storage._cdata not in self._known and storage._cdata not in self._storages:
             self._storages[storage._cdata] = storage
             self.total += storage.nbytes()
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """What runs within is not counted by whoever counts around it: storages, saved bytes, FLOPs."""
+    outer, _counting[:] = list(_counting), []
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        _counting[:] = outer
 
 
 class StorageTracker(TorchDispatchMode):

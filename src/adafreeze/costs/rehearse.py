@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_map_only
 
 from ..model.draw import keep_random_state
 from .flops import CountFlops
-from .memory import SavedBytes, StorageTracker, bytes_of
+from .memory import SavedBytes, StorageTracker, bytes_of, uncounted
 
-__all__ = ["Rehearsal", "faked", "rehearse", "rehearsing_on"]
+__all__ = ["Rehearsal", "failing_module", "faked", "largest_that_fits", "rehearse"]
 
 # The CUDA allocator hands out multiples of this.
 CUDA_ROUNDING = 512
@@ -33,6 +33,7 @@ class Rehearsal:
         peak: the most that the forward and the backward pass hold at once, all of the above included.
         forward_flops: of the forward pass.
         backward_flops: of the backward pass, activations that it recomputes included.
+        parts: of the modules that were asked for, in the forward pass: bytes saved, and FLOPs.
     """
 
     resident: int
@@ -42,6 +43,7 @@ class Rehearsal:
     peak: int
     forward_flops: int
     backward_flops: int
+    parts: tuple[tuple[int, int], ...] = ()
 
     @property
     def flops(self) -> int:
@@ -56,12 +58,14 @@ def rehearse(
     forward: Callable[..., Any] | None = None,
     target: str = "cpu",
     gradients: bool = True,
+    parts: Sequence[nn.Module] = (),
     fake: bool = True,
 ) -> Rehearsal:
     """Count one forward and backward pass of ``model``.
 
     The model's own code runs, with autograd, on FakeTensors: shapes without data. An 8B model takes seconds and no
-    memory, ``model`` may be on ``meta``, and if it is real its weights, gradients and random state stay as they are.
+    memory, ``model`` may be on ``meta``, and if it is real its weights, gradients and random state stay as they are;
+    whoever counts around this sees none of it.
     What the model returns beside the loss is given up before the backward pass, as Trainer does it.
 
     Args:
@@ -72,6 +76,7 @@ def rehearse(
             are rounded up to 512 bytes.
         gradients: gradients are there already, as from the second micro-batch of an accumulated step on; they take
             their bytes from the start.
+        parts: modules whose share of the forward pass is asked for.
         fake: False runs the step for real, for a model that fails on FakeTensors; its gradients are cleared.
 
     Raises:
@@ -79,6 +84,8 @@ def rehearse(
         Exception: whatever the model raises on FakeTensors.
     """
     with ExitStack() as undo:
+        if fake:
+            undo.enter_context(uncounted())
         mode = undo.enter_context(faked(model) if fake else nullcontext(None))
         undo.enter_context(torch.enable_grad())
         undo.enter_context(keep_random_state())
@@ -92,7 +99,7 @@ def rehearse(
         try:
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter) if gradients else None
-            return _counted(model, inputs, forward or model, resident, trained, target)
+            return _counted(model, inputs, forward or model, resident, trained, parts, target)
         finally:
             for parameter, gradient in zip(trained, before, strict=True):
                 parameter.grad = gradient
@@ -104,13 +111,14 @@ def _counted(
     forward: Callable[..., Any],
     resident: tuple[Tensor, ...],
     trained: list[nn.Parameter],
+    parts: Sequence[nn.Module],
     target: str,
 ) -> Rehearsal:
     given = [value for value in inputs.values() if isinstance(value, Tensor)]
     with StorageTracker(CUDA_ROUNDING if target == "cuda" else 1) as tracker:
         tracker.hold(*resident, *given, *(p.grad for p in trained if p.grad is not None))
         with CountFlops() as flops:
-            with SavedBytes(model) as saved:
+            with SavedBytes(model) as saved, _shares(parts, lambda: (saved.total, flops.total)) as shares:
                 loss = _loss_of(forward(**inputs), inputs)
             forward_flops = flops.total
             loss.backward()
@@ -123,7 +131,30 @@ def _counted(
         peak=tracker.peak,
         forward_flops=forward_flops,
         backward_flops=flops.total - forward_flops,
+        parts=tuple(shares),
     )
+
+
+@contextmanager
+def _shares(parts: Sequence[nn.Module], totals: Callable[[], tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """What ``totals`` rise by while each of ``parts`` runs."""
+    found, started = [(0, 0)] * len(parts), [(0, 0)] * len(parts)
+
+    def enter(index: int) -> None:
+        started[index] = totals()
+
+    def leave(index: int) -> None:
+        found[index] = tuple(now - then for now, then in zip(totals(), started[index], strict=True))  # type: ignore
+
+    with ExitStack() as undo:
+        for index, part in enumerate(parts):
+            handles = (
+                part.register_forward_pre_hook(lambda *_, i=index: enter(i)),
+                part.register_forward_hook(lambda *_, i=index: leave(i)),
+            )
+            for handle in handles:
+                undo.callback(handle.remove)
+        yield found
 
 
 @contextmanager
@@ -150,11 +181,11 @@ def faked(model: nn.Module) -> Iterator[Any]:
                     fake = _empty_like(tensor)
                 is_parameter = isinstance(tensor, nn.Parameter)
                 made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
-            place[name] = made[id(tensor)]  # type: ignore[index]
+            place[name] = made[id(tensor)]  # type: ignore[assignment, index]
         yield mode
     finally:
         for place, name, tensor in slots:
-            place[name] = tensor  # type: ignore[index]
+            place[name] = tensor  # type: ignore[assignment, index]
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
@@ -219,3 +250,29 @@ def _loss_of(output: Any, inputs: Mapping[str, Any]) -> Tensor:
     # The loss is taken outside the model (label smoothing): as cross entropy takes it, in float32.
     return nn.functional.log_softmax(logits.float(), -1).sum()
 
+
+def largest_that_fits(peak: Callable[[int], int], rows: int, limit: int) -> int:
+    """The largest micro-batch, of up to ``rows`` samples, of which ``peak`` says at most ``limit`` bytes; 0 if none.
+
+    Bytes grow by as much with each sample: two points say where to look, and ``peak`` is asked again there.
+    """
+    if peak(rows) <= limit:
+        return rows
+    if rows == 1 or peak(1) > limit:
+        return 0
+    each = (peak(rows) - peak(1)) / (rows - 1)
+    found = min(rows - 1, 1 + int((limit - peak(1)) / max(each, 1)))
+    while peak(found) > limit:
+        found -= 1
+    return found
+
+
+def failing_module(error: BaseException) -> str:
+    """The module in whose forward pass ``error`` was raised: class of the innermost one on the traceback."""
+    found, frame = "the model", error.__traceback__
+    while frame is not None:
+        owner = frame.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            found = type(owner).__name__
+        frame = frame.tb_next
+    return found

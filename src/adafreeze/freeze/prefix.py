@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.blocks import Stack, StopForward, hidden_states, patched_forward
+from ..model.blocks import Stack, StopForward, held_attribute, hidden_states, patched_forward, without_cache
 from ..model.flow import Flow, tensors_in
 
 __all__ = ["Prefix", "Start", "autocast_now"]
@@ -112,7 +112,7 @@ class Prefix:
             for index, block in enumerate(stack.blocks[:depth]):
                 if not self.keep_dropout:
                     enter(_held_in_evaluation(block, self.model))
-                enter(_attribute(block, "gradient_checkpointing", False))
+                enter(held_attribute(block, "gradient_checkpointing", False))
                 enter(patched_forward(block, self._graphless(stack, index, block)))
             if depth and not self.keep_dropout:
                 for dropout in self.flows[stack.path].dropouts:
@@ -129,15 +129,29 @@ class Prefix:
         The model runs on ``inputs`` as in training, without a graph, from ``starts`` where given, and is left at
         the last boundary. None if it did not come to all of them.
         """
-        outer, entered = self._pass, self._entered
-        self._pass, self._entered = _Pass(starts, recorded={}), set()
+        with self._nested(_Pass(starts, recorded={})) as this, torch.no_grad(), suppress(StopForward):
+            self.model.forward(**inputs)  # its hooks are for the outer pass
+        return this.recorded if self._all_recorded(this.recorded) else None
+
+    def rehearse(self, *args: Any, **inputs: Any) -> Any:
+        """The model's forward pass as in training, the prefix computed, noticed by nobody."""
+        watch, autocast = self.watch_boundary, self.autocast
+        self.watch_boundary = None
         try:
-            with torch.no_grad(), suppress(StopForward):
-                self.model.forward(**inputs)  # its hooks are for the outer pass
-            recorded = self._pass.recorded
+            with self._nested(_Pass()):
+                return self.model.forward(*args, **inputs)
+        finally:
+            self.watch_boundary, self.autocast = watch, autocast
+
+    @contextmanager
+    def _nested(self, this: _Pass) -> Iterator[_Pass]:
+        """A pass inside a training pass of the model, which goes on afterwards as if there had been none."""
+        outer, entered = self._pass, self._entered
+        self._pass, self._entered = this, set()
+        try:
+            yield this
         finally:
             self._pass, self._entered = outer, entered
-        return recorded if self._all_recorded(recorded) else None
 
     def _begin(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._pass = _Pass()
@@ -168,6 +182,7 @@ class Prefix:
                 self._notice_autocast(block)
             this = self._pass
             start = this.starts.get(path)
+            kwargs = without_cache(kwargs, filled=False)  # or it holds keys and values to the end of the pass
             with torch.no_grad():
                 if start is not None and index < start.depth:
                     output = self._skipped(stack, index, start, lambda: original(*args, **kwargs))
@@ -253,18 +268,6 @@ def _held_in_evaluation(block: nn.Module, model: nn.Module) -> Iterator[None]:
         del block.train
         for module, flag in flags:
             module.training = flag if model.training == was else model.training
-
-
-@contextmanager
-def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    before = module.__dict__.get(name, _attribute)
-    if before is not _attribute:
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        if before is not _attribute:
-            setattr(module, name, before)
 
 
 def _input_embeddings(model: nn.Module) -> list[nn.Module]:

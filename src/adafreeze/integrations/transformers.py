@@ -67,6 +67,7 @@ class SafeCallback(TrainerCallback, ExportableState):
             optimizer=kwargs["optimizer"],
             probe=kwargs["train_dataloader"] if self.probe is None else self.probe,
             total_steps=state.max_steps,
+            batch_size=args.train_batch_size,
             samples_per_step=args.train_batch_size * args.gradient_accumulation_steps,
             samples_per_epoch=samples_of(kwargs["train_dataloader"]),
             journal=self.journal,

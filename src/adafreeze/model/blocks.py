@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 
-__all__ = ["Stack", "StopForward", "find_stacks", "hidden_states", "patched_forward", "starting_at", "unwrap"]
+__all__ = [
+    "Stack",
+    "StopForward",
+    "find_stacks",
+    "held_attribute",
+    "hidden_states",
+    "patched_forward",
+    "starting_at",
+    "unwrap",
+    "without_cache",
+]
 
 # PEFT wraps the user's model twice; its prefix says nothing to a reader of logs and journals.
 _WRAPPER_PREFIXES = ("base_model.model.",)
@@ -117,6 +127,38 @@ def patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[
             del module.forward
         else:
             module.forward = before  # type: ignore[method-assign]
+
+
+@contextmanager
+def held_attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Set ``module.name`` where the instance has it, and put back what was there."""
+    absent = object()
+    before = module.__dict__.get(name, absent)
+    if before is not absent:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        if before is not absent:
+            setattr(module, name, before)
+
+
+def without_cache(kwargs: dict[str, Any], *, filled: bool = True) -> dict[str, Any]:
+    """A block's keyword arguments without the cache for generation that decoders hand to it in training too.
+
+    Args:
+        kwargs: of the block.
+        filled: leave it out although it holds something.
+    """
+    names = [name for name in ("past_key_values", "past_key_value", "layer_past") if kwargs.get(name) is not None]
+    if not names or not (filled or all(_holds_nothing(kwargs[name]) for name in names)):
+        return kwargs
+    return kwargs | dict.fromkeys(names) | ({"use_cache": False} if "use_cache" in kwargs else {})
+
+
+def _holds_nothing(cache: Any) -> bool:
+    length = getattr(cache, "get_seq_length", None)
+    return length is not None and length() == 0
 
 
 @contextmanager

@@ -156,6 +156,18 @@ def samples_of(source: Any) -> int | None:
     return len(dataset) if hasattr(dataset, "__len__") and hasattr(source, "collate_fn") else None
 
 
+def batch_size_of(source: Any) -> int:
+    """Samples of a micro-batch: of a dataloader, or of a batch; 1 where that is not known."""
+    for one in (source, getattr(source, "batch_sampler", None)):
+        size = getattr(one, "batch_size", None)
+        if isinstance(size, int):
+            return size
+    if isinstance(source, (list, tuple)) and source:
+        source = source[0]
+    data = source if isinstance(source, Mapping) else getattr(source, "data", {})
+    return max(1, rows_of(data) if isinstance(data, Mapping) else 1)
+
+
 def varies(source: Any) -> bool:
     """Whether a dataloader gives the same samples other inputs when asked again (random masking, augmentation).
 

@@ -94,6 +94,15 @@ class Probe:
         chunk = self.chunks[0]
         return _model_inputs(_slice(chunk, [0], rows_of(chunk)), device)
 
+    def micro_batch(self, rows: int, device: torch.device) -> Chunk:
+        """``rows`` times its longest sample, as views without data: the shapes of a batch."""
+        chunk = max(self.chunks, key=lambda chunk: padded_tokens(chunk) / rows_of(chunk))
+        one = _model_inputs(_slice(chunk, [0], rows_of(chunk)), device)
+        return {
+            name: value.expand(rows, *value.shape[1:]) if isinstance(value, Tensor) and value.ndim else value
+            for name, value in one.items()
+        }
+
     def shrunk(self, samples: int) -> Probe:
         """A probe of ``samples`` samples, at least one, evenly spaced in this one."""
         total = self.samples

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -96,6 +96,17 @@ def find_units(
             fix="Use a method with weights of its own in each block, such as LoRA, DoRA or IA3.",
         )
     return units
+
+
+def units_along(
+    chains: Sequence[Sequence[str]], stacks: Sequence[Stack], units: Mapping[str, Unit]
+) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    """Names of the units of each block, bottom to top, along each chain of stacks."""
+    names: dict[tuple[str, int], list[str]] = {}
+    for name, unit in units.items():
+        names.setdefault((unit.stack, unit.block), []).append(name)
+    blocks = {stack.path: [tuple(names.get((stack.path, i), ())) for i in range(len(stack))] for stack in stacks}
+    return tuple(tuple(block for path in chain for block in blocks[path]) for chain in chains)
 
 
 def warn_of_other_trainables(model: nn.Module, stacks: list[Stack], units: dict[str, Unit]) -> list[str]:

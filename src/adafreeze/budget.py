@@ -1,0 +1,382 @@
+"""Budget: the most memory that a training step may hold, from the first step on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from .costs.memory import bytes_of
+from .costs.optimizer import optimizer_bytes
+from .costs.rehearse import Rehearsal, failing_module, largest_that_fits, rehearse
+from .errors import ConfigError, RunError, note, warn
+from .freeze import Prefix
+from .freeze.recompute import Block, BlockCost, Recompute, least_recompute
+from .journal import Journal
+from .model import Probe, Stack
+from .model.blocks import device_of
+from .model.flow import tensors_in
+from .sizes import readable
+
+__all__ = ["Budget", "open_budget"]
+
+# Lengths are rounded up to one of so many between powers of two, so that few kinds of batches are rehearsed.
+LENGTHS_PER_OCTAVE = 8
+# On CUDA so many steps are measured before the plan is corrected downward; upward it is at once.
+MEASURED_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is recomputed for one kind of batch; bytes of the step with it, without any, and of what it always holds."""
+
+    chosen: frozenset[Block]
+    peak: int
+    plain_peak: int
+    held: int
+
+
+class Budget:
+    """Keeps every training step of a model under a number of bytes, by recomputing as few blocks as that takes.
+
+    Each kind of batch (its shapes, lengths rounded up) is rehearsed on fake tensors before it first comes, with the
+    prefix as it is then, and the blocks to recompute are chosen so that weights, buffers, optimizer state, gradients,
+    saved bytes and transients stay under the budget together: by counting, so that the choice is the same on every
+    run. When the prefix grows, fewer blocks are recomputed.
+
+    On CUDA the allocator's peaks of the steps show what counting cannot see (workspaces of kernels, other attention
+    kernels): what is planned above weights and state is scaled by the largest ratio of measured to planned, at once
+    if that is more than planned, after MEASURED_STEPS steps if it is less.
+
+    What counts is what a training step holds, and on the CPU what measuring scores holds, which elsewhere is in host
+    memory. The prefix cache has a budget of its own.
+
+    Args:
+        limit: ``memory_budget`` of SafeConfig.
+        model: that the host calls.
+        stacks: of the model.
+        prefix: whose blocks keep nothing anyway.
+        optimizer: whose state counts; None: as AdamW's.
+        journal: of the run.
+        extra: bytes that measuring holds.
+
+    Attributes:
+        limit: bytes.
+        ratio: of measured to planned bytes above what is always held.
+
+    Raises:
+        ConfigError: the budget is larger than the device.
+    """
+
+    def __init__(
+        self,
+        limit: int | float | str,
+        model: nn.Module,
+        stacks: list[Stack],
+        prefix: Prefix,
+        optimizer: Any,
+        journal: Journal,
+        extra: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.model = model
+        self.stacks = stacks
+        self.prefix = prefix
+        self.optimizer = getattr(optimizer, "optimizer", optimizer) or "adamw_torch"
+        self.journal = journal
+        self.device = device_of(model)
+        self.extra = extra if self.device.type == "cpu" else lambda: 0
+        self.limit = _limit(limit, self.device, model)
+        self.ratio = 1.0
+        self.measured_peak: Callable[[], int] | None = self._allocator_peak if self.device.type == "cuda" else None
+        self.recompute = Recompute(model, stacks)
+        self._ratios: list[float] = []
+        self._choices: dict[Any, Choice] = {}
+        self._current: Choice | None = None
+        self._failed = False
+        self._warned = False
+        self.recompute.install()
+        # First of all hooks: whoever counts a step from a hook does not count its rehearsal.
+        self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
+
+    # What the loop reads and calls.
+
+    def logs(self) -> dict[str, float]:
+        """Blocks that the last step recomputed, and its planned peak."""
+        logs: dict[str, float] = {"safe/recomputed_blocks": len(self.recompute.chosen)}
+        if self._current is not None:
+            logs["safe/planned_peak_mib"] = round(self._current.peak / 2**20, 3)
+        return logs
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs of it."""
+        return {"ratio": self.ratio, "ratios": self._ratios}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` wrote."""
+        self.ratio, self._ratios = state["ratio"], list(state["ratios"])
+        self._choices.clear()
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        self._hook.remove()
+        self.recompute.restore()
+
+    def check(self, probe: Probe, rows: int) -> None:
+        """Refuse a budget that full recompute cannot meet, and say in one line what it costs.
+
+        Args:
+            probe: whose longest sample makes the micro-batch.
+            rows: samples in it.
+
+        Raises:
+            RunError: with the numbers, and the micro-batch that fits.
+        """
+        choice = self._choice((), probe.micro_batch(rows, self.device))
+        if choice is None:
+            return
+        blocks = sum(map(len, self.stacks))
+        if choice.peak <= self.limit:
+            note(
+                f"Memory budget {readable(self.limit)}: a step on {rows} samples holds {readable(choice.peak)} with "
+                f"{len(choice.chosen)} of {blocks} blocks recomputed ({readable(choice.plain_peak)} with none)."
+            )
+            return
+        peaks = {rows: choice.peak}
+
+        def peak(fewer: int) -> int:
+            if fewer not in peaks:
+                batch = probe.micro_batch(fewer, self.device)
+                peaks[fewer] = self._total(self._rehearse(choice.chosen, (), batch))
+            return peaks[fewer]
+
+        fits = largest_that_fits(peak, rows, self.limit)
+        self.close()
+        raise RunError(
+            f"The memory budget of {readable(self.limit)} cannot be met: with all blocks recomputed, a step on {rows} "
+            f"samples of the probe's longest length holds {readable(choice.peak)} ({readable(choice.plain_peak)} with "
+            "none).",
+            cause=f"{readable(choice.held)} of it are weights, gradients and optimizer state. "
+            + (f"A micro-batch of {fits} fits." if fits else f"One sample takes {readable(peak(1))}."),
+            fix=f"--per_device_train_batch_size {fits} --gradient_accumulation_steps {-(-rows // fits)}"
+            if fits
+            else f'SafeConfig(memory_budget="{-(-peak(1) // 2**20)}MiB"), or shorter samples, or a smaller model',
+        )
+
+    # Before each forward pass.
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        measured = self.measured_peak() if self.measured_peak is not None else 0
+        if not model.training or not torch.is_grad_enabled():
+            self._current = None  # what is measured next belongs to no training step alone
+            return
+        if self._current is not None and measured:
+            self._correct(self._current, measured)
+        self._current = self._choice(args, kwargs)
+        self.recompute.chosen = self._current.chosen if self._current else frozenset(self.recompute.blocks)
+
+    def _choice(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Choice | None:
+        """For batches like this one; None if they cannot be rehearsed."""
+        if self._failed:
+            return None
+        args, kwargs = self._rounded(args, kwargs)
+        shapes = _shapes((args, kwargs))
+        kind = shapes, tuple(self.prefix.depths.values()), self.extra()
+        if kind not in self._choices:
+            for other, choice in self._choices.items():  # what holds more and needs nothing speaks for this one
+                if not choice.chosen and choice.peak <= self.limit and _holds_more(other, kind):
+                    return choice
+            try:
+                self._choices[kind] = self._choose(args, kwargs)
+            except Exception as error:  # the model's own code, on tensors without data
+                self._give_up(error)
+                return None
+            choice = self._choices[kind]
+            self.journal.write(
+                "recompute",
+                limit=self.limit,
+                shapes=[shape for shape, _ in shapes],
+                prefixes=dict(self.prefix.depths),
+                blocks=sorted(f"{path}.{index}" for path, index in choice.chosen),
+                peak=choice.peak,
+                plain_peak=choice.plain_peak,
+            )
+            if choice.peak > self.limit:
+                self._warn_above(choice, [shape for shape, _ in shapes])
+        return self._choices[kind]
+
+    def _choose(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Choice:
+        tried: dict[frozenset[Block], Rehearsal] = {}
+
+        def peak(chosen: frozenset[Block]) -> int:
+            if chosen not in tried:
+                tried[chosen] = self._rehearse(chosen, args, kwargs)
+            return self._total(tried[chosen])
+
+        peak(frozenset())
+        plain = tried[frozenset()]
+        names = [(stack.path, index) for stack in self.stacks for index in range(len(stack))]
+        # Of a block in the prefix nothing is saved.
+        costs = {
+            name: BlockCost(freed=saved, flops=flops)
+            for name, (saved, flops) in zip(names, plain.parts, strict=True)
+            if name in self.recompute.blocks
+        }
+        chosen = least_recompute(costs, peak, self.limit)
+        if chosen is None:  # not even with all of them
+            chosen = min(tried, key=lambda chosen: tried[chosen].peak)
+        state, _ = self._optimizer_bytes()
+        held = plain.resident + plain.gradients + state + self.extra()
+        return Choice(chosen, self._total(tried[chosen]), self._total(plain), held)
+
+    def _rehearse(self, chosen: frozenset[Block], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Rehearsal:
+        before, self.recompute.chosen = self.recompute.chosen, chosen
+        places = {f"_{index}": value for index, value in enumerate(args)}
+        try:
+            return rehearse(
+                self.model,
+                {**places, **kwargs},
+                forward=lambda **all: self.prefix.rehearse(*(all.pop(place) for place in places), **all),
+                target=self.device.type,
+                parts=[block for stack in self.stacks for block in stack.blocks],
+            )
+        finally:
+            self.recompute.chosen = before
+
+    def _optimizer_bytes(self) -> tuple[int, int]:
+        return optimizer_bytes(self.optimizer, [p for p in self.model.parameters() if p.requires_grad])
+
+    def _total(self, step: Rehearsal) -> int:
+        """Bytes of a whole optimizer step: its passes or the optimizer's own work, whichever holds more."""
+        state, temporary = self._optimizer_bytes()
+        held = step.resident + step.gradients
+        passes = held + self.ratio * (step.peak - held)
+        # The batch that comes next may be there already.
+        return int(max(passes, held + temporary)) + state + step.inputs + self.extra()
+
+    def _rounded(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """The same inputs, their length rounded up."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if not isinstance(ids, Tensor) or ids.ndim != 2:
+            return args, kwargs
+        length = ids.shape[1]
+        step = max(8, 2 ** (length.bit_length() - 1) // LENGTHS_PER_OCTAVE)
+        most = getattr(getattr(self.model, "config", None), "max_position_embeddings", None) or length
+        rounded = max(length, min(-(-length // step) * step, most))
+
+        def longer(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == length:
+                return value.new_empty((1, 1)).expand(value.shape[0], rounded)
+            return value
+
+        return tuple(map(longer, args)), {name: longer(value) for name, value in kwargs.items()}
+
+    def _give_up(self, error: Exception) -> None:
+        self._failed = True
+        self.journal.write("budget_unknown", error=f"{type(error).__name__}: {error}")
+        warn(
+            f"The memory budget cannot be planned: {failing_module(error)} does not run on tensors without data "
+            f"({type(error).__name__}: {next(iter(str(error).splitlines()), '')}).",
+            cause="It reads values of its tensors, or uses an operator whose shapes torch does not know.",
+            fix="All blocks that may be are recomputed now, which holds the least there is; whether that is under the "
+            "budget is not known before the run.",
+        )
+
+    def _warn_above(self, choice: Choice, shapes: list[tuple[int, ...]]) -> None:
+        if self._current is None or self._warned:  # before the first step it is an error
+            return
+        self._warned = True
+        warn(
+            f"A batch ({', '.join(map(str, shapes[:2]))}) holds {readable(choice.peak)} with all blocks recomputed, "
+            f"and the memory budget is {readable(self.limit)}.",
+            cause="It is longer than the samples by which the budget was checked before the run.",
+            fix="A smaller --per_device_train_batch_size, or a smaller --max_seq_length. Training goes on.",
+        )
+
+    # Corrected by what the allocator measures.
+
+    def _allocator_peak(self) -> int:
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
+    def _correct(self, choice: Choice, measured: int) -> None:
+        state = getattr(self.optimizer, "state", None)
+        if not state or choice.peak <= choice.held:  # before its first step the optimizer has no state
+            return
+        observed = self.ratio * (measured - choice.held) / (choice.peak - choice.held)
+        settling = len(self._ratios) < MEASURED_STEPS
+        if settling:
+            self._ratios.append(observed)
+        ratio = self.ratio
+        if observed > ratio:
+            ratio = observed
+        elif settling and len(self._ratios) == MEASURED_STEPS:
+            ratio = max(self._ratios)
+        if ratio != self.ratio:
+            self.ratio = ratio
+            self._choices.clear()
+            self.journal.write("budget_corrected", ratio=ratio, measured=measured, planned=choice.peak)
+
+
+def open_budget(limit: int | float | str | None, probe: Probe, rows: int, *parts: Any) -> Budget | None:
+    """A :class:`Budget`, checked before the run; or one line that says what having none means.
+
+    Args:
+        limit: None for no budget.
+        probe: and
+        rows: as for :meth:`Budget.check`.
+        parts: the other arguments of Budget.
+
+    Raises:
+        AdafreezeError: the budget cannot be met.
+    """
+    if limit is not None:
+        budget = Budget(limit, *parts)
+        budget.check(probe, rows)
+        return budget
+    note(
+        "No memory budget: the peak of the run is the plain run's; SafeConfig(memory_budget=...) lowers it from step 0."
+    )
+    return None
+
+
+def _shapes(value: Any) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_in(value))
+
+
+def _holds_more(one: Any, other: Any) -> bool:
+    """Whether a step of kind ``one`` holds at least as much as one of kind ``other``."""
+    (shapes, depths, extra), (others, other_depths, other_extra) = one, other
+    alike = [dtype for _, dtype in shapes] == [dtype for _, dtype in others]
+    return (
+        alike
+        and extra >= other_extra
+        and all(depth <= deeper for depth, deeper in zip(depths, other_depths, strict=True))
+        and all(
+            len(a) == len(b) and all(x >= y for x, y in zip(a, b, strict=True))
+            for (a, _), (b, _) in zip(shapes, others, strict=True)
+        )
+    )
+
+
+def _limit(wanted: int | float | str, device: torch.device, model: nn.Module) -> int:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device)
+    else:
+        memory = psutil.virtual_memory()
+        free, total = memory.available + bytes_of((*model.parameters(), *model.buffers())), memory.total
+    if wanted == "auto":
+        return free
+    limit = int(wanted * total) if isinstance(wanted, float) else int(wanted)
+    if limit > total:
+        raise ConfigError(
+            f"The memory budget is {readable(limit)}, and the device has {readable(total)}.",
+            cause=f"{device.type.upper()} memory, all of it, is less.",
+            fix='SafeConfig(memory_budget="auto"), which takes what is free, or 0.9 for nine tenths',
+        )
+    return limit

@@ -1,0 +1,53 @@
+"""Sizes in bytes, as people write and read them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from .errors import ConfigError
+
+__all__ = ["parse_size", "readable"]
+
+_UNITS = {"": 1, "b": 1, **{f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)}}
+_UNITS |= {f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)}
+
+
+def parse_size(name: str, value: Any, example: str = "4GiB") -> int:
+    """Bytes: a whole number, or a text with a unit.
+
+    Args:
+        name: of the setting, for the error.
+        value: what was given.
+        example: what would be right.
+
+    Raises:
+        ConfigError: it is neither, or less than one byte.
+
+    >>> parse_size("size", "1.5KiB"), parse_size("size", "2 GB"), parse_size("size", 7)
+    (1536, 2000000000, 7)
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value) if isinstance(value, str) else None
+    if found is None or found[2].lower() not in _UNITS or float(found[1]) * _UNITS[found[2].lower()] < 1:
+        setting = re.fullmatch(r"(\w+)\.(\w+)", name)
+        raise ConfigError(
+            f"{name} is {value!r}.",
+            cause="It must be a number of bytes, or a text with one of the units KiB, MiB, GiB, TiB, KB, MB, GB, TB.",
+            fix=f"{setting[1]}({setting[2]}={example!r})" if setting else f"{name} {example}",
+        )
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+def readable(nbytes: float) -> str:
+    """Bytes with three digits or so, and a unit.
+
+    >>> readable(6 * 2**30), readable(300.5 * 2**20), readable(2000)
+    ('6.00 GiB', '300 MiB', '1.95 KiB')
+    """
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(nbytes) >= size:
+            number = nbytes / size
+            return f"{number:.{2 if number < 10 else 1 if number < 100 else 0}f} {unit}"
+    return f"{nbytes:.0f} B"
