@@ -12,8 +12,8 @@ SOURCE = Path(adafreeze.__file__).parent
 FLOORS = [
     ["__init__", "cli"],
     ["integrations"],
-    ["safe"],
-    ["preflight", "scoring", "budget", "caching", "_guard", "_observe"],
+    ["safe", "plan"],
+    ["preflight", "scoring", "budget", "caching", "_stage", "_guard", "_observe"],
     ["freeze", "config", "tasks"],
     ["costs", "model"],
     ["decide"],

@@ -13,6 +13,7 @@ from .errors import (
 )
 from .integrations.transformers import SafeCallback
 from .journal import Journal, read_journal
+from .plan import Plan, plan
 from .safe import Safe
 
 __all__ = [
@@ -20,6 +21,9 @@ __all__ = [
     "SafeCallback",
     "Safe",
     "SafeConfig",
+    # Before a run: what it will hold and compute.
+    "Plan",
+    "plan",
     # What a run leaves.
     "Journal",
     "read_journal",

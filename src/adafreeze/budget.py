@@ -153,7 +153,7 @@ class Budget:
                 peaks[fewer] = self._total(self._rehearse(choice.chosen, (), batch))
             return peaks[fewer]
 
-        fits = largest_that_fits(peak, rows, self.limit)
+        fits = largest_that_fits(peak, rows, choice.held, self.limit, most=rows)
         self.close()
         raise RunError(
             f"The memory budget of {readable(self.limit)} cannot be met: with all blocks recomputed, a step on {rows} "

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-__all__ = ["CountFlops"]
+__all__ = ["CountFlops", "flops_of"]
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -54,7 +54,11 @@ class CountFlops(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        formula = _FORMULAS.get(func._overloadpacket)
-        if formula is not None:
-            self.total += int(formula(*args, **kwargs, out_val=result))
+        self.total += flops_of(func, args, kwargs, result)
         return result
+
+
+def flops_of(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """FLOPs of one operator that was called so and returned ``result``."""
+    formula = _FORMULAS.get(func._overloadpacket)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))

@@ -120,8 +120,15 @@ class StorageTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator as it is, and count what it made."""
         result = func(*args, **(kwargs or {}))
-        self.hold(*(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)))
+        self.made(result)
         return result
+
+    def made(self, result: Any) -> None:
+        """Count what an operator returned."""
+        if isinstance(result, Tensor):  # most do
+            self.hold(result)
+        elif result is not None:
+            self.hold(*(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)))
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -145,11 +152,11 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum({one._cdata: one.nbytes() for tensor in tensors for one in _storages(tensor)}.values())
 
 
-def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
-    # A sparse COO tensor has no storage of its own, but two dense parts that have.
-    parts = (tensor._indices(), tensor._values()) if tensor.layout == torch.sparse_coo else (tensor,)
+def _storages(tensor: Tensor) -> tuple[torch.UntypedStorage, ...]:
     try:
-        return [part.untyped_storage() for part in parts]
-    except NotImplementedError:  # a wrapper, such as torchao's quantised tensors: count what is inside
-        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        return [storage for name in names for storage in _storages(getattr(tensor, name))]
+        return (tensor.untyped_storage(),)
+    except (NotImplementedError, RuntimeError):
+        if tensor.layout == torch.sparse_coo:  # has no storage of its own, but two dense parts that have
+            return tensor._indices().untyped_storage(), tensor._values().untyped_storage()
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]  # a wrapper, as torchao's quantised ones
+        return tuple(storage for name in names for storage in _storages(getattr(tensor, name)))

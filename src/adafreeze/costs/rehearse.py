@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..model.draw import keep_random_state
-from .flops import CountFlops
+from .flops import flops_of
 from .memory import SavedBytes, StorageTracker, bytes_of, uncounted
 
 __all__ = ["Rehearsal", "failing_module", "faked", "largest_that_fits", "rehearse"]
@@ -115,24 +115,36 @@ def _counted(
     target: str,
 ) -> Rehearsal:
     given = [value for value in inputs.values() if isinstance(value, Tensor)]
-    with StorageTracker(CUDA_ROUNDING if target == "cuda" else 1) as tracker:
-        tracker.hold(*resident, *given, *(p.grad for p in trained if p.grad is not None))
-        with CountFlops() as flops:
-            with SavedBytes(model) as saved, _shares(parts, lambda: (saved.total, flops.total)) as shares:
-                loss = _loss_of(forward(**inputs), inputs)
-            forward_flops = flops.total
-            loss.backward()
-            del loss
+    with _Counter(CUDA_ROUNDING if target == "cuda" else 1) as counter:
+        counter.hold(*resident, *given, *(p.grad for p in trained if p.grad is not None))
+        with SavedBytes(model) as saved, _shares(parts, lambda: (saved.total, counter.flops)) as shares:
+            loss = _loss_of(forward(**inputs), inputs)
+        forward_flops = counter.flops
+        loss.backward()
+        del loss
     return Rehearsal(
         resident=bytes_of(resident),
         gradients=bytes_of(p.grad for p in trained if p.grad is not None),
         inputs=bytes_of(given),
         saved=saved.total,
-        peak=tracker.peak,
+        peak=counter.peak,
         forward_flops=forward_flops,
-        backward_flops=flops.total - forward_flops,
+        backward_flops=counter.flops - forward_flops,
         parts=tuple(shares),
     )
+
+
+class _Counter(StorageTracker):
+    """Storages and FLOPs in one mode, since each takes its time at every operator."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.made(result)
+        self.flops += flops_of(func, args, kwargs, result)
+        return result
 
 
 @contextmanager
@@ -251,20 +263,19 @@ def _loss_of(output: Any, inputs: Mapping[str, Any]) -> Tensor:
     return nn.functional.log_softmax(logits.float(), -1).sum()
 
 
-def largest_that_fits(peak: Callable[[int], int], rows: int, limit: int) -> int:
-    """The largest micro-batch, of up to ``rows`` samples, of which ``peak`` says at most ``limit`` bytes; 0 if none.
+def largest_that_fits(peak: Callable[[int], int], rows: int, held: int, limit: int, most: int = 4096) -> int:
+    """The largest micro-batch, of up to ``most`` samples, of which ``peak`` says at most ``limit`` bytes; 0 if none.
 
-    Bytes grow by as much with each sample: two points say where to look, and ``peak`` is asked again there.
+    What a step holds beside ``held`` grows by as much with each sample, or nearly: ``peak`` of ``rows`` says where to
+    look, and is asked there.
     """
-    if peak(rows) <= limit:
-        return rows
-    if rows == 1 or peak(1) > limit:
+    if held >= limit:
         return 0
-    each = (peak(rows) - peak(1)) / (rows - 1)
-    found = min(rows - 1, 1 + int((limit - peak(1)) / max(each, 1)))
-    while peak(found) > limit:
-        found -= 1
-    return found
+    each = max(1.0, (peak(rows) - held) / rows)
+    found = min(most, int((limit - held) / each))
+    while found > 0 and (there := peak(found)) > limit:
+        found -= max(1, int((there - limit) / each))
+    return max(found, 0)
 
 
 def failing_module(error: BaseException) -> str:

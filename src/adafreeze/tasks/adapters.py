@@ -148,8 +148,8 @@ def _targets(given: list[str] | str) -> list[str] | str:
     return list(given)
 
 
-def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel | PeftMixedModel:
-    """``peft.get_peft_model``, with an error that lists what may be adapted.
+def add_adapter(model: PreTrainedModel, config: PeftConfig, **options: Any) -> PeftModel | PeftMixedModel:
+    """``peft.get_peft_model`` with its ``options``, and with an error that lists what may be adapted.
 
     Raises:
         ConfigError: ``target_modules`` matches no module, must be named for this model, or PEFT refuses it.
@@ -163,7 +163,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel | PeftM
         with warnings.catch_warnings():
             # IA3 and others say on creation what they will do at merge time: nobody merges here.
             warnings.filterwarnings("ignore", category=UserWarning, module="peft")
-            peft_model = get_peft_model(model, config)
+            peft_model = get_peft_model(model, config, **options)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, AssertionError) as error:
         targets = getattr(config, "target_modules", None)
         names = _linear_names(model)

@@ -10,9 +10,9 @@ from ..errors import ModelError
 from ._hub import first_line, hub_reason
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Source", "load_model", "load_tokenizer"]
+__all__ = ["Source", "load_config", "load_model", "load_tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,21 @@ def load_model(auto_class: Any, source: Source, **config: Any) -> PreTrainedMode
     # code's.
     except Exception as error:
         _refuse("model", source.name, error, "--model_name_or_path")
+
+
+def load_config(source: Source) -> PretrainedConfig:
+    """The configuration of a model, without its weights.
+
+    Raises:
+        ModelError: as for :func:`load_model`.
+    """
+    from transformers import AutoConfig
+
+    _check_folder(source.name, "--model_name_or_path")
+    try:
+        return AutoConfig.from_pretrained(source.name, **source._options())
+    except Exception as error:
+        _refuse("configuration", source.name, error, "--model_name_or_path")
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:

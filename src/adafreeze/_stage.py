@@ -1,0 +1,347 @@
+"""Stage: a model set up so that its training step can be rehearsed at any prefix depth."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .costs.memory import bytes_of
+from .costs.optimizer import optimizer_bytes
+from .costs.rehearse import Rehearsal, faked, rehearse
+from .freeze import Freezer, Prefix
+from .freeze.recompute import Recompute
+from .model import Stack, find_stacks, find_units, trace_flow
+from .model.backends import PeftBackend
+from .model.blocks import patched_forward
+from .model.flow import chains_of
+from .model.units import units_along
+
+__all__ = ["QUANTISED", "PlannedStep", "Stage"]
+
+# Bytes an element of a quantised weight, scales included: nf4 with double quantisation, and int8 with a scale a row.
+QUANTISED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+
+
+# Of a stack of like blocks so many live ones say what each further one costs, and that it is the same.
+FEW = (3, 4, 5)
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One training step with so many blocks in the frozen prefix; bytes, and FLOPs of one micro-batch.
+
+    ``weights + adapters + optimizer + saved + transient = peak``: what the step holds beside weights and saved bytes at
+    its fullest moment, gradients among it, is ``transient``.
+
+    Attributes:
+        prefix: blocks in it.
+        weights: parameters outside the adapters, and buffers.
+        adapters: parameters that train before anything freezes.
+        gradients: of all that train now.
+        optimizer: state for all that train now.
+        saved: what autograd keeps of the forward pass.
+        transient: see above.
+        peak: the most that the step holds.
+        forward_flops: of the forward pass.
+        backward_flops: of the backward pass, with what it recomputes.
+        cached_flops: of both passes where the prefix cache has all samples.
+    """
+
+    prefix: int
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    saved: int
+    transient: int
+    peak: int
+    forward_flops: int
+    backward_flops: int
+    cached_flops: int
+
+    @property
+    def flops(self) -> int:
+        """Of both passes, nothing cached."""
+        return self.forward_flops + self.backward_flops
+
+
+class Stage:
+    """A model set up so that its step can be rehearsed at any prefix depth; on leaving it is as it was before.
+
+    Args:
+        module: with adapters in its blocks.
+        batch: makes inputs of so many samples for it.
+        optimizer: by name.
+        target: ``"cpu"`` or ``"cuda"``.
+        mixed_precision: bfloat16 autocast.
+        quantization: None, or a name in QUANTISED.
+        accumulate: gradients are there from the start.
+        fake: False to run the steps for real.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        batch: Callable[[int, nn.Module], dict[str, Any]],
+        optimizer: str,
+        target: str,
+        mixed_precision: bool,
+        quantization: str | None,
+        accumulate: bool,
+        *,
+        fake: bool,
+    ) -> None:
+        self.module, self.batch, self.optimizer, self.target = module, batch, optimizer, target
+        self.mixed_precision, self.quantization, self.accumulate = mixed_precision, quantization, accumulate
+        self.fake = fake
+        self._few: dict[tuple[int, int, bool, int], Rehearsal] = {}
+        self._undo = ExitStack()
+
+    def __enter__(self) -> Stage:
+        try:
+            self._set_up()
+        except BaseException:
+            self._undo.close()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._undo.close()
+
+    def _set_up(self) -> None:
+        module = self.module
+        self._undo.callback(module.train, module.training)
+        module.train()
+        mode = self._undo.enter_context(faked(module)) if self.fake else nullcontext()
+        self.stacks = find_stacks(module)
+        backend = PeftBackend(module)
+        self.units = find_units(module, self.stacks, backend)
+        tensors: list[bool] = []
+        watch = (
+            self.stacks[0]
+            .blocks[0]
+            .register_forward_hook(lambda _, __, output: tensors.append(torch.is_tensor(output)))
+        )
+        with mode:
+            one = {name: torch.empty_like(value) if self.fake else value for name, value in self._inputs(1).items()}
+            self.flows = trace_flow(module, self.stacks, one)
+        watch.remove()
+        self.chains = units_along(chains_of(self.flows), self.stacks, self.units)
+        self.freezer = Freezer(self.units, backend)
+        self.prefix = Prefix(module, self.stacks, self.flows)
+        self.recompute = Recompute(module, self.stacks)
+        self.was_checkpointed = any(getattr(b, "gradient_checkpointing", False) for b in self.recompute.blocks.values())
+        self._undo.callback(self.freezer.restore)
+        self._undo.callback(self.recompute.restore)
+        self._undo.callback(self.prefix.restore)
+        self.recompute.install()
+        self.alike = self.fake and len(self.stacks) == 1 and all(tensors) and _alike(self.stacks[0])
+        self.adapters = bytes_of(p for p in module.parameters() if p.requires_grad)
+        self.shrunk, self.dequantised = self._quantised()
+
+    @property
+    def name(self) -> str:
+        """The model's class."""
+        return type(unwrapped(self.module)).__name__
+
+    def _inputs(self, rows: int) -> dict[str, Any]:
+        return self.batch(rows, self.module)
+
+    def step(self, rows: int, *, recompute: bool = False) -> PlannedStep:
+        """One step on ``rows`` samples at the depth as it is, with every block above the prefix recomputed or none."""
+        return self._priced(self._rehearse(rows, recompute))
+
+    def depths(self) -> list[int]:
+        """Prefix depths to look at: none, a quarter, a half, three quarters, and the deepest that leaves one live."""
+        blocks = sum(map(len, self.chains))
+        deepest = sum(len(chain) - 1 for chain in self.chains)
+        return sorted({0, *(min(round(share * blocks), deepest) for share in (0.25, 0.5, 0.75)), deepest})
+
+    def freeze_to(self, depth: int) -> None:
+        """Freeze the lowest blocks of every chain, ``depth`` in all; deeper ones stay frozen."""
+        blocks = sum(map(len, self.chains))
+        names = []
+        for chain in self.chains:
+            count = min(round(depth / blocks * len(chain)), len(chain) - 1)
+            names += [name for units in chain[:count] for name in units]
+        self.freezer.freeze(name for name in names if name not in self.freezer.frozen)
+        self.prefix.update()
+
+    def _rehearse(self, rows: int, recompute: bool = False) -> Rehearsal:
+        """One step; of a high stack of like blocks with a few of them only, as each further one costs the same."""
+        trained = bytes_of(parameter for parameter in self.module.parameters() if parameter.requires_grad)
+        depth = sum(self.prefix.depths.values())
+        live = sum(map(len, self.stacks)) - depth
+        step = None
+        if self.alike and live > max(FEW):
+            step = self._extended(rows, recompute, depth, live)
+        if step is None:
+            step = self._run(rows, recompute)
+        return dataclasses.replace(step, gradients=trained)
+
+    def _extended(self, rows: int, recompute: bool, depth: int, live: int) -> Rehearsal | None:
+        """From FEW live blocks to all; None where they do not lie on a line: another moment holds the most then."""
+        kept = min(depth, 2)
+        for count in FEW:
+            if (kept, rows, recompute, count) not in self._few:
+                self._few[kept, rows, recompute, count] = self._run(rows, recompute, live=count)
+        points = [self._few[kept, rows, recompute, count] for count in FEW]
+        costs = {}
+        for name in ("saved", "peak", "forward_flops", "backward_flops"):
+            first, second, last = (getattr(point, name) for point in points)
+            if second - first != last - second:
+                return None
+            costs[name] = last + (live - max(FEW)) * (last - second)
+        of_one = max(flops for _, flops in points[0].parts)
+        costs["forward_flops"] += (depth - kept) * of_one
+        return dataclasses.replace(points[0], **costs, parts=tuple((0, of_one) for _ in points[0].parts))
+
+    def _run(self, rows: int, recompute: bool, live: int | None = None) -> Rehearsal:
+        """With all blocks; or with the lowest and the highest of the prefix, and ``live`` above it."""
+
+        def forward(**inputs: Any) -> Any:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed_precision):
+                return self.prefix.rehearse(**inputs)
+
+        self.recompute.chosen = frozenset(self.recompute.blocks) if recompute else frozenset()
+        with ExitStack() as undo:
+            for block in self._omitted(live) if live is not None else ():
+                undo.enter_context(patched_forward(block, _handed_on))
+            return rehearse(
+                self.module,
+                self._inputs(rows),
+                forward=forward,
+                target=self.target,
+                gradients=self.accumulate,
+                parts=[block for stack in self.stacks for block in stack.blocks],
+                fake=self.fake,
+            )
+
+    def _omitted(self, live: int) -> list[nn.Module]:
+        (stack,) = self.stacks
+        depth = self.prefix.depths[stack.path]
+        below = stack.blocks[1 : max(1, depth - 1)]
+        above = stack.blocks[depth + 1 : len(stack) - live + 1]
+        return [*below, *above]
+
+    def _priced(self, step: Rehearsal) -> PlannedStep:
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        state, temporary = optimizer_bytes(self.optimizer, trained)
+        weights = step.resident - self.adapters - self.shrunk
+        passes = max(step.peak, step.resident + step.gradients + temporary)
+        peak = passes + state - self.shrunk + self.dequantised
+        depths = [(stack, self.prefix.depths[stack.path]) for stack in self.stacks]
+        in_prefix = [index < depth for stack, depth in depths for index in range(len(stack))]
+        skipped = sum(flops for (_, flops), inside in zip(step.parts, in_prefix, strict=True) if inside)
+        return PlannedStep(
+            prefix=sum(in_prefix),
+            weights=weights,
+            adapters=self.adapters,
+            gradients=step.gradients,
+            optimizer=state,
+            saved=step.saved,
+            transient=peak - weights - self.adapters - state - step.saved,
+            peak=peak,
+            forward_flops=step.forward_flops,
+            backward_flops=step.backward_flops,
+            cached_flops=step.flops - skipped,
+        )
+
+    def _quantised(self) -> tuple[int, int]:
+        """Bytes that quantised weights save, and those of the largest when it is used."""
+        if self.quantization is None:
+            return 0, 0
+        layers = {
+            id(module): module.weight
+            for stack in self.stacks
+            for block in stack.blocks
+            for module in block.modules()
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad
+        }
+        saved = sum(int(w.numel() * (w.element_size() - QUANTISED[self.quantization])) for w in layers.values())
+        return saved, max((w.numel() * w.element_size() for w in layers.values()), default=0)
+
+    def causes(self, rows: int) -> Iterator[str]:
+        """What makes the step hold more than it would have to, with the remedy; to be asked before anything freezes."""
+        module = self.module
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        frozen = {p.dtype for p in module.parameters() if not p.requires_grad and p.is_floating_point()}
+        if any(p.dtype == torch.float32 for p in trained.values()) and frozen & {torch.bfloat16, torch.float16}:
+            half = "bfloat16" if torch.bfloat16 in frozen else "float16"
+            yield (
+                f"The adapters are float32 on a {half} base, as PEFT makes them: each adapted layer keeps its input in "
+                "float32 too. get_peft_model(..., autocast_adapter_dtype=False) keeps it once (bf16 adapters train "
+                "less precisely)."
+            )
+        if with_dropout := self._without_adapter_dropout(rows):
+            more = self._rehearse(rows).saved / with_dropout - 1
+            yield (
+                f"Adapter dropout keeps a dropped copy of the input of every target: {more:+.0%} saved bytes. "
+                "LoraConfig(lora_dropout=0.0); blocks that freeze lose it by themselves."
+            )
+        live = [path for path, flow in self.flows.items() if flow.live and not flow.reads]
+        if live:
+            yield (
+                f"Something below the blocks of {', '.join(live)} trains (embeddings in modules_to_save, or adapted): "
+                "no prefix can be cut off, and freezing saves hardly anything. Leave it out."
+            )
+        if getattr(unwrapped(module), "_require_grads_hook", None) or getattr(
+            unwrapped(module), "_require_grads_hooks", None
+        ):
+            yield (
+                "enable_input_require_grads() makes the embeddings' output require grad: a plain run then keeps frozen "
+                "blocks' activations too. adafreeze's prefix does not."
+            )
+
+    def _without_adapter_dropout(self, rows: int) -> int:
+        """Saved bytes of the plain step without adapter dropout; 0 if there is none."""
+        backend = self.freezer.backend
+        slots = [
+            (container, key, container[key])
+            for unit in self.units.values()
+            for site in unit.sites
+            for container, key in backend.dropouts(site)
+            if getattr(container[key], "p", 0) > 0
+        ]
+        if not slots:
+            return 0
+        try:
+            for container, key, _ in slots:
+                container[key] = nn.Identity()
+            return self._rehearse(rows).saved
+        finally:
+            for container, key, dropout in slots:
+                container[key] = dropout
+
+
+def _alike(stack: Stack) -> bool:
+    """Whether all blocks are of one make: their modules, shapes, and the numbers and words they are set up with."""
+
+    def make(block: nn.Module) -> list[Any]:
+        settings: list[Any] = [(name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in block.named_parameters()]
+        for name, module in block.named_modules():
+            plain = {
+                key: value
+                for key, value in vars(module).items()
+                if isinstance(value, (int, float, str, bool, type(None))) and key not in ("layer_idx", "layer_id")
+            }
+            settings.append((name, type(module), plain))
+        return settings
+
+    return all(make(block) == make(stack.blocks[0]) for block in stack.blocks[1:])
+
+
+def _handed_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The model inside PEFT's wrappers."""
+    base = getattr(module, "get_base_model", None)
+    return base() if base is not None else module

@@ -1,0 +1,61 @@
+"""Devices by name, and how much of their memory a run can have."""
+
+from __future__ import annotations
+
+import difflib
+
+from ..errors import ConfigError
+from ..sizes import parse_size, readable
+
+__all__ = ["GPUS", "usable_memory"]
+
+GIB = 2**30
+
+# Memory by name, in GiB, as sold.
+GPUS = {
+    "T4": 16, "V100-16GB": 16, "V100-32GB": 32, "P100": 16, "A10": 24, "A10G": 24, "A30": 24, "A40": 48, "L4": 24,
+    "L40": 48, "L40S": 48, "A100-40GB": 40, "A100-80GB": 80, "H100": 80, "H200": 141, "B200": 180,
+    "RTX 2060": 6, "RTX 2080 Ti": 11, "RTX 3060": 12, "RTX 3070": 8, "RTX 3080": 10, "RTX 3090": 24,
+    "RTX 4060": 8, "RTX 4060 Ti 16GB": 16, "RTX 4070": 12, "RTX 4080": 16, "RTX 4090": 24,
+    "RTX 5060 Ti 16GB": 16, "RTX 5070": 12, "RTX 5080": 16, "RTX 5090": 32, "RTX A4000": 16, "RTX A5000": 24,
+    "RTX A6000": 48, "RTX 6000 Ada": 48,
+}  # fmt: skip
+# The CUDA context, workspaces of cuBLAS, and what the allocator cannot hand out.
+CUDA_RESERVE = GIB
+
+
+def usable_memory(device_memory: int | str | None, target: str) -> int | None:
+    """Bytes that a run can have on a device; None for None.
+
+    Args:
+        device_memory: bytes, a text such as ``"24GiB"``, or a name in :data:`GPUS`, however it is spelt.
+        target: on ``"cuda"`` 1 GiB is left for the context, workspaces and fragments.
+
+    Raises:
+        ConfigError: the name is unknown, or the size is none.
+
+    >>> usable_memory("NVIDIA GeForce RTX 4090", "cuda") // GIB, usable_memory("8GiB", "cpu") // GIB
+    (23, 8)
+    """
+    if device_memory is None:
+        return None
+    names = {name.lower().replace(" ", "").replace("-", ""): size for name, size in GPUS.items()}
+    asked = str(device_memory).lower().replace("nvidia", "").replace("geforce", "").replace(" ", "").replace("-", "")
+    if asked in names:
+        size = names[asked] * GIB
+    elif isinstance(device_memory, str) and not device_memory.strip()[:1].isdigit():
+        close = difflib.get_close_matches(device_memory, GPUS, n=1, cutoff=0.4)
+        raise ConfigError(
+            f"--device_memory {device_memory}: no GPU of that name is known here.",
+            cause=f"Known are {', '.join(GPUS)}.",
+            fix=f"--device_memory {f'{close[0]!r}, or' if close else ''} its memory, such as 24GiB".replace("  ", " "),
+        )
+    else:
+        size = parse_size("--device_memory", device_memory, "24GiB")
+    if target == "cuda" and size <= CUDA_RESERVE:
+        raise ConfigError(
+            f"--device_memory is {readable(size)}.",
+            cause=f"{readable(CUDA_RESERVE)} of it is left for the CUDA context and workspaces, so nothing remains.",
+            fix="--device_memory 8GiB",
+        )
+    return size - (CUDA_RESERVE if target == "cuda" else 0)

@@ -1,0 +1,243 @@
+"""Plan: memory and FLOPs of a run before it starts, without its weights and without an accelerator."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ._stage import QUANTISED, PlannedStep, Stage
+from .costs.devices import GPUS, usable_memory
+from .costs.optimizer import optimizer_names
+from .costs.rehearse import failing_module, largest_that_fits
+from .errors import AdafreezeError, ConfigError, warn
+from .sizes import readable
+from .tasks.weightless import PLANNED_TASKS, adapted, build, configuration, example_inputs
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PretrainedConfig
+
+__all__ = ["GPUS", "Plan", "PlannedStep", "plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is going to hold and to compute.
+
+    Attributes:
+        model: its class.
+        blocks: in all stacks.
+        steps: at prefix depth 0, a quarter, a half, three quarters, and the deepest; by depth.
+        plain: plain adapter-tuning: nothing frozen, nothing recomputed.
+        checkpointed: the same with every block recomputed.
+        limit: bytes that may be held; None if no device was named.
+        micro_batches: how many samples fit: ``"plain"``, and ``"checkpointed"``, which is what a memory budget can
+            come down to. Empty without a device.
+        causes: what makes it hold more than it would have to, with the remedy.
+        advice: what to change, if not even one sample fits.
+        estimated: parts that are estimates and not counted.
+        settings: what was planned for.
+    """
+
+    model: str
+    blocks: int
+    steps: tuple[PlannedStep, ...]
+    plain: PlannedStep
+    checkpointed: PlannedStep
+    limit: int | None
+    micro_batches: Mapping[str, int]
+    causes: tuple[str, ...]
+    advice: tuple[str, ...]
+    estimated: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+def plan(
+    model: str | PretrainedConfig | nn.Module,
+    adapter: PeftConfig | None = None,
+    *,
+    task: str = "causal-lm",
+    batch_size: int = 8,
+    max_length: int = 512,
+    inputs: Mapping[str, Any] | None = None,
+    dtype: str | torch.dtype = "auto",
+    mixed_precision: bool = False,
+    quantization: str | None = None,
+    optimizer: str = "adamw_torch",
+    checkpointing: bool = False,
+    padding: bool = True,
+    accumulate: bool = False,
+    autocast_adapter_dtype: bool = True,
+    target: str = "cuda",
+    device_memory: int | str | None = None,
+    **hub: Any,
+) -> Plan:
+    """Memory and FLOPs of a run, from shapes alone: no weights are loaded, and no accelerator is needed.
+
+    The model is built without memory, the adapter put in, and the training step run on tensors without data, once for
+    each prefix depth: the model's own code, torch's own autograd, counted to the byte.
+
+    Args:
+        model: a name on the Hub, a folder, the path of a config.json, a configuration, or a module (with its adapters
+            in it, or none yet; it is left as it was).
+        adapter: for :func:`peft.get_peft_model`; None if the module has its adapters.
+        task: one of ``"text-classification"``, ``"regression"``, ``"causal-lm"``, ``"seq2seq-lm"``,
+            ``"image-classification"``; not for a module with ``inputs``.
+        batch_size: samples of one micro-batch.
+        max_length: tokens of its longest sample.
+        inputs: of a module's forward pass, in the place of those that follow from the task; shapes and dtypes matter.
+        dtype: of the weights; ``"auto"`` as the configuration says.
+        mixed_precision: bfloat16 autocast, as of ``TrainingArguments.bf16``.
+        quantization: ``"nf4"`` or ``"int8"``: weights of the blocks' linear layers as bitsandbytes keeps them. An
+            estimate.
+        optimizer: a name that ``TrainingArguments.optim`` takes.
+        checkpointing: activation checkpointing is on: all blocks above the prefix recompute.
+        padding: batches hold padding, so that attention has a mask.
+        accumulate: over several micro-batches, so that gradients are there from the start.
+        autocast_adapter_dtype: PEFT's own switch: float32 adapters in a model of half precision.
+        target: where the run will be, ``"cuda"`` or ``"cpu"``: their attention kernels keep different tensors.
+        device_memory: of the device: bytes, a text such as ``"24GiB"``, or a name in :data:`GPUS`. Of CUDA memory
+            1 GiB is left for the context, workspaces and fragments.
+        hub: ``revision``, ``cache_dir``, ``token`` and ``trust_remote_code`` for the configuration.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+        ModelError: there is no such model, or none can be built, or it has no adapters by block.
+    """
+    settings = {
+        "task": task,
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "dtype": str(dtype),
+        "mixed_precision": mixed_precision,
+        "quantization": quantization,
+        "optimizer": optimizer,
+        "checkpointing": checkpointing,
+        "padding": padding,
+        "target": target,
+        "device_memory": device_memory,
+    }
+    _one_of("task", task, PLANNED_TASKS)
+    _one_of("target", target, ("cpu", "cuda"))
+    _one_of("quantization", quantization, (None, *QUANTISED))
+    _one_of("optimizer", optimizer, optimizer_names())
+    limit = usable_memory(device_memory, target)
+    weights = _dtype(dtype)
+    config = getattr(model, "config", None) if isinstance(model, nn.Module) else configuration(model, **hub)
+
+    def module_on(device: str) -> nn.Module:
+        module = model if isinstance(model, nn.Module) else build(config, task, weights, device)  # type: ignore[arg-type]
+        return module if adapter is None else adapted(module, adapter, autocast_adapter_dtype)
+
+    def batch(rows: int, module: nn.Module) -> dict[str, Any]:
+        if inputs is not None:
+            return {name: _with_rows(value, rows, _rows_of(inputs)) for name, value in inputs.items()}
+        own = next(p.dtype for p in module.parameters() if p.is_floating_point())
+        return example_inputs(config, task, rows, max_length, padded=padding, dtype=own)  # type: ignore[arg-type]
+
+    rows = batch_size if inputs is None else _rows_of(inputs)
+    options = (batch, optimizer, target, mixed_precision, quantization, accumulate)
+    try:
+        with Stage(module_on("meta"), *options, fake=True) as stage:
+            return _drawn_up(stage, rows, checkpointing, limit, settings)
+    except AdafreezeError:
+        raise
+    except Exception as error:  # the model's own code, on tensors without data
+        warn(
+            f"{failing_module(error)} cannot be built or run without data "
+            f"({type(error).__name__}: {next(iter(str(error).splitlines()), '')}).",
+            cause="It reads values of its tensors, or uses an operator whose shapes torch does not know.",
+            fix="One real step at each depth is measured instead, on the CPU and with random weights: that takes the "
+            "memory of the model.",
+        )
+    with Stage(module_on("cpu"), *options, fake=False) as stage:
+        return _drawn_up(stage, rows, checkpointing, limit, settings)
+
+
+def _drawn_up(stage: Stage, rows: int, checkpointing: bool, limit: int | None, settings: Mapping[str, Any]) -> Plan:
+    plain, checkpointed = stage.step(rows), stage.step(rows, recompute=True)
+    causes = tuple(stage.causes(rows))
+    micro_batches = {}
+    for name, known in (("plain", plain), ("checkpointed", checkpointed)) if limit is not None else ():
+        peaks = {rows: known.peak}
+
+        def peak(count: int, name: str = name, peaks: dict[int, int] = peaks) -> int:
+            if count not in peaks:
+                peaks[count] = stage.step(count, recompute=name == "checkpointed").peak
+            return peaks[count]
+
+        assert limit is not None
+        micro_batches[name] = largest_that_fits(peak, rows, known.peak - known.saved - known.transient, limit)
+    recompute = checkpointing or stage.was_checkpointed
+    steps = [checkpointed if recompute else plain]
+    for depth in stage.depths()[1:]:
+        stage.freeze_to(depth)
+        steps.append(stage.step(rows, recompute=recompute))
+    estimated = []
+    if stage.quantization is not None:
+        estimated.append(f"weights in {stage.quantization}, by their bytes an element")
+    if stage.mixed_precision and stage.target == "cuda":
+        estimated.append("mixed precision, by what autocast casts on the CPU")
+    return Plan(
+        model=stage.name,
+        blocks=sum(map(len, stage.stacks)),
+        steps=tuple(steps),
+        plain=plain,
+        checkpointed=checkpointed,
+        limit=limit,
+        micro_batches=micro_batches,
+        causes=causes,
+        advice=tuple(_advice(checkpointed, rows, limit, stage.quantization)),
+        estimated=tuple(estimated),
+        settings=settings,
+    )
+
+
+def _advice(leanest: PlannedStep, rows: int, limit: int | None, quantization: str | None) -> Iterator[str]:
+    """What to change where not even full recompute fits."""
+    if limit is None or leanest.peak <= limit:
+        return
+    if rows > 1:
+        yield "--per_device_train_batch_size 1 --gradient_accumulation_steps " + str(rows)
+    yield "a smaller --max_seq_length"
+    if quantization is None and leanest.weights > 0.4 * limit:
+        yield "--quantization nf4 (QLoRA)"
+    if leanest.weights > limit:
+        yield f"a smaller model: the weights alone take {readable(leanest.weights)}"
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    _one_of("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+    return None if dtype == "auto" else getattr(torch, dtype)
+
+
+def _one_of(name: str, value: Any, known: Iterable[Any]) -> None:
+    if value not in known:
+        close = difflib.get_close_matches(str(value), [str(one) for one in known], n=1)
+        raise ConfigError(
+            f"--{name} is {value!r}.",
+            cause=f"It must be one of {', '.join(str(one) for one in known if one is not None)}.",
+            fix=f"--{name} {close[0] if close else next(str(one) for one in known if one is not None)}",
+        )
+
+
+def _rows_of(inputs: Mapping[str, Any]) -> int:
+    return next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
+
+
+def _with_rows(value: Any, rows: int, before: int) -> Any:
+    if isinstance(value, Tensor) and value.ndim and len(value) == before:
+        return torch.empty((rows, *value.shape[1:]), dtype=value.dtype, device="cpu")
+    return value
