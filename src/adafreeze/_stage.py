@@ -78,11 +78,11 @@ class Stage:
         module: with adapters in its blocks.
         batch: makes inputs of so many samples for it.
         optimizer: by name.
-        target: ``"cpu"`` or ``"cuda"``.
         mixed_precision: bfloat16 autocast.
         quantization: None, or a name in QUANTISED.
         accumulate: gradients are there from the start.
-        fake: False to run the steps for real.
+        target: ``"cpu"`` or ``"cuda"``.
+        fake: False to run the steps for real, on the CPU.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class Stage:
         module: nn.Module,
         batch: Callable[[int, nn.Module], dict[str, Any]],
         optimizer: str,
-        target: str,
         mixed_precision: bool,
         quantization: str | None,
         accumulate: bool,
         *,
+        target: str,
         fake: bool,
     ) -> None:
         self.module, self.batch, self.optimizer, self.target = module, batch, optimizer, target
@@ -311,11 +311,13 @@ class Stage:
         ]
         if not slots:
             return 0
+        self._few.clear()
         try:
             for container, key, _ in slots:
                 container[key] = nn.Identity()
             return self._rehearse(rows).saved
         finally:
+            self._few.clear()
             for container, key, dropout in slots:
                 container[key] = dropout
 

@@ -15,7 +15,7 @@ from ._stage import QUANTISED, PlannedStep, Stage
 from .costs.devices import GPUS, usable_memory
 from .costs.optimizer import optimizer_names
 from .costs.rehearse import failing_module, largest_that_fits
-from .errors import AdafreezeError, ConfigError, warn
+from .errors import AdafreezeError, ConfigError, ModelError, warn
 from .sizes import readable
 from .tasks.weightless import PLANNED_TASKS, adapted, build, configuration, example_inputs
 
@@ -73,7 +73,7 @@ def plan(
     dtype: str | torch.dtype = "auto",
     mixed_precision: bool = False,
     quantization: str | None = None,
-    optimizer: str = "adamw_torch",
+    optim: str = "adamw_torch_fused",
     checkpointing: bool = False,
     padding: bool = True,
     accumulate: bool = False,
@@ -100,7 +100,7 @@ def plan(
         mixed_precision: bfloat16 autocast, as of ``TrainingArguments.bf16``.
         quantization: ``"nf4"`` or ``"int8"``: weights of the blocks' linear layers as bitsandbytes keeps them. An
             estimate.
-        optimizer: a name that ``TrainingArguments.optim`` takes.
+        optim: as of ``TrainingArguments``.
         checkpointing: activation checkpointing is on: all blocks above the prefix recompute.
         padding: batches hold padding, so that attention has a mask.
         accumulate: over several micro-batches, so that gradients are there from the start.
@@ -121,7 +121,7 @@ def plan(
         "dtype": str(dtype),
         "mixed_precision": mixed_precision,
         "quantization": quantization,
-        "optimizer": optimizer,
+        "optim": optim,
         "checkpointing": checkpointing,
         "padding": padding,
         "target": target,
@@ -130,7 +130,7 @@ def plan(
     _one_of("task", task, PLANNED_TASKS)
     _one_of("target", target, ("cpu", "cuda"))
     _one_of("quantization", quantization, (None, *QUANTISED))
-    _one_of("optimizer", optimizer, optimizer_names())
+    _one_of("optim", optim, optimizer_names())
     limit = usable_memory(device_memory, target)
     weights = _dtype(dtype)
     config = getattr(model, "config", None) if isinstance(model, nn.Module) else configuration(model, **hub)
@@ -146,9 +146,9 @@ def plan(
         return example_inputs(config, task, rows, max_length, padded=padding, dtype=own)  # type: ignore[arg-type]
 
     rows = batch_size if inputs is None else _rows_of(inputs)
-    options = (batch, optimizer, target, mixed_precision, quantization, accumulate)
+    options = (batch, optim, mixed_precision, quantization, accumulate)
     try:
-        with Stage(module_on("meta"), *options, fake=True) as stage:
+        with Stage(module_on("meta"), *options, target=target, fake=True) as stage:
             return _drawn_up(stage, rows, checkpointing, limit, settings)
     except AdafreezeError:
         raise
@@ -160,8 +160,20 @@ def plan(
             fix="One real step at each depth is measured instead, on the CPU and with random weights: that takes the "
             "memory of the model.",
         )
-    with Stage(module_on("cpu"), *options, fake=False) as stage:
-        return _drawn_up(stage, rows, checkpointing, limit, settings)
+    try:
+        with Stage(module_on("cpu"), *options, target="cpu", fake=False) as stage:
+            return _drawn_up(stage, rows, checkpointing, limit, settings)
+    except AdafreezeError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"A training step of the model fails: {failing_module(error)}: {type(error).__name__}: "
+            f"{next(iter(str(error).splitlines()), '')}",
+            cause="It was called with "
+            + ", ".join(inputs if inputs is not None else batch(1, nn.Linear(1, 1)))
+            + ". A field may be missing from the configuration.",
+            fix="Correct --task or the configuration, or call adafreeze.plan(model, inputs=batch) with a real batch.",
+        ) from error
 
 
 def _drawn_up(stage: Stage, rows: int, checkpointing: bool, limit: int | None, settings: Mapping[str, Any]) -> Plan:
@@ -186,7 +198,9 @@ def _drawn_up(stage: Stage, rows: int, checkpointing: bool, limit: int | None, s
     estimated = []
     if stage.quantization is not None:
         estimated.append(f"weights in {stage.quantization}, by their bytes an element")
-    if stage.mixed_precision and stage.target == "cuda":
+    if stage.target != settings["target"]:
+        estimated.append("attention and dropout, as measured on the CPU")
+    if stage.mixed_precision and settings["target"] == "cuda":
         estimated.append("mixed precision, by what autocast casts on the CPU")
     return Plan(
         model=stage.name,

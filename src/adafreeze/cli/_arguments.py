@@ -18,7 +18,16 @@ from ..config import SafeConfig
 from ..errors import ConfigError
 from ._config_file import flags_from_file
 
-__all__ = ["AdapterArguments", "Arguments", "DataArguments", "ModelArguments", "RunArguments", "parse"]
+__all__ = [
+    "AdapterArguments",
+    "Arguments",
+    "DataArguments",
+    "ModelArguments",
+    "RunArguments",
+    "adapter_options",
+    "parse",
+    "parse_flags",
+]
 
 
 @dataclass
@@ -175,7 +184,7 @@ class _Parser(HfArgumentParser):
         raise ConfigError(
             message[0].upper() + message[1:].rstrip(".") + ".",
             cause="The flags do not parse.",
-            fix="`adafreeze train --help` lists all flags and their values.",
+            fix=f"`{self.prog} --help` lists all flags and their values.",
         )
 
 
@@ -216,20 +225,7 @@ def parse(argv: Sequence[str]) -> Arguments:
             other.
     """
     parser = build_parser()
-    tokens = [*flags_from_file(argv, parser), *argv]
-    namespace, unknown = parser.parse_known_args(tokens)
-    flags = [token.split("=")[0] for token in unknown if token.startswith("-")] or unknown
-    if flags:
-        known = [option for action in parser._actions for option in action.option_strings]
-        close = difflib.get_close_matches(flags[0], known, n=1)
-        raise ConfigError(
-            f"Unknown: {' '.join(flags)}.",
-            cause="No flag of this command has that name."
-            if flags[0].startswith("-")
-            else "The word belongs to no flag.",
-            fix=f"Did you mean {close[0]}?" if close else "`adafreeze train --help` lists all flags.",
-        )
-    values = vars(namespace)
+    values = _values(parser, [*flags_from_file(argv, parser), *argv])
     if not values["output_dir"]:
         raise ConfigError(
             "--output_dir is missing.",
@@ -244,7 +240,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     }
     safe = {"safe": SafeConfig.from_dict, "safe-paper": lambda given: SafeConfig.paper(**given)}.get(method)
     config = safe(given) if safe is not None else None
-    options = _adapter_options(values["adapter_kwargs"])
+    options = adapter_options(values["adapter_kwargs"])
     try:
         training = _build(TrainingArguments, values)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # what its __post_init__ raises
@@ -264,6 +260,33 @@ def parse(argv: Sequence[str]) -> Arguments:
         adapter_options=options,
         resolved=_resolved(parser, values),
     )
+
+
+def parse_flags(groups: Sequence[type], argv: Sequence[str], *, prog: str, description: str) -> tuple[Any, ...]:
+    """One object of each class in ``groups``, for a command without a file of settings.
+
+    Raises:
+        ConfigError: a flag is unknown or has no such value.
+    """
+    parser = _Parser(groups, prog=prog, description=description, allow_abbrev=False)  # type: ignore[arg-type]
+    values = _values(parser, argv)
+    return tuple(_build(kind, values) for kind in groups)
+
+
+def _values(parser: _Parser, tokens: Sequence[str]) -> dict[str, Any]:
+    namespace, unknown = parser.parse_known_args(list(tokens))
+    flags = [token.split("=")[0] for token in unknown if token.startswith("-")] or unknown
+    if flags:
+        known = [option for action in parser._actions for option in action.option_strings]
+        close = difflib.get_close_matches(flags[0], known, n=1)
+        raise ConfigError(
+            f"Unknown: {' '.join(flags)}.",
+            cause="No flag of this command has that name."
+            if flags[0].startswith("-")
+            else "The word belongs to no flag.",
+            fix=f"Did you mean {close[0]}?" if close else f"`{parser.prog} --help` lists all flags.",
+        )
+    return vars(namespace)
 
 
 def _build(kind: Any, values: dict[str, Any]) -> Any:
@@ -287,7 +310,12 @@ def _resolved(parser: _Parser, values: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _adapter_options(text: str | None) -> dict[str, Any]:
+def adapter_options(text: str | None) -> dict[str, Any]:
+    """``--adapter_kwargs`` as a dict.
+
+    Raises:
+        ConfigError: it is no JSON object.
+    """
     if text is None:
         return {}
     try:

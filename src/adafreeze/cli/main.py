@@ -15,6 +15,7 @@ __all__ = ["main"]
 # must not wait for torch.
 COMMANDS = {
     "train": "fine-tune a model with adapters that freeze themselves",
+    "plan": "memory and FLOPs of a run before it starts: will it fit?",
     "demo": "see it work in a few minutes on the CPU",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def rehearse(
         if mode is not None:
             undo.enter_context(mode)
             inputs = tree_map_only(Tensor, _empty_like, dict(inputs))
-        undo.enter_context(rehearsing_on(target))
+        undo.enter_context(_operators_of(target))
         resident = (*model.parameters(), *model.buffers())
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         before = [parameter.grad for parameter in trained]
@@ -178,6 +179,8 @@ def faked(model: nn.Module) -> Iterator[Any]:
     from torch._subclasses import FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
     made: dict[int, Tensor] = {}
     slots = [
         (slots, name, tensor)
@@ -187,6 +190,7 @@ def faked(model: nn.Module) -> Iterator[Any]:
         if tensor is not None
     ]
     try:
+        log.setLevel(logging.CRITICAL)  # what fails is raised; torch would print its traceback as well
         for place, name, tensor in slots:
             if id(tensor) not in made:
                 with mode:
@@ -196,6 +200,7 @@ def faked(model: nn.Module) -> Iterator[Any]:
             place[name] = made[id(tensor)]  # type: ignore[assignment, index]
         yield mode
     finally:
+        log.setLevel(level)
         for place, name, tensor in slots:
             place[name] = tensor  # type: ignore[assignment, index]
 
@@ -211,16 +216,22 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 
 
 @contextmanager
-def rehearsing_on(target: str) -> Iterator[None]:
-    """While this is entered, attention takes the operators that it takes on ``target``."""
-    # In its place, and not by a function mode: torch leaves those for the time of a backward pass.
-    before = nn.functional.scaled_dot_product_attention
+def _operators_of(target: str) -> Iterator[None]:
+    """While this is entered, attention and dropout take the operators that they take on ``target``."""
+    # In their place, and not by a function mode: torch leaves those for the time of a backward pass.
+    functions = nn.functional
+    before = functions.scaled_dot_product_attention, functions.dropout
     if target == "cuda":
-        nn.functional.scaled_dot_product_attention = _cuda_attention
+        functions.scaled_dot_product_attention, functions.dropout = _cuda_attention, _cuda_dropout
     try:
         yield
     finally:
-        nn.functional.scaled_dot_product_attention = before
+        functions.scaled_dot_product_attention, functions.dropout = before
+
+
+def _cuda_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    # One byte an element is kept as mask; on the CPU it is as wide as the input.
+    return torch.ops.aten.native_dropout(input, p, True)[0] if training and p > 0 else input
 
 
 def _cuda_attention(

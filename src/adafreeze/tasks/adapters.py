@@ -46,7 +46,7 @@ def _config_classes() -> dict[str, type[PeftConfig]]:
 
 def make_config(
     name: str,
-    task_type: str,
+    task_type: str | None,
     *,
     r: int | None = None,
     alpha: float | None = None,
@@ -163,12 +163,14 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, **options: Any) -> P
         with warnings.catch_warnings():
             # IA3 and others say on creation what they will do at merge time: nobody merges here.
             warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+            # transformers deprecates what PEFT asks it.
+            warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing`")
             peft_model = get_peft_model(model, config, **options)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, AssertionError) as error:
         targets = getattr(config, "target_modules", None)
         names = _linear_names(model)
         listed = ", ".join(names)
-        if targets is None:
+        if not targets:
             raise ConfigError(
                 f"--target_modules is needed: PEFT has no default for {_kind(config)} on this model "
                 f"({type(model).__name__}).",

@@ -150,5 +150,6 @@ def _refuse(what: str, name: str, error: Exception, flag: str) -> NoReturn:
     raise ModelError(
         f"The {what} {name} cannot be loaded: {first_line(error)}",
         cause=f"The files there are not a {what} that transformers can use for this task.",
-        fix=f"Point {flag} to a folder with config.json, weights and tokenizer files.",
+        fix=f"Point {flag} to a folder with "
+        + ("a complete config.json." if what == "configuration" else "config.json, weights and tokenizer files."),
     ) from error

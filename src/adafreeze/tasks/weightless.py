@@ -98,6 +98,7 @@ def adapted(model: nn.Module, adapter: PeftConfig, autocast_adapter_dtype: bool 
         adapter.init_lora_weights = True  # type: ignore[attr-defined]  # PiSSA and its like read the weights
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT asks it
         return add_adapter(
             model,  # type: ignore[arg-type]
             adapter,
