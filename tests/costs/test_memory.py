@@ -1,4 +1,4 @@
-"""Saved bytes against hand-computed ones."""
+"""Saved bytes, and all that is alive, against hand-computed ones."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import cases
-from adafreeze.costs import SavedBytes
+from adafreeze.costs import SavedBytes, StorageTracker
 
 
 def test_a_linear_layer_saves_its_input_and_no_parameter():
@@ -134,3 +134,50 @@ def test_counting_does_not_change_a_gradient():
             model(**batch).loss.backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_the_tracker_counts_what_is_alive_and_its_peak():
+    with StorageTracker() as tracker:
+        a = torch.ones(256)
+        b = a + 1
+        view = b[:4]
+        assert tracker.now == 2 * 1024
+        del b
+        assert tracker.now == 2 * 1024  # the view keeps it
+        del view
+        assert tracker.now == 1024 and tracker.peak == 2 * 1024
+        tracker.reset_peak()
+        assert tracker.peak == 1024
+        tracker.hold(a, a[1:], torch.ones(1))
+    assert tracker.now == 1024  # the one element is gone again
+
+
+def test_the_tracker_rounds_as_the_allocator_does():
+    with StorageTracker(rounding=512) as tracker:
+        kept = [torch.ones(1), torch.ones(129)]
+        assert tracker.now == 512 + 1024 and len(kept) == 2
+
+
+def test_an_address_that_comes_again_is_counted_again():
+    with StorageTracker() as tracker:
+        for _ in range(20):
+            one = torch.ones(1024)
+            assert tracker.now == 4096
+            del one
+            assert tracker.now == 0
+    assert tracker.peak == 4096
+
+
+def test_the_tracker_sees_what_checkpointing_recomputes_and_saved_bytes_does_not():
+    family = "bert"
+    peaks, saved = [], []
+    for checkpointing in (False, True):
+        model, batch = cases.lora_model(family, blocks=8), cases.batch(family, rows=8, length=24)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with StorageTracker() as tracker:
+            with SavedBytes(model) as count:
+                loss = model(**batch).loss
+            loss.backward()
+        peaks.append(tracker.peak), saved.append(count.total)
+    assert saved[1] < 0.2 * saved[0] and saved[1] / saved[0] < peaks[1] / peaks[0] < 0.6

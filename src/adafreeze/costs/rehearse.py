@@ -278,15 +278,20 @@ def largest_that_fits(peak: Callable[[int], int], rows: int, held: int, limit: i
     """The largest micro-batch, of up to ``most`` samples, of which ``peak`` says at most ``limit`` bytes; 0 if none.
 
     What a step holds beside ``held`` grows by as much with each sample, or nearly: ``peak`` of ``rows`` says where to
-    look, and is asked there.
+    look, and what it says there, where to look next.
     """
     if held >= limit:
         return 0
-    each = max(1.0, (peak(rows) - held) / rows)
-    found = min(most, int((limit - held) / each))
-    while found > 0 and (there := peak(found)) > limit:
-        found -= max(1, int((there - limit) / each))
-    return max(found, 0)
+
+    def expected(count: int) -> int:
+        return min(most, int((limit - held) / max(1.0, (peak(count) - held) / count)))
+
+    found = expected(rows)
+    while found > 0 and peak(found) > limit:
+        found = min(found - 1, expected(found))
+    while found > 0 and (more := expected(found)) > found and peak(more) <= limit:
+        found = more
+    return found
 
 
 def failing_module(error: BaseException) -> str:
