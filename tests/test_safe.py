@@ -420,7 +420,7 @@ def test_two_towers_each_have_a_prefix_of_their_own():
 
     model = get_peft_model(Towers(), LoraConfig(r=4, target_modules=["query"])).train()
     safe = start(model, probe=cases.loader("bert"))
-    assert safe._chains == [["one.encoder.layer"], ["two.encoder.layer"]]
+    assert safe._chains == tuple(tuple((f"{n}.encoder.layer.{i}",) for i in range(4)) for n in ("one", "two"))
     safe._freeze(["one.encoder.layer.0", "two.encoder.layer.0", "two.encoder.layer.1"], by="hand")
     assert safe.prefixes == {"one.encoder.layer": 1, "two.encoder.layer": 2}
     model(**cases.batch("bert")).backward()

@@ -95,7 +95,9 @@ class Budget:
         self.recompute = Recompute(model, stacks)
         self._ratios: list[float] = []
         self._choices: dict[Any, Choice] = {}
+        self._rehearsed: dict[Any, Rehearsal] = {}
         self._current: Choice | None = None
+        self._undisturbed = False
         self._failed = False
         self._warned = False
         self.recompute.install()
@@ -149,8 +151,8 @@ class Budget:
 
         def peak(fewer: int) -> int:
             if fewer not in peaks:
-                batch = probe.micro_batch(fewer, self.device)
-                peaks[fewer] = self._total(self._rehearse(choice.chosen, (), batch))
+                batch = self._rounded((), probe.micro_batch(fewer, self.device))
+                peaks[fewer] = self._total(self._rehearse(choice.chosen, *batch))
             return peaks[fewer]
 
         fits = largest_that_fits(peak, rows, choice.held, self.limit, most=rows)
@@ -171,10 +173,11 @@ class Budget:
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         measured = self.measured_peak() if self.measured_peak is not None else 0
         if not model.training or not torch.is_grad_enabled():
-            self._current = None  # what is measured next belongs to no training step alone
+            self._undisturbed = False  # what is measured next belongs to no training step alone
             return
-        if self._current is not None and measured:
+        if self._current is not None and self._undisturbed and measured:
             self._correct(self._current, measured)
+        self._undisturbed = True
         self._current = self._choice(args, kwargs)
         self.recompute.chosen = self._current.chosen if self._current else frozenset(self.recompute.blocks)
 
@@ -209,15 +212,14 @@ class Budget:
         return self._choices[kind]
 
     def _choose(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Choice:
-        tried: dict[frozenset[Block], Rehearsal] = {}
+        kind = _shapes((args, kwargs)), tuple(self.prefix.depths.values())
 
-        def peak(chosen: frozenset[Block]) -> int:
-            if chosen not in tried:
-                tried[chosen] = self._rehearse(chosen, args, kwargs)
-            return self._total(tried[chosen])
+        def rehearsed(chosen: frozenset[Block]) -> Rehearsal:
+            if (kind, chosen) not in self._rehearsed:
+                self._rehearsed[kind, chosen] = self._rehearse(chosen, args, kwargs)
+            return self._rehearsed[kind, chosen]
 
-        peak(frozenset())
-        plain = tried[frozenset()]
+        plain = rehearsed(frozenset())
         names = [(stack.path, index) for stack in self.stacks for index in range(len(stack))]
         # Of a block in the prefix nothing is saved.
         costs = {
@@ -225,12 +227,13 @@ class Budget:
             for name, (saved, flops) in zip(names, plain.parts, strict=True)
             if name in self.recompute.blocks
         }
-        chosen = least_recompute(costs, peak, self.limit)
+        chosen = least_recompute(costs, lambda chosen: self._total(rehearsed(chosen)), self.limit)
         if chosen is None:  # not even with all of them
-            chosen = min(tried, key=lambda chosen: tried[chosen].peak)
+            useful = frozenset(name for name, cost in costs.items() if cost.freed > 0)
+            chosen = min((frozenset(), useful), key=lambda chosen: rehearsed(chosen).peak)
         state, _ = self._optimizer_bytes()
         held = plain.resident + plain.gradients + state + self.extra()
-        return Choice(chosen, self._total(tried[chosen]), self._total(plain), held)
+        return Choice(chosen, self._total(rehearsed(chosen)), self._total(plain), held)
 
     def _rehearse(self, chosen: frozenset[Block], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Rehearsal:
         before, self.recompute.chosen = self.recompute.chosen, chosen

@@ -263,8 +263,9 @@ def _cuda_attention(
 
 def _loss_of(output: Any, inputs: Mapping[str, Any]) -> Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None and isinstance(output, (tuple, list)) and output and output[0].ndim == 0:
-        loss = output[0]
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    if loss is None and isinstance(first, Tensor) and first.ndim == 0:
+        loss = first
     if isinstance(loss, Tensor):
         return loss.sum()
     logits = output.get("logits") if isinstance(output, Mapping) else output

@@ -182,7 +182,9 @@ class Prefix:
                 self._notice_autocast(block)
             this = self._pass
             start = this.starts.get(path)
-            kwargs = without_cache(kwargs, filled=False)  # or it holds keys and values to the end of the pass
+            args, kwargs = without_cache(
+                args, kwargs, filled=False
+            )  # or it holds keys and values to the end of the pass
             with torch.no_grad():
                 if start is not None and index < start.depth:
                     output = self._skipped(stack, index, start, lambda: original(*args, **kwargs))

@@ -79,8 +79,9 @@ class Recompute:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if name not in self.chosen or not self.model.training or not torch.is_grad_enabled():
                 return original(*args, **kwargs)
-            # The second pass would put the same keys and values into it once more.
-            return checkpoint(original, *args, use_reentrant=False, **without_cache(kwargs))
+            # The second pass would put the same keys and values into a cache once more.
+            args, kwargs = without_cache(args, kwargs)
+            return checkpoint(original, *args, use_reentrant=False, **kwargs)
 
         return forward
 

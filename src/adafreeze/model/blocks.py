@@ -143,22 +143,27 @@ def held_attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
             setattr(module, name, before)
 
 
-def without_cache(kwargs: dict[str, Any], *, filled: bool = True) -> dict[str, Any]:
-    """A block's keyword arguments without the cache for generation that decoders hand to it in training too.
+def without_cache(
+    args: tuple[Any, ...], kwargs: dict[str, Any], *, filled: bool = True
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A block's arguments without the cache for generation that decoders hand to it in training too.
 
     Args:
+        args: of the block.
         kwargs: of the block.
         filled: leave it out although it holds something.
     """
-    names = [name for name in ("past_key_values", "past_key_value", "layer_past") if kwargs.get(name) is not None]
-    if not names or not (filled or all(_holds_nothing(kwargs[name]) for name in names)):
-        return kwargs
-    return kwargs | dict.fromkeys(names) | ({"use_cache": False} if "use_cache" in kwargs else {})
 
+    def dropped(value: Any) -> bool:
+        length = getattr(value, "get_seq_length", None)
+        return length is not None and (filled or length() == 0)
 
-def _holds_nothing(cache: Any) -> bool:
-    length = getattr(cache, "get_seq_length", None)
-    return length is not None and length() == 0
+    if not any(map(dropped, (*args, *kwargs.values()))):
+        return args, kwargs
+    kept = {name: None if dropped(value) else value for name, value in kwargs.items()}
+    if "use_cache" in kept:
+        kept["use_cache"] = False
+    return tuple(None if dropped(value) else value for value in args), kept
 
 
 @contextmanager
