@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +141,8 @@ class Stage:
         self._undo.callback(self.freezer.restore)
         self._undo.callback(self.recompute.restore)
         self._undo.callback(self.prefix.restore)
-        self.recompute.install()
+        if not self.was_checkpointed:
+            self.recompute.install()
         self.alike = self.fake and len(self.stacks) == 1 and all(tensors) and _alike(self.stacks[0])
         self.adapters = bytes_of(p for p in module.parameters() if p.requires_grad)
         self.shrunk, self.dequantised = self._quantised()
@@ -154,7 +156,7 @@ class Stage:
         return self.batch(rows, self.module)
 
     def step(self, rows: int, *, recompute: bool = False) -> PlannedStep:
-        """One step on ``rows`` samples at the depth as it is, with every block above the prefix recomputed or none."""
+        """One step on ``rows`` samples at the depth as it is; with activation checkpointing on, or off."""
         return self._priced(self._rehearse(rows, recompute))
 
     def depths(self) -> list[int]:
@@ -209,8 +211,8 @@ class Stage:
             with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed_precision):
                 return self.prefix.rehearse(**inputs)
 
-        self.recompute.chosen = frozenset(self.recompute.blocks) if recompute else frozenset()
         with ExitStack() as undo:
+            undo.enter_context(self._checkpointing(recompute))
             for block in self._omitted(live) if live is not None else ():
                 undo.enter_context(patched_forward(block, _handed_on))
             return rehearse(
@@ -222,6 +224,29 @@ class Stage:
                 parts=[block for stack in self.stacks for block in stack.blocks],
                 fake=self.fake,
             )
+
+    @contextmanager
+    def _checkpointing(self, on: bool) -> Iterator[None]:
+        """As Trainer switches it on, or as it is on already; a model that has none recomputes its blocks in our way."""
+        self.recompute.chosen = frozenset()
+        self.prefix.restore()
+        try:
+            with _put_back(self.module), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # its name has changed
+                if not on:
+                    for module in self.module.modules():
+                        if "gradient_checkpointing" in vars(module):
+                            module.gradient_checkpointing = False  # type: ignore[assignment]
+                elif not self.was_checkpointed:
+                    try:
+                        self.module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+                    except (AttributeError, ValueError):
+                        self.recompute.chosen = frozenset(self.recompute.blocks)
+                self.prefix.update()  # behind it, as in a run
+                yield
+                self.prefix.restore()
+        finally:
+            self.prefix.update()
 
     def _omitted(self, live: int) -> list[nn.Module]:
         (stack,) = self.stacks
@@ -337,6 +362,34 @@ def _alike(stack: Stack) -> bool:
         return settings
 
     return all(make(block) == make(stack.blocks[0]) for block in stack.blocks[1:])
+
+
+# What transformers sets on modules when it switches checkpointing on.
+_SET_BY_CHECKPOINTING = (
+    "gradient_checkpointing",
+    "_gradient_checkpointing_func",
+    "_require_grads_hook",
+    "_require_grads_hooks",
+)
+
+
+@contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
+    """Let checkpointing be switched on or off within, and leave all modules as they were."""
+    before = [
+        (module, {name: vars(module)[name] for name in _SET_BY_CHECKPOINTING if name in vars(module)}, dict(hooks))
+        for module in model.modules()
+        for hooks in (module._forward_hooks,)
+    ]
+    try:
+        yield
+    finally:
+        for module, values, hooks in before:
+            for name in _SET_BY_CHECKPOINTING:
+                vars(module).pop(name, None)
+            vars(module).update(values)
+            module._forward_hooks.clear()
+            module._forward_hooks.update(hooks)
 
 
 def _handed_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -35,7 +35,7 @@ class Plan:
         blocks: in all stacks.
         steps: at prefix depth 0, a quarter, a half, three quarters, and the deepest; by depth.
         plain: plain adapter-tuning: nothing frozen, nothing recomputed.
-        checkpointed: the same with every block recomputed.
+        checkpointed: the same with activation checkpointing of every block, as transformers switches it on.
         limit: bytes that may be held; None if no device was named.
         micro_batches: how many samples fit: ``"plain"``, and ``"checkpointed"``, which is what a memory budget can
             come down to. Empty without a device.
@@ -114,9 +114,10 @@ def plan(
         ConfigError: a setting is unknown or out of range.
         ModelError: there is no such model, or none can be built, or it has no adapters by block.
     """
+    rows = batch_size if inputs is None else _rows_of(inputs)
     settings = {
         "task": task,
-        "batch_size": batch_size,
+        "batch_size": rows,
         "max_length": max_length,
         "dtype": str(dtype),
         "mixed_precision": mixed_precision,
@@ -145,7 +146,6 @@ def plan(
         own = next(p.dtype for p in module.parameters() if p.is_floating_point())
         return example_inputs(config, task, rows, max_length, padded=padding, dtype=own)  # type: ignore[arg-type]
 
-    rows = batch_size if inputs is None else _rows_of(inputs)
     options = (batch, optim, mixed_precision, quantization, accumulate)
     try:
         with Stage(module_on("meta"), *options, target=target, fake=True) as stage:

@@ -99,12 +99,19 @@ def adapted(model: nn.Module, adapter: PeftConfig, autocast_adapter_dtype: bool 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT asks it
-        return add_adapter(
+        on_meta = next(model.parameters()).is_meta
+        made = add_adapter(
             model,  # type: ignore[arg-type]
             adapter,
-            low_cpu_mem_usage=next(model.parameters()).is_meta,
+            low_cpu_mem_usage=on_meta,
             autocast_adapter_dtype=autocast_adapter_dtype,
         ).train()
+    if on_meta and not autocast_adapter_dtype:  # PEFT does so when it moves the adapter to the weights
+        dtype = next(p.dtype for p in made.parameters() if not p.requires_grad and p.is_floating_point())
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+    return made
 
 
 def example_inputs(
