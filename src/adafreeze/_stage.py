@@ -124,11 +124,8 @@ class Stage:
         backend = PeftBackend(module)
         self.units = find_units(module, self.stacks, backend)
         tensors: list[bool] = []
-        watch = (
-            self.stacks[0]
-            .blocks[0]
-            .register_forward_hook(lambda _, __, output: tensors.append(torch.is_tensor(output)))
-        )
+        first = self.stacks[0].blocks[0]
+        watch = first.register_forward_hook(lambda _, __, output: tensors.append(torch.is_tensor(output)))
         with mode:
             one = {name: torch.empty_like(value) if self.fake else value for name, value in self._inputs(1).items()}
             self.flows = trace_flow(module, self.stacks, one)

@@ -19,8 +19,10 @@ __all__ = ["BlockCost", "Recompute", "least_recompute"]
 Block = tuple[str, int]
 """A block: path of its stack, and its index."""
 
-# Two blocks whose gains differ by less are taken for equal, and the lower one goes first.
+# Blocks whose FLOPs differ by less are of one kind. Of bytes freed per FLOP the lowest block gives less, as its input
+# needs no gradient: up to that difference the lower one goes first.
 ALIKE = 0.02
+ALIKE_GAIN = 0.25
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def least_recompute(
     gains = {name: cost.freed / max(1, cost.flops) for name, cost in useful.items()}
     order: list[Block] = []
     for name in useful:
-        place = next((i for i, other in enumerate(order) if gains[name] > (1 + ALIKE) * gains[other]), len(order))
+        place = next((i for i, other in enumerate(order) if gains[name] > (1 + ALIKE_GAIN) * gains[other]), len(order))
         order.insert(place, name)
 
     def fits(count: int) -> bool:

@@ -1,0 +1,209 @@
+"""What only a GPU can say: does the allocator hold what was planned, and does it stay under a budget.
+
+    python benchmarks/gpu.py [--shape 1b] [--rows 8] [--length 1024] [-o benchmarks/results/gpu.json]
+
+A Llama-like model with random weights in bfloat16 and LoRA on all linears takes real training steps on the device, at
+prefix depths none, a quarter, a half, three quarters and the deepest, and under checkpointing. Beside each: the plan,
+torch.cuda.max_memory_allocated, max_memory_reserved, tokens per second. Then a run of SAFE under budgets of 0.35, 0.5
+and 0.75 of what plain training holds above the weights, and the most that the allocator held after the first steps.
+
+With --device cpu the storage tracker stands in for the allocator, and a small shape shows that the script works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from adafreeze import Safe, SafeConfig, plan
+from adafreeze.costs import StorageTracker
+from adafreeze.env import environment
+from adafreeze.sizes import readable
+
+SHAPES = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8, "num_attention_heads": 4},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24},
+}
+LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def configuration(shape: str) -> LlamaConfig:
+    tiny = shape == "tiny"
+    return LlamaConfig(
+        vocab_size=512 if tiny else 128256, num_key_value_heads=2 if tiny else 8, max_position_embeddings=8192,
+        tie_word_embeddings=True, use_cache=False, **SHAPES[shape],
+    )  # fmt: skip
+
+
+class Device:
+    """Peaks of a device: the allocator's, or on the CPU what the storage tracker counts."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.tracker: StorageTracker | None = None
+
+    def __enter__(self) -> Device:
+        if self.name == "cpu":
+            self.tracker = StorageTracker()
+            self.tracker.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.tracker is not None:
+            self.tracker.__exit__(None, None, None)
+
+    def start(self) -> None:
+        if self.tracker is not None:
+            self.tracker.reset_peak()
+        else:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int:
+        return self.tracker.peak if self.tracker is not None else torch.cuda.max_memory_allocated()
+
+    def reserved(self) -> int:
+        return 0 if self.tracker is not None else torch.cuda.max_memory_reserved()
+
+    def wait(self) -> None:
+        if self.tracker is None:
+            torch.cuda.synchronize()
+
+
+class Run:
+    """A model, its optimizer, and batches on the device."""
+
+    def __init__(self, shape: str, device: str, rows: int, length: int, checkpointing: bool = False) -> None:
+        torch.manual_seed(0)
+        with torch.device(device):
+            network = LlamaForCausalLM._from_config(configuration(shape), dtype=torch.bfloat16)
+        self.model = get_peft_model(network, LORA).to(device).train()
+        if checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+        ids = torch.randint(3, 500, (rows, length), device=device)
+        mask = torch.ones_like(ids)
+        mask[0, -1] = 0
+        self.batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+
+    def safe(self, budget: int | None = None, steps: int = 1000, **config: Any) -> Safe:
+        rows = len(self.batch["input_ids"])
+        return Safe(
+            self.model, SafeConfig(cache="off", memory_budget=budget, **config), optimizer=self.optimizer,
+            probe=self.batch, total_steps=steps, samples_per_step=rows, batch_size=rows,
+        )  # fmt: skip
+
+    def step(self) -> None:
+        self.model(**self.batch).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def measure(run: Run, device: Device, steps: int = 4) -> dict[str, float]:
+    for _ in range(2):  # kernels are chosen, optimizer state is made
+        run.step()
+    device.start()
+    start = time.perf_counter()
+    for _ in range(steps):
+        run.step()
+    device.wait()
+    seconds = time.perf_counter() - start
+    tokens = run.batch["input_ids"].numel() * steps
+    return {"peak": device.peak(), "reserved": device.reserved(), "tokens_per_second": tokens / seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--commit", default="", help="what is measured; default: that of the checkout")
+    parser.add_argument("-o", "--output", type=Path, default=None)
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here; --device cpu --shape tiny --rows 4 --length 64 tries the script")
+    shape = (arguments.shape, arguments.device, arguments.rows, arguments.length)
+    planned = plan(
+        configuration(arguments.shape), LORA, batch_size=arguments.rows, max_length=arguments.length,
+        dtype="bfloat16", target=arguments.device, optim="adamw_torch_fused",
+    )  # fmt: skip
+
+    rows: list[dict[str, Any]] = []
+    with Device(arguments.device) as device:
+        run = Run(*shape)
+        safe = run.safe()
+        for step in planned.steps:
+            safe._freeze([name for name in list(safe.units)[: step.prefix] if name not in safe.frozen], by="hand")
+            rows.append({"prefix": step.prefix, "planned": step.peak, **measure(run, device)})
+        safe.close()
+        held = sum(t.untyped_storage().nbytes() for t in (*run.model.parameters(), *run.model.buffers()))
+        del run, safe
+        gc.collect()
+        run = Run(*shape, checkpointing=True)
+        rows.append({"prefix": "checkpointed", "planned": planned.checkpointed.peak, **measure(run, device)})
+        del run
+        gc.collect()
+    budgets = []
+    for share in (0.35, 0.5, 0.75):
+        limit = int(held + share * (planned.plain.peak - held))
+        with Device(arguments.device) as device:
+            run = Run(*shape)
+            safe = run.safe(limit, steps=40, warmup=0.5, ramp_end=0.7, probe_tokens=256)
+            first = later = 0
+            for index in range(40):
+                device.start()
+                run.step()
+                safe.step()
+                first, later = (max(first, device.peak()), later) if index < 10 else (first, max(later, device.peak()))
+            events = [e for e in safe.journal.events if e["event"] in ("recompute", "budget_corrected")]
+            safe.close()
+            kept = ("event", "peak", "ratio", "blocks")
+            budgets.append(
+                {"share": share, "limit": limit, "peak_of_ten_steps": first, "peak_later": later}
+                | {"events": [{name: event.get(name) for name in kept} for event in events]}
+            )
+            del run, safe
+            gc.collect()
+
+    table = Table(title=f"{arguments.shape}, {arguments.rows} × {arguments.length} on {arguments.device}")
+    for column in ("prefix", "planned", "held", "planned / held", "reserved", "tokens / s"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        ratio = row["planned"] / row["peak"]
+        table.add_row(
+            str(row["prefix"]), readable(row["planned"]), readable(row["peak"]), f"{ratio:.3f}",
+            readable(row["reserved"]), f"{row['tokens_per_second']:,.0f}",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    for one in budgets:
+        console.print(
+            f"budget {readable(one['limit'])}: first ten steps {readable(one['peak_of_ten_steps'])}, later "
+            f"{readable(one['peak_later'])}"
+        )
+    if arguments.output is not None:
+        commit = (
+            arguments.commit
+            or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+        )
+        name = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
+        document = {"commit": commit, "device": name, "environment": environment(), "rows": rows, "budgets": budgets}
+        arguments.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
