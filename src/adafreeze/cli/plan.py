@@ -67,10 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="adafreeze plan",
         description="Memory and FLOPs of a run before it starts: no weights are loaded, no accelerator is needed.",
     )
+    from transformers.utils import logging
+
     from ..plan import plan
     from ..tasks.adapters import make_config
     from ..tasks.weightless import PLANNED_TASKS
 
+    logging.set_verbosity_error()  # what it says of use_cache when checkpointing is tried is of no use here
     planned = plan(
         run.model_name_or_path,
         make_config(
@@ -117,30 +120,16 @@ def show(plan: Plan) -> None:
     settings = plan.settings
     tokens = "" if settings["task"] == "image-classification" else f" of {settings['max_length']} tokens"
     title = f"{plan.model}, micro-batches of {settings['batch_size']} samples{tokens}, {settings['target'].upper()}"
-    console = Console()
-    console = Console(width=max(128, console.width))
-    memory = _table(
-        f"Memory of a training step: {title}",
-        (
-            "weights",
-            "adapters",
-            "gradients",
-            "optimizer",
-            "saved",
-            "transient",
-            "peak",
-            "of plain",
-            "of check-\npointed",
-        ),
-    )
+    console = Console(width=max(128, Console().width))
+    parts = ("weights", "adapters", "gradients", "optimizer", "saved", "transient", "peak")
+    memory = _table(f"Memory of a training step: {title}", (*parts, "of plain", "of check-\npointed"))
     flops = _table(
         "FLOPs of a micro-batch",
         ("forward", "backward", "both", "of plain", "of check-\npointed", "with the cache", "of plain"),
     )
     for name, step in rows:
-        sizes = (step.weights, step.adapters, step.gradients, step.optimizer, step.saved, step.transient, step.peak)
         ratios = (step.peak / plan.plain.peak, step.peak / plan.checkpointed.peak)
-        memory.add_row(name, *map(readable, sizes), *map("{:.2f}".format, ratios))
+        memory.add_row(name, *(readable(getattr(step, part)) for part in parts), *map("{:.2f}".format, ratios))
         flops.add_row(
             name,
             *map(_flops, (step.forward_flops, step.backward_flops, step.flops)),
