@@ -86,7 +86,7 @@ class Arm:
                 total_steps=len(epoch) * epochs,
                 samples_per_epoch=None if name == "auto, epoch unknown" else sum(len(b["labels"]) for b in epoch),
             )
-            self.safe._plan = ()  # nothing is left to measure: only training is timed
+            self.safe.decider.plan = ()  # nothing is left to measure: only training is timed
         key = (lambda: self.safe.state_key) if self.safe else (lambda: 0)
         nested = (lambda: self.safe.nested_flops) if self.safe else (lambda: 0)
         self.meter = Meter(self.model, key, nested)

@@ -18,7 +18,7 @@ def test_lines_are_json_whatever_is_written(tmp_path):
     )
     journal.close()
     lines = [json.loads(line) for line in journal.path.read_text().splitlines()]
-    assert lines[0] == {"event": "journal", "version": 1}
+    assert {**lines[0], "run": None} == {"event": "journal", "version": 1, "run": None} and lines[0]["run"]
     assert lines[1]["scores"] == {"a": "nan", "1": "inf"} and lines[1]["units"] == ["a", "b"]
     assert list(read_journal(journal.path)) == lines == journal.events
 

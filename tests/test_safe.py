@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 import cases
 from adafreeze import AdafreezeWarning, ConfigError, ModelError, ProbeError, RunError, Safe, SafeConfig
 from adafreeze.scoring import Scorer
+from adafreeze.state import sealed
 
 
 def train(model, batches, safe_settings=None, total_steps=None, lr=1e-2, **safe_arguments):
@@ -306,7 +307,7 @@ def test_a_padded_probe_without_a_mask_is_warned_of():
     del batch["attention_mask"]
     with pytest.warns(AdafreezeWarning, match="padded rows and no attention_mask"):
         safe = start(probe=[batch])
-    assert int(safe._probe.chunks[0]["real_tokens"].sum()) == 17
+    assert int(safe.decider.probe.chunks[0]["real_tokens"].sum()) == 17
 
 
 def test_a_one_way_stream_is_not_used_up():
@@ -403,7 +404,7 @@ def test_state_round_trip_and_its_errors():
     with pytest.raises(RunError, match="has version 99"):
         fresh.load_state_dict({**state, "version": 99})
     with pytest.raises(RunError, match="which is no unit of this model"):
-        fresh.load_state_dict({**state, "frozen": ["elsewhere"]})
+        fresh.load_state_dict(sealed({**state, "frozen": ["elsewhere"]}))
 
 
 def test_two_towers_each_have_a_prefix_of_their_own():
@@ -420,7 +421,7 @@ def test_two_towers_each_have_a_prefix_of_their_own():
 
     model = get_peft_model(Towers(), LoraConfig(r=4, target_modules=["query"])).train()
     safe = start(model, probe=cases.loader("bert"))
-    assert safe._chains == tuple(tuple((f"{n}.encoder.layer.{i}",) for i in range(4)) for n in ("one", "two"))
+    assert safe.decider.chains == tuple(tuple((f"{n}.encoder.layer.{i}",) for i in range(4)) for n in ("one", "two"))
     safe._freeze(["one.encoder.layer.0", "two.encoder.layer.0", "two.encoder.layer.1"], by="hand")
     assert safe.prefixes == {"one.encoder.layer": 1, "two.encoder.layer": 2}
     model(**cases.batch("bert")).backward()
@@ -434,9 +435,9 @@ def test_what_the_batch_alone_changes_counts_as_zero():
     embeddings = model.base_model.model.bert.embeddings
     embeddings.register_forward_hook(lambda _m, _i, o: o if len(o) == 1 else o + noise[: len(o)])
     _, safe = train(model, [cases.batch("bert")] * 20, {"dry_run": True}, probe=cases.loader("bert"), lr=1e-4)
-    assert min(safe._scorer.floor.values()) > 1e-6
+    assert min(safe.decider.scorer.floor.values()) > 1e-6
     assert set(safe.scores.values()) == {0.0}
     quiet = cases.lora_model("bert", dropout=0.0)
     _, safe = train(quiet, [cases.batch("bert")] * 20, {"dry_run": True}, probe=cases.loader("bert"), lr=1e-4)
-    assert max(safe._scorer.floor.values()) < 1e-9
+    assert max(safe.decider.scorer.floor.values()) < 1e-9
     assert min(safe.scores.values()) > 0

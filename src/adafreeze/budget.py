@@ -52,8 +52,8 @@ class Budget:
     kernels): what is planned above weights and state is scaled by the largest ratio of measured to planned, at once
     if that is more than planned, after MEASURED_STEPS steps if it is less.
 
-    What counts is what a training step holds, and on the CPU what measuring scores holds, which elsewhere is in host
-    memory. The prefix cache has a budget of its own.
+    What counts is what a training step holds, and ``extra``: DDP's buckets, and on the CPU what measuring scores holds,
+    which elsewhere is in host memory. The prefix cache has a budget of its own.
 
     Args:
         limit: ``memory_budget`` of SafeConfig.
@@ -62,7 +62,7 @@ class Budget:
         prefix: whose blocks keep nothing anyway.
         optimizer: whose state counts; None: as AdamW's.
         journal: of the run.
-        extra: bytes that measuring holds.
+        extra: bytes on the device beside what the step of one process holds.
 
     Attributes:
         limit: bytes.
@@ -88,7 +88,7 @@ class Budget:
         self.optimizer = getattr(optimizer, "optimizer", optimizer) or "adamw_torch"
         self.journal = journal
         self.device = device_of(model)
-        self.extra = extra if self.device.type == "cpu" else lambda: 0
+        self.extra = extra
         self.limit = _limit(limit, self.device, model)
         self.ratio = 1.0
         self.measured_peak: Callable[[], int] | None = self._allocator_peak if self.device.type == "cuda" else None

@@ -37,6 +37,7 @@ class Caching:
         journal: of the run.
         progress: where the run stands.
         source: of the probe; if it is the train dataloader, its samples show whether they repeat.
+        processes: that may share the memory of this machine.
 
     Raises:
         ConfigError: ``cache="disk"`` without LMDB.
@@ -50,8 +51,10 @@ class Caching:
         journal: Journal,
         progress: Callable[[], Progress],
         source: Any,
+        processes: int = 1,
     ) -> None:
         self.config = config
+        self._processes = processes
         self.prefix = prefix
         self.backend = backend
         self.journal = journal
@@ -97,17 +100,21 @@ class Caching:
         identity = Identity(self.prefix.model, self.prefix.stacks, self.backend)
         tiers: list[Tier] = []
         if self.config.cache != "disk":
-            tiers.append(RamTier(min(self.config.cache_bytes, psutil.virtual_memory().available // 2)))
+            tiers.append(self._memory())
         if self.config.cache == "disk" or self.config.cache_dir is not None:
             self._folder = self._folder or identity.of(tuple(self.prefix.depths.values())).hex()
             tiers += self._disk(self._folder)
         dtype = torch.bfloat16 if self.config.cache_dtype == "bfloat16" else None
         if not tiers:
-            tiers.append(RamTier(min(self.config.cache_bytes, psutil.virtual_memory().available // 2)))
+            tiers.append(self._memory())
         self.cache = PrefixCache(self.prefix, self.backend, identity, tiers, self.journal, self.progress, dtype)
         self.cache.counts_flops = self._counts_flops
         if self._resumed is not None:
             self.cache.load_state_dict(self._resumed)
+
+    def _memory(self) -> RamTier:
+        free = psutil.virtual_memory().available // 2
+        return RamTier(min(self.config.cache_bytes, free // self._processes))
 
     def _disk(self, folder: str) -> list[Tier]:
         home = Path(self.config.cache_dir or _default_folder())

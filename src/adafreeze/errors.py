@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
 __all__ = [
@@ -78,7 +79,12 @@ def warn(fact: str, *, cause: str, fix: str, stacklevel: int = 3) -> None:
 
 
 def note(text: str) -> None:
-    """Say one line that costs the user nothing: through the logger ``adafreeze``, on stderr unless set up otherwise."""
+    """Say one line that costs the user nothing: through the logger ``adafreeze``, on stderr unless set up otherwise.
+
+    Of several processes, as torchrun and accelerate number them, the first one speaks.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
     logger = logging.getLogger("adafreeze")
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)

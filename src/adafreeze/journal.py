@@ -6,7 +6,8 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ class Journal:
     """Append events to ``path`` (JSON Lines), or keep them in memory when ``path`` is None.
 
     Every line has ``event`` (str) and, where the event belongs to one, ``step`` (int, optimizer steps done).
-    The first line of a file is ``{"event": "journal", "version": 1}``. Numbers that JSON cannot hold (NaN, inf)
-    are written as strings, so that every line is valid JSON. Each line is flushed when written: after a crash
-    at most the last line is incomplete, and whoever continues the file ends that line first.
+    The first line of a file is ``{"event": "journal", "version": 1, "run": "..."}``. Numbers that JSON cannot hold
+    (NaN, inf) are written as strings, so that every line is valid JSON. Each line is flushed when written: after a
+    crash at most the last line is incomplete, and whoever continues the file ends that line first.
 
     A disk that fills up while the run goes on gives a warning, and later events stay in memory.
 
@@ -40,6 +41,7 @@ class Journal:
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self.path = Path(path) if path is not None else None
         self.events: list[dict[str, Any]] = []
+        self._run: str | None = secrets.token_hex(8)  # of the operating system: no random state advances
         self._file: FileIO | None = None
         if self.path is not None:
             try:
@@ -49,7 +51,9 @@ class Journal:
                 if _is_cut_off(self.path):
                     self._file.write(b"\n")
                 if self._file.tell() == 0:
-                    self._append({"event": "journal", "version": FORMAT_VERSION})
+                    self._append({"event": "journal", "version": FORMAT_VERSION, "run": self._run})
+                else:
+                    self._run = next((event.get("run") for event in read_journal(self.path)), None)
             except OSError as error:
                 self.close()
                 raise RunError(
@@ -58,7 +62,7 @@ class Journal:
                     fix="Give a path in a folder that you can write to.",
                 ) from error
         else:
-            self._append({"event": "journal", "version": FORMAT_VERSION})
+            self._append({"event": "journal", "version": FORMAT_VERSION, "run": self._run})
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event."""
@@ -71,6 +75,28 @@ class Journal:
                 cause="The disk is full, or the folder is gone.",
                 fix="Free some space before the next run. Training goes on; later events are not written down.",
             )
+
+    def mark(self) -> dict[str, Any] | None:
+        """Where the file ends now, for :meth:`rewind` of whoever resumes from here; None in memory."""
+        if self._file is None:
+            return None
+        return {"run": self._run, "bytes": self._file.seek(0, os.SEEK_END)}
+
+    def rewind(self, mark: Mapping[str, Any] | None) -> bool:
+        """Cut off what was written after ``mark``: a resumed run writes it again. True if it was this file's.
+
+        A mark of another file, or behind the end of this one, cuts nothing.
+        """
+        if mark is None or self._file is None or self._run != mark["run"]:
+            return False
+        if not 0 < mark["bytes"] <= self._file.seek(0, os.SEEK_END):
+            return False
+        try:
+            self._file.truncate(mark["bytes"])
+        except OSError:  # it stays longer than it need be
+            return False
+        self.events.clear()
+        return True
 
     def close(self) -> None:
         """Close the file; later writes stay in memory."""

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
-from .errors import ConfigError, ProbeError, RunError, warn
+from .config import SafeConfig
+from .errors import ConfigError, ProbeError, RunError, note, warn
+from .freeze.parallel import Parallel
 from .model import Flow, Probe, Stack, Unit, trace_flow
 from .model.draw import keep_random_state
 
-__all__ = ["check_run", "check_state", "check_units", "flows_of"]
+__all__ = ["check_parallel", "check_run", "check_units", "flows_of"]
 
 
-def check_run(model: nn.Module, optimizer: Any, total_steps: int) -> None:
-    """Refuse runs whose length is unknown, or where a freeze in mid-run would corrupt training.
+def check_run(total_steps: Any) -> None:
+    """Refuse runs whose length is unknown.
 
     Raises:
         ConfigError: ``total_steps`` is not a positive whole number.
-        RunError: several processes, DataParallel, DeepSpeed.
     """
     if not isinstance(total_steps, int) or total_steps < 1:
         raise ConfigError(
@@ -28,22 +29,24 @@ def check_run(model: nn.Module, optimizer: Any, total_steps: int) -> None:
             cause="Warm-up and ramp are shares of the run, so its length in optimizer steps must be known.",
             fix="Safe(..., total_steps=len(train_dataloader) // accumulation * epochs)",
         )
-    distributed = torch.distributed
-    processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-    found = ""
-    if processes > 1:
-        found = f"The run has {processes} processes."
-    elif isinstance(model, nn.DataParallel):
-        found = "The model is wrapped in nn.DataParallel."
-    elif "deepspeed" in type(getattr(optimizer, "optimizer", optimizer)).__module__:
-        found = "The optimizer is DeepSpeed's."
-    if found:
+
+
+def check_parallel(config: SafeConfig, parallel: Parallel) -> SafeConfig:
+    """Settings that do for the way the run is spread over processes; what cannot be is left out, and said.
+
+    Raises:
+        RunError: a memory budget, where none can be kept.
+    """
+    if parallel.no_budget is not None and config.memory_budget is not None:
         raise RunError(
-            found,
-            cause="There a parameter that freezes in mid-run leaves the ranks apart or keeps moving, silently; "
-            "this version freezes in one process on one device.",
-            fix="Run on one device (CUDA_VISIBLE_DEVICES=0), or leave adafreeze out.",
+            f"SafeConfig.memory_budget is {config.memory_budget!r}, and the run uses {parallel.name}.",
+            cause=f"There is none: {parallel.no_budget}.",
+            fix="SafeConfig(memory_budget=None), with gradient checkpointing where memory is short.",
         )
+    if parallel.no_cache is None or config.cache == "off":
+        return config
+    note(f"Prefix cache off: {parallel.no_cache}.")
+    return replace(config, cache="off")
 
 
 def check_units(names: tuple[str, ...], units: Mapping[str, Unit]) -> None:
@@ -59,27 +62,6 @@ def check_units(names: tuple[str, ...], units: Mapping[str, Unit]) -> None:
                 cause=f"Its units are {', '.join(list(units)[:3])}, ... ({len(units)} in all).",
                 fix=f'SafeConfig(freeze=["{next(iter(units))}"])',
             )
-
-
-def check_state(state: Mapping[str, Any], version: int, units: Mapping[str, Unit]) -> None:
-    """Refuse a checkpoint's state that does not belong to this run.
-
-    Raises:
-        RunError: written by another version, or for a model with other units.
-    """
-    if state.get("version") != version:
-        raise RunError(
-            f"The adafreeze state has version {state.get('version')!r}; this version reads {version}.",
-            cause="The checkpoint was written by another version of adafreeze.",
-            fix="Resume with the version that wrote it, or start the run anew.",
-        )
-    strangers = [name for name in state["frozen"] if name not in units]
-    if strangers:
-        raise RunError(
-            f"The checkpoint froze {strangers[0]!r}, which is no unit of this model.",
-            cause="It was written for another model, adapter or granularity.",
-            fix="Resume with the model and SafeConfig of the checkpoint.",
-        )
 
 
 def flows_of(model: nn.Module, stacks: list[Stack], units: Mapping[str, Unit], probe: Probe) -> dict[str, Flow]:

@@ -15,24 +15,23 @@ from ._observe import Observer
 from .budget import open_budget
 from .caching import Caching
 from .config import SafeConfig
-from .decide.policy import Situation, choose
-from .decide.schedule import Settling, cubic_ramp, measurement_steps
-from .errors import AdafreezeError, ConfigError, ProbeError, RunError
+from .deciding import Decider
+from .errors import warn
 from .freeze import Freezer, Prefix
 from .freeze.cache import Progress
+from .freeze.parallel import Ranks, find_parallel
 from .journal import Journal
 from .model import Probe, find_stacks, find_units
 from .model.backends import PeftBackend
-from .model.blocks import unwrap
-from .model.draw import batch_size_of, keep_random_state, samples_of
+from .model.blocks import device_of, unwrap
+from .model.draw import batch_size_of, samples_of
 from .model.flow import chains_of
 from .model.units import units_along, warn_of_other_trainables
-from .preflight import check_run, check_state, check_units, flows_of
+from .preflight import check_parallel, check_run, check_units, flows_of
 from .scoring import Scorer
+from .state import opened, sealed
 
 __all__ = ["Safe"]
-
-STATE_VERSION = 1
 
 
 class Safe:
@@ -49,10 +48,12 @@ class Safe:
         safe.close()
 
     Nothing about the run changes before the first freeze: no random state advances, no batch is taken, losses
-    are the same to the last bit.
+    are the same to the last bit. In a run of several processes every rank makes a Safe and calls :meth:`step`; rank 0
+    decides, and all ranks freeze the same units at the same step.
 
     Args:
-        model: with PEFT adapters in its blocks.
+        model: with PEFT adapters in its blocks; the module itself, or wrapped by DistributedDataParallel, torch.compile
+            or DeepSpeed.
         config: settings; the defaults need no tuning.
         optimizer: whose state for frozen adapters is freed.
         probe: where scores are measured: the train dataloader (its dataset and collator are used, it is not
@@ -60,16 +61,17 @@ class Safe:
         total_steps: optimizer steps of the whole run.
         batch_size: samples of one micro-batch, by which a memory budget is checked before the run; if not given, that
             of the probe where it is a dataloader.
-        samples_per_step: samples of one optimizer step; observed in the first step if not given.
-        samples_per_epoch: samples of one pass over the data; if not given, those of the probe's dataset where it
-            has a length.
-        journal: a path or a Journal; None keeps the events in memory.
+        samples_per_step: samples of one optimizer step on one rank; observed in the first step if not given.
+        samples_per_epoch: samples of one pass over the data, all ranks together; if not given, those of the probe's
+            dataset where it has a length.
+        journal: a path or a Journal; None keeps the events in memory. Only rank 0 writes.
 
     Raises:
         ModelError: the model has no adapters by block.
         ProbeError: the probe holds nothing that the model takes.
         ConfigError: total_steps is not positive, or a unit to freeze by hand does not exist.
-        RunError: freezing is not right yet for the run (several processes, DeepSpeed), or the memory budget too small.
+        RunError: freezing would not be right for the run (nn.DataParallel, FSDP1, ungrouped DeepSpeed optimizers), or
+            the memory budget is too small.
     """
 
     def __init__(
@@ -85,50 +87,40 @@ class Safe:
         samples_per_epoch: int | None = None,
         journal: Journal | str | os.PathLike[str] | None = None,
     ) -> None:
-        from .env import environment  # here, or `python -m adafreeze.env` finds itself imported already
-
         self.config = config or SafeConfig()
-        check_run(model, optimizer, total_steps)
+        check_run(total_steps)
+        self.ranks = Ranks()
         self.model = unwrap(model)
         self.total_steps = total_steps
         self.samples_per_step = samples_per_step
         self.samples_per_epoch = samples_per_epoch or samples_of(probe)
         self.steps = 0
-        self.scores: dict[str, float] = {}
-        self.warmup_end: int | None = None
         self.stacks = find_stacks(self.model)
         self.backend = PeftBackend(self.model)
         self.units = find_units(self.model, self.stacks, self.backend, self.config.granularity)
+        self.parallel = find_parallel(model, optimizer, self.units)
+        self.config = check_parallel(self.config, self.parallel)
         warn_of_other_trainables(self.model, self.stacks, self.units)
         check_units(self.config.freeze, self.units)
-        pad = getattr(getattr(self.model, "config", None), "pad_token_id", None)
-        self._probe = Probe.draw(probe, self.config.probe_tokens, self.config.seed, pad)
+        drawn = self._draw(probe)
         self.freezer = Freezer(self.units, self.backend, optimizer)
-        flows = flows_of(self.model, self.stacks, self.units, self._probe)
+        flows = flows_of(self.model, self.stacks, self.units, drawn)
         self.prefix = Prefix(self.model, self.stacks, flows, keep_dropout=self.config.prefix_dropout)
-        self._chains = units_along(chains_of(flows), self.stacks, self.units)
         self._owns_journal = not isinstance(journal, Journal)
-        self.journal = journal if isinstance(journal, Journal) else Journal(journal)
-        self._scorer: Scorer | None = None
-        self._plan: tuple[int, ...] | None = None
-        self._settling = Settling(self.config.settle_patience, self.config.settle_tolerance)
+        given = journal if self.ranks.is_main else None
+        self.journal = given if isinstance(given, Journal) else Journal(given)
         self._at_close: tuple[frozenset[str], dict[str, int]] | None = None
-        self.journal.write(
-            "start",
-            step=0,
-            total_steps=total_steps,
-            config=self.config.to_dict(),
-            model=type(self.model).__name__,
-            stacks={stack.path: len(stack) for stack in self.stacks},
-            units=list(self.units),
-            environment=environment(),
-        )
-        budget, rows = self.config.memory_limit, batch_size or batch_size_of(probe)
-        parts = self.model, self.stacks, self.prefix, optimizer, self.journal, lambda: self._scoring_bytes
-        self.budget = open_budget(budget, self._probe, rows, *parts)
-        self._observer = Observer(self.model, optimizer, self._audit, self._look_at_gradients)
+        self._write_start()
         self._guard = Guard(self.model, self.freezer, self.journal)
-        self.caching = Caching(self.config, self.prefix, self.backend, self.journal, self._progress, probe)
+        chains = units_along(chains_of(flows), self.stacks, self.units)
+        parts = self._new_scorer, self._guard, self.journal, self.ranks
+        self.decider = Decider(self.config, total_steps, chains, drawn, *parts, collective=self.parallel.collective)
+        held = self.model, self.stacks, self.prefix, optimizer, self.journal, self._bytes_beside
+        self.budget = open_budget(self.config.memory_limit, drawn, batch_size or batch_size_of(probe), *held)
+        self._observer = Observer(self.model, optimizer, self._audit, self._look_at_gradients)
+        self.caching = Caching(
+            self.config, self.prefix, self.backend, self.journal, self._progress, probe, self.ranks.size
+        )
         if samples_per_step is not None:
             self._announce()
         # Even where no adapter stands at the bottom of the stack: until something freezes, the run is as it was.
@@ -148,14 +140,24 @@ class Safe:
         return dict(self.prefix.depths if self._at_close is None else self._at_close[1])
 
     @property
+    def scores(self) -> dict[str, float]:
+        """The latest score of each unit; empty before the first measurement."""
+        return self.decider.scores
+
+    @property
+    def warmup_end(self) -> int | None:
+        """Optimizer steps after which units may freeze; None before it is known."""
+        return self.decider.warmup_end
+
+    @property
     def state_key(self) -> tuple[Any, ...]:
         """Changes whenever the cost of a step changes."""
         return (*sorted(self.frozen), *self.prefixes.items(), *self.caching.state_key)
 
     @property
     def flops_spent(self) -> int:
-        """FLOPs spent on measuring so far."""
-        return self._scorer.flops_spent if self._scorer is not None else 0
+        """FLOPs spent on measuring so far, on this rank."""
+        return self.decider.scorer.flops_spent if self.decider.scorer is not None else 0
 
     @property
     def nested_flops(self) -> int:
@@ -175,7 +177,7 @@ class Safe:
             "safe/live_units": len(self.units) - len(self.frozen),
             "safe/frozen_units": len(self.frozen),
             "safe/frozen_prefix": sum(self.prefixes.values()),
-            "safe/ramp": round(self._ramp(), 4),
+            "safe/ramp": round(self.decider.ramp(self.steps), 4),
         }
         saved = self._observer.saved_bytes
         if saved is not None:
@@ -188,21 +190,26 @@ class Safe:
     # What a host calls.
 
     def step(self) -> list[str]:
-        """To be called after each optimizer step, gradients cleared. Returns the units frozen now."""
+        """To be called after each optimizer step, on every rank, gradients cleared. Returns the units frozen now.
+
+        Raises:
+            RunError: the ranks do not agree on what is frozen.
+        """
         self.steps += 1
-        try:
-            if self._plan is None:
-                self._prepare()
-            if self._plan is None or self.steps not in self._plan:
-                return []
-            with keep_random_state():
-                self._measure()
-        except (RunError, ConfigError):
-            raise
-        except Exception as error:  # whatever it is: a failed measurement must not end somebody's run
-            self._give_up_measuring(error)
+        if self.decider.plan is None:
+            self._announce()
+            self.decider.prepare(self.steps, self._step_samples)
+        if not self.decider.due(self.steps):
             return []
-        return self._decide()
+        self.ranks.check_alike("frozen", self.frozen, self.steps)
+        names = self.decider.decide(self.steps, self.frozen, self.prefixes)
+        if self.config.dry_run:
+            if names:
+                self.journal.write("would_freeze", step=self.steps, units=names)
+            return []
+        self._freeze(names, by=self.config.to_dict()["policy"])
+        self.ranks.check_alike("frozen", self.frozen, self.steps)
+        return names
 
     def close(self) -> None:
         """Leave the model as it was: flags, modules, hooks, forwards. Trained weights stay."""
@@ -214,177 +221,121 @@ class Safe:
             if self.budget is not None:
                 self.budget.close()
             self.freezer.restore()
+            self.parallel.release()
             self.journal.write("close", step=self.steps, frozen=self.frozen, flops_spent=self.flops_spent)
             if self._owns_journal:
                 self.journal.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as plain JSON values."""
-        return {
-            "version": STATE_VERSION,
-            "steps": self.steps,
-            "frozen": sorted(self.frozen),
-            "scores": dict(self.scores),
-            "warmup_end": self.warmup_end,
-            "plan": list(self._plan) if self._plan is not None else None,
-            "probe_samples": self._scorer.probe.samples if self._scorer is not None else None,
-            "settling": self._settling.state_dict(),
-            "cache": self.caching.state_dict(),
-            "budget": self.budget.state_dict() if self.budget is not None else None,
-        }
+        """What a resumed run needs, as plain JSON values; on every rank, that of rank 0 will do for all."""
+        return sealed(
+            {
+                "steps": self.steps,
+                "samples": self._observer.samples,
+                "frozen": sorted(self.frozen),
+                "probe": self.decider.probe.digest(),
+                "deciding": self.decider.state_dict(),
+                "cache": self.caching.state_dict(),
+                "budget": self.budget.state_dict() if self.budget is not None else None,
+                "journal": self.journal.mark(),
+            }
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a run where :meth:`state_dict` was written; freezes its units at once.
 
+        What the journal holds of later steps is cut off: they come again.
+
         Raises:
-            RunError: written by another version, or for a model with other units.
+            RunError: cut off, edited, written by another version, or for a model with other units.
         """
-        check_state(state, STATE_VERSION, self.units)
-        self.steps, self.warmup_end = state["steps"], state["warmup_end"]
-        self.scores = dict(state["scores"])
-        self._settling.load_state_dict(state["settling"])
-        if state["plan"] is not None:
-            self._plan = tuple(state["plan"])
-            self._scorer = self._new_scorer(self._probe.shrunk(state["probe_samples"]))
-            with keep_random_state():
-                self._scorer.prepare(run_samples=10**12, most=len(self._plan))
-        self.caching.load_state_dict(state["cache"])
-        if self.budget is not None and state.get("budget") is not None:
-            self.budget.load_state_dict(state["budget"])
-        self._freeze([name for name in state["frozen"] if name not in self.frozen], by="resume")
+        content = opened(state, self.units)
+        if content.get("probe", self.decider.probe.digest()) != self.decider.probe.digest():
+            warn(
+                "The probe is another one than in the run that wrote the checkpoint.",
+                cause="The train data, their order or SafeConfig(seed=, probe_tokens=) have changed.",
+                fix="Resume with the same data, or pass probe= explicitly. Scores before and after are of two probes.",
+            )
+        self.steps = content["steps"]
+        self._observer.samples = content.get("samples", 0)
+        self.journal.rewind(content.get("journal"))
+        self.decider.load_state_dict(content["deciding"], self.steps)
+        self.caching.load_state_dict(content["cache"])
+        if self.budget is not None and content["budget"] is not None:
+            self.budget.load_state_dict(content["budget"])
+        self._freeze([name for name in content["frozen"] if name not in self.frozen], by="resume")
 
-    # Measuring and deciding.
-
-    @property
-    def _scoring_bytes(self) -> int:
-        return self._scorer.nbytes if self._scorer is not None else 0
+    # What holds it together.
 
     @property
     def _step_samples(self) -> int:
         return self.samples_per_step or self._observer.samples // max(1, self.steps) or 1
 
+    def _bytes_beside(self) -> int:
+        """Bytes on the device beside what a training step holds: of measuring only where that is the host too."""
+        scorer = self.decider.scorer if device_of(self.model).type == "cpu" else None
+        return self.parallel.extra_bytes + (scorer.nbytes if scorer is not None else 0)
+
     def _progress(self) -> Progress:
         remaining = max(0, self.total_steps - self.steps) * self._step_samples
-        return Progress(self.steps, remaining, self.samples_per_epoch)
+        return Progress(self.steps, remaining, self._rank_epoch)
+
+    @property
+    def _rank_epoch(self) -> int | None:
+        """Samples of one pass over the data on this rank."""
+        return None if self.samples_per_epoch is None else -(-self.samples_per_epoch // self.ranks.size)
 
     def _announce(self) -> None:
-        epoch = None if self.samples_per_epoch is None else math.ceil(self.samples_per_epoch / self._step_samples)
+        epoch = None if self._rank_epoch is None else math.ceil(self._rank_epoch / self._step_samples)
         self.caching.announce(sum(map(len, self.stacks)), epoch, self.total_steps)
+
+    def _draw(self, source: Any) -> Probe:
+        """The probe, as rank 0 draws it."""
+        pad = getattr(getattr(self.model, "config", None), "pad_token_id", None)
+        drawn: list[Probe] = []
+        self.ranks.of_main(lambda: drawn.append(Probe.draw(source, self.config.probe_tokens, self.config.seed, pad)))
+        if self.ranks.size == 1:
+            return drawn[0]
+        chunks = self.ranks.tensors_of_main(drawn[0].chunks if drawn else [])
+        return drawn[0] if drawn else Probe(chunks, self.config.probe_tokens, self.config.seed)
 
     def _new_scorer(self, probe: Probe) -> Scorer:
         return Scorer(self.model, self.stacks, self.units, self.backend, self.config, probe)
 
-    def _prepare(self) -> None:
-        self._plan = ()
-        self._announce()
-        until = max(1, int(self.config.ramp_end * self.total_steps))
-        self._scorer = self._new_scorer(self._probe)
-        with keep_random_state():
-            count = self._scorer.prepare(self.total_steps * self._step_samples, until)
-        self._plan = measurement_steps(until, count)
+    def _write_start(self) -> None:
+        from .env import environment  # here, or `python -m adafreeze.env` finds itself imported already
+
         self.journal.write(
-            "probe",
-            step=self.steps,
-            samples=self._scorer.probe.samples,
-            tokens=self.config.probe_tokens,
-            nbytes=self._scorer.nbytes,
-            flops=self._scorer.flops_spent,
-            flops_per_measurement=self._scorer.flops_per_measurement,
-            plan=self._plan,
+            "start",
+            step=0,
+            total_steps=self.total_steps,
+            config=self.config.to_dict(),
+            model=type(self.model).__name__,
+            ranks=self.ranks.size,
+            parallel=self.parallel.name,
+            stacks={stack.path: len(stack) for stack in self.stacks},
+            units=list(self.units),
+            environment=environment(),
         )
-
-    def _measure(self) -> None:
-        assert self._scorer is not None
-        if self.backend.any_merged():
-            raise ProbeError(
-                "Adapters are merged into the base weights at the moment of a measurement.",
-                cause="Measuring would unmerge them, which rounds the base weights.",
-                fix="Unmerge before safe.step(), or train without merging.",
-            )
-        before = self._scorer.flops_spent
-        measured = self._scorer.measure(self.prefixes)
-        finite = {name: score for name, score in measured.items() if score == score and abs(score) != float("inf")}
-        if len(finite) < len(measured):
-            self._guard.warn_once(
-                "non-finite",
-                f"{len(measured) - len(finite)} of {len(measured)} scores are not finite at step {self.steps}.",
-                cause="Activations on the probe are NaN or infinite; these scores are left out.",
-                fix="Look at the loss; lower the learning rate, or use bf16 in place of fp16.",
-            )
-        self.scores.update(finite)
-        self.journal.write(
-            "measure",
-            step=self.steps,
-            scores=measured,
-            ramp=self._ramp(),
-            flops=self._scorer.flops_spent - before,
-        )
-
-    def _situation(self, ramp: float) -> Situation:
-        return Situation(
-            step=self.steps,
-            ramp=ramp,
-            scores=dict(self.scores),
-            chains=self._chains,
-            frozen=self.frozen,
-            freeze_share=self.config.freeze_share,
-            threshold=self.config.threshold,
-            min_live_blocks=self.config.min_live_blocks,
-            something_else_trains=self._guard.something_else_trains(),
-        )
-
-    def _decide(self) -> list[str]:
-        if self.warmup_end is None:
-            limit = max(1, int(self.config.warmup * self.total_steps))
-            choice = frozenset(choose(self.config.policy, self._situation(1.0)))
-            if self._settling.update(self.scores, choice):
-                self.warmup_end = min(self.steps, limit)
-            elif self.steps >= limit:
-                self.warmup_end = limit
-            if self.warmup_end is not None:
-                self.journal.write("warmup_end", step=self.steps, warmup_end=self.warmup_end)
-        names = choose(self.config.policy, self._situation(self._ramp())) if self.warmup_end is not None else []
-        if names and not self.config.dry_run:
-            self._freeze(names, by=self.config.to_dict()["policy"])
-        elif names:
-            self.journal.write("would_freeze", step=self.steps, units=names)
-        return [] if self.config.dry_run else names
 
     def _freeze(self, names: list[str], by: str) -> None:
         if not names:
             return
         self.freezer.freeze(names)
         self.prefix.update()
+        self.parallel.after_freeze(self.frozen)
         self.caching.prefix_changed()
         self._observer.count_again()
         self._guard.check_gradients = by != "resume"
         self.journal.write(
-            "freeze",
+            "resume" if by == "resume" else "freeze",
             step=self.steps,
             units=names,
             by=by,
-            ramp=self._ramp(),
+            ramp=self.decider.ramp(self.steps),
             scores={name: self.scores.get(name) for name in names},
             frozen=len(self.frozen),
             prefixes=self.prefixes,
-        )
-
-    def _ramp(self) -> float:
-        if self.warmup_end is None:
-            return 0.0
-        return cubic_ramp(self.steps, self.warmup_end, int(self.config.ramp_end * self.total_steps))
-
-    def _give_up_measuring(self, error: Exception) -> None:
-        self._plan = tuple(step for step in self._plan or () if step > self.steps)
-        fact = error.fact if isinstance(error, AdafreezeError) else f"{type(error).__name__}: {error}"
-        self.journal.write("measure_failed", step=self.steps, error=str(error))
-        self._guard.warn_once(
-            "measure",
-            f"Scores could not be measured at step {self.steps}: {fact}",
-            cause=error.cause if isinstance(error, AdafreezeError) else "The forward pass on the probe failed.",
-            fix=(error.fix if isinstance(error, AdafreezeError) else "Pass a probe that the model takes: probe=batch")
-            + " Training goes on"
-            + (", without freezing." if not self._plan else "."),
         )
 
     # What the observer calls.
@@ -395,6 +346,6 @@ class Safe:
             self.caching.prefix_changed()
 
     def _look_at_gradients(self) -> None:
-        if self._scorer is not None:
-            self._scorer.listen()
+        if self.decider.scorer is not None:
+            self.decider.scorer.listen()
         self._guard.look_at_gradients(self.steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -115,13 +116,30 @@ class Scorer:
         self._check_memory(looked_at(samples), features)
         self._take_floor(head, together)
         if self.score.needs == "outputs":
-            with CountFlops() as count_before:
-                before = self._gather(self.probe, adapters=False)
-            self.flops_spent += count_before.total
-            for name, tensors in before.items():
-                self._references[name] = self.score.prepare(tensors[-1], self.config.normalize_rows)
+            self._take_references()
         self.flops_per_measurement = int(cost(samples, 1) - cost(samples, 0))
         return affordable
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run cannot measure again, as plain JSON values; weights of adapters as base64 safetensors."""
+        moving = self.score.needs in ("weights", "gradients")
+        return {
+            "samples": self.probe.samples,
+            "floor": dict(self.floor),
+            "gradients": dict(self._gradients),
+            "references": _packed(self._references) if moving else None,
+            "flops_spent": self.flops_spent,
+            "flops_per_measurement": self.flops_per_measurement,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` wrote, on the same probe; takes the pre-trained representations again."""
+        if self.score.needs == "outputs":
+            self._take_references()
+        elif state["references"] is not None:
+            self._references = dict(_unpacked(state["references"]))
+        self.floor, self._gradients = dict(state["floor"]), dict(state["gradients"])
+        self.flops_spent, self.flops_per_measurement = state["flops_spent"], state["flops_per_measurement"]
 
     def measure(self, prefix: Mapping[str, int]) -> dict[str, float]:
         """The score of each unit above ``prefix`` now; NaN where an activation is not finite.
@@ -153,6 +171,13 @@ class Scorer:
         for name, unit in self.units.items():
             squares = [float(p.grad.detach().float().pow(2).sum()) for p in unit.parameters() if p.grad is not None]
             self._gradients[name] += math.sqrt(sum(squares))
+
+    def _take_references(self) -> None:
+        with CountFlops() as count:
+            before = self._gather(self.probe, adapters=False)
+        self.flops_spent += count.total
+        for name, tensors in before.items():
+            self._references[name] = self.score.prepare(tensors[-1], self.config.normalize_rows)
 
     def _gather(
         self, probe: Probe, *, adapters: bool, prefix: Mapping[str, int] | None = None
@@ -204,3 +229,15 @@ class Scorer:
                 f"{free / 2**20:,.0f} MiB are free; half of that is the limit.",
                 fix=f"SafeConfig(probe_tokens={max(64, int(tokens * free / 4 / needed))})",
             )
+
+
+def _packed(tensors: Mapping[str, Tensor]) -> str:
+    from safetensors.torch import save
+
+    return base64.b64encode(save(dict(tensors))).decode()
+
+
+def _unpacked(text: str) -> dict[str, Tensor]:
+    from safetensors.torch import load
+
+    return load(base64.b64decode(text))

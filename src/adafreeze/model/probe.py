@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -88,6 +89,16 @@ class Probe:
         """Host memory of the recorded boundary states."""
         tensors = [t for states in self._boundaries for value in states.values() for t in _tensors(value)]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    def digest(self) -> str:
+        """Hash of its samples, to know it again."""
+        found = hashlib.blake2b(digest_size=8)
+        for chunk in self.chunks:
+            for name, value in sorted(chunk.items()):
+                found.update(f"{name} {getattr(value, 'dtype', '')} {getattr(value, 'shape', value)}".encode())
+                if isinstance(value, Tensor):
+                    found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
 
     def first_sample(self, device: torch.device) -> Chunk:
         """One sample as the model takes it."""

@@ -1,0 +1,253 @@
+"""Deciding: when scores are measured, and which units freeze by them; on rank 0, for all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ._guard import Guard
+from .config import SafeConfig
+from .decide.policy import Situation, choose
+from .decide.schedule import Settling, cubic_ramp, measurement_steps
+from .errors import AdafreezeError, ConfigError, ProbeError, RunError
+from .freeze.parallel import Ranks
+from .journal import Journal
+from .model import Probe
+from .model.draw import keep_random_state
+from .scoring import Scorer
+
+__all__ = ["Decider"]
+
+
+class Decider:
+    """Three stages: warm-up until the scores have settled, freezing while the ramp rises, and the rest of the run.
+
+    Scores are measured, and decisions taken, on rank 0, and all ranks take them over; where a forward pass is a
+    collective all ranks measure along. A measurement that fails is told of, and training goes on.
+
+    Args:
+        config: policy, schedule.
+        total_steps: optimizer steps of the whole run.
+        chains: unit names by block by chain, as policies see them.
+        probe: drawn, not yet fitted to the run's length.
+        new_scorer: makes a scorer for a probe.
+        guard: warns, and knows what else trains.
+        journal: of the run.
+        ranks: of the run.
+        collective: all ranks must make the same forward passes.
+
+    Attributes:
+        scores: the latest of each unit.
+        warmup_end: t_w in optimizer steps; None before it is known.
+        plan: steps at which scores are measured; None before the first step.
+        scorer: None before the first step, and where another rank measures.
+    """
+
+    def __init__(
+        self,
+        config: SafeConfig,
+        total_steps: int,
+        chains: tuple[tuple[tuple[str, ...], ...], ...],
+        probe: Probe,
+        new_scorer: Callable[[Probe], Scorer],
+        guard: Guard,
+        journal: Journal,
+        ranks: Ranks,
+        *,
+        collective: bool = False,
+    ) -> None:
+        self.config, self.total_steps, self.chains = config, total_steps, chains
+        self.probe, self.new_scorer, self.guard = probe, new_scorer, guard
+        self.journal, self.ranks, self.collective = journal, ranks, collective
+        self.scores: dict[str, float] = {}
+        self.warmup_end: int | None = None
+        self.plan: tuple[int, ...] | None = None
+        self.scorer: Scorer | None = None
+        self._settling = Settling(config.settle_patience, config.settle_tolerance)
+
+    @property
+    def measures_here(self) -> bool:
+        """Whether this rank makes forward passes on the probe."""
+        return self.ranks.is_main or self.collective
+
+    def ramp(self, step: int) -> float:
+        """0 in the warm-up, 1 at the end of the freezing stage."""
+        if self.warmup_end is None:
+            return 0.0
+        return cubic_ramp(step, self.warmup_end, int(self.config.ramp_end * self.total_steps))
+
+    def prepare(self, step: int, step_samples: int) -> None:
+        """Fit the probe and the number of measurements to the run's length.
+
+        Args:
+            step: optimizer steps done.
+            step_samples: samples of one optimizer step on one rank.
+        """
+        self._take(self._of_main(lambda: self._told(lambda: self._prepared(step, step_samples), step)))
+
+    def due(self, step: int) -> bool:
+        """Whether scores are measured after this step."""
+        return self.plan is not None and step in self.plan
+
+    def decide(self, step: int, frozen: frozenset[str], prefixes: Mapping[str, int]) -> list[str]:
+        """Measure, and name the units to freeze now."""
+        names: list[str] = self._take(self._of_main(lambda: self._decided(step, frozen, prefixes)))
+        return names
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as plain JSON values."""
+        return {
+            "scores": dict(self.scores),
+            "warmup_end": self.warmup_end,
+            "plan": list(self.plan) if self.plan is not None else None,
+            "settling": self._settling.state_dict(),
+            "scorer": self.scorer.state_dict() if self.scorer is not None else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        """Take up what :meth:`state_dict` wrote on rank 0; takes the pre-trained representations again."""
+        self._settling.load_state_dict(state["settling"])
+        self.scores, self.warmup_end = dict(state["scores"]), state["warmup_end"]
+        if state["plan"] is None:
+            return
+        self.plan = tuple(state["plan"])
+        kept = state["scorer"]
+        if kept is None or not any(later > step for later in self.plan) or not self.measures_here:
+            return
+        self.scorer = self.new_scorer(self.probe.shrunk(kept["samples"]))
+        with keep_random_state():
+            self.scorer.load_state_dict(kept)
+
+    # On rank 0, and on the others where forward passes are collectives.
+
+    def _of_main(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if not self.collective:
+            return self.ranks.of_main(work)  # type: ignore[no-any-return]
+        failed: Exception | None = None
+        try:
+            done = work()
+        except Exception as error:
+            failed = error
+
+        def outcome() -> dict[str, Any]:
+            if failed is not None:
+                raise failed
+            return done
+
+        return self.ranks.of_main(outcome)  # type: ignore[no-any-return]
+
+    def _take(self, outcome: dict[str, Any]) -> Any:
+        """Take over what rank 0 has come to; returns the names."""
+        if not self.ranks.is_main:
+            self.scores, self.warmup_end = outcome["scores"], outcome["warmup_end"]
+            self.plan = tuple(outcome["plan"])
+            self._settling.load_state_dict(outcome["settling"])
+        return outcome["names"]
+
+    def _told(self, work: Callable[[], None], step: int) -> dict[str, Any]:
+        """Do ``work``, whose failure must not end somebody's run, and say how things stand."""
+        try:
+            with keep_random_state():
+                work()
+        except (RunError, ConfigError):
+            raise
+        except Exception as error:  # whatever it is
+            self._give_up_measuring(error, step)
+        kept = {**self.state_dict(), "scorer": None}
+        return {**kept, "plan": list(self.plan or ()), "names": []}
+
+    def _prepared(self, step: int, step_samples: int) -> None:
+        self.plan = ()
+        until = max(1, int(self.config.ramp_end * self.total_steps))
+        self.scorer = self.new_scorer(self.probe)
+        count = self.scorer.prepare(self.total_steps * step_samples, until)
+        self.plan = measurement_steps(until, count)
+        self.journal.write(
+            "probe",
+            step=step,
+            samples=self.scorer.probe.samples,
+            tokens=self.config.probe_tokens,
+            nbytes=self.scorer.nbytes,
+            flops=self.scorer.flops_spent,
+            flops_per_measurement=self.scorer.flops_per_measurement,
+            plan=self.plan,
+        )
+
+    def _decided(self, step: int, frozen: frozenset[str], prefixes: Mapping[str, int]) -> dict[str, Any]:
+        measured = False
+
+        def work() -> None:
+            nonlocal measured
+            self._measure(step, prefixes)
+            measured = True
+
+        outcome = self._told(work, step)
+        if measured:
+            outcome["names"] = self._chosen(step, frozen)
+            outcome |= {"warmup_end": self.warmup_end, "settling": self._settling.state_dict()}
+        return outcome
+
+    def _measure(self, step: int, prefixes: Mapping[str, int]) -> None:
+        assert self.scorer is not None
+        if self.scorer.backend.any_merged():
+            raise ProbeError(
+                "Adapters are merged into the base weights at the moment of a measurement.",
+                cause="Measuring would unmerge them, which rounds the base weights.",
+                fix="Unmerge before safe.step(), or train without merging.",
+            )
+        before = self.scorer.flops_spent
+        measured = self.scorer.measure(prefixes)
+        finite = {name: score for name, score in measured.items() if math.isfinite(score)}
+        if len(finite) < len(measured):
+            self.guard.warn_once(
+                "non-finite",
+                f"{len(measured) - len(finite)} of {len(measured)} scores are not finite at step {step}.",
+                cause="Activations on the probe are NaN or infinite; these scores are left out.",
+                fix="Look at the loss; lower the learning rate, or use bf16 in place of fp16.",
+            )
+        self.scores.update(finite)
+        self.journal.write(
+            "measure", step=step, scores=measured, ramp=self.ramp(step), flops=self.scorer.flops_spent - before
+        )
+
+    def _chosen(self, step: int, frozen: frozenset[str]) -> list[str]:
+        if self.warmup_end is None:
+            limit = max(1, int(self.config.warmup * self.total_steps))
+            choice = frozenset(choose(self.config.policy, self._situation(step, 1.0, frozen)))
+            if self._settling.update(self.scores, choice):
+                self.warmup_end = min(step, limit)
+            elif step >= limit:
+                self.warmup_end = limit
+            if self.warmup_end is not None:
+                self.journal.write("warmup_end", step=step, warmup_end=self.warmup_end)
+        if self.warmup_end is None:
+            return []
+        return choose(self.config.policy, self._situation(step, self.ramp(step), frozen))
+
+    def _situation(self, step: int, ramp: float, frozen: frozenset[str]) -> Situation:
+        return Situation(
+            step=step,
+            ramp=ramp,
+            scores=dict(self.scores),
+            chains=self.chains,
+            frozen=frozen,
+            freeze_share=self.config.freeze_share,
+            threshold=self.config.threshold,
+            min_live_blocks=self.config.min_live_blocks,
+            something_else_trains=self.guard.something_else_trains(),
+        )
+
+    def _give_up_measuring(self, error: Exception, step: int) -> None:
+        self.plan = tuple(later for later in self.plan or () if later > step)
+        ours = isinstance(error, AdafreezeError)
+        fact = error.fact if ours else f"{type(error).__name__}: {error}"  # type: ignore[attr-defined]
+        self.journal.write("measure_failed", step=step, error=str(error))
+        self.guard.warn_once(
+            "measure",
+            f"Scores could not be measured at step {step}: {fact}",
+            cause=error.cause if ours else "The forward pass on the probe failed.",  # type: ignore[attr-defined]
+            fix=(error.fix if ours else "Pass a probe that the model takes: probe=batch")  # type: ignore[attr-defined]
+            + " Training goes on"
+            + (", without freezing." if not self.plan else "."),
+        )

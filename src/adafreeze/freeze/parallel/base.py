@@ -1,0 +1,34 @@
+"""Parallel: what a freeze in mid-run means to whatever spreads a model over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = ["Parallel"]
+
+
+class Parallel:
+    """One process, or several with nothing between them that would notice a freeze.
+
+    Attributes:
+        name: for messages and the journal.
+        collective: a forward pass sends something, so all ranks must make the same passes, from end to end.
+        no_cache: why there can be no prefix cache; None if there can.
+        no_budget: why there can be no memory budget; None if there can.
+    """
+
+    name = "none"
+    collective = False
+    no_cache: str | None = None
+    no_budget: str | None = None
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes that it holds on the device beside what the step of one process holds."""
+        return 0
+
+    def after_freeze(self, frozen: Iterable[str]) -> None:
+        """To be called between two optimizer steps, with all units that are frozen now; also when some thawed."""
+
+    def release(self) -> None:
+        """Leave it as it was, but for what trains."""

@@ -1,0 +1,96 @@
+"""State: what a checkpoint keeps of a run, as plain JSON values with a version and a checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from .errors import RunError
+
+__all__ = ["STATE_VERSION", "opened", "sealed"]
+
+STATE_VERSION = 2
+
+
+def sealed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """``state`` with its version, and a checksum over all of it.
+
+    >>> sorted(sealed({"steps": 3}))
+    ['checksum', 'steps', 'version']
+    """
+    content = {**state, "version": STATE_VERSION}
+    content.pop("checksum", None)
+    return {**content, "checksum": _checksum(content)}
+
+
+def opened(state: Any, units: Collection[str]) -> dict[str, Any]:
+    """The content of ``state``, if it is whole and belongs to this run.
+
+    Args:
+        state: what :func:`sealed` returned, through whatever the host wrote it to.
+        units: names of the model's units.
+
+    Raises:
+        RunError: cut off, edited, written by another version, or for another model.
+    """
+    if not isinstance(state, Mapping) or "version" not in state:
+        raise _damaged(f"The adafreeze state of the checkpoint is {_shortly(state)}, without a version.")
+    version = state["version"]
+    if version not in (1, STATE_VERSION):
+        raise RunError(
+            f"The adafreeze state has version {version!r}; this version reads 1 to {STATE_VERSION}.",
+            cause="The checkpoint was written by another version of adafreeze.",
+            fix="Resume with the version that wrote it, or start the run anew.",
+        )
+    content = dict(state)
+    if version == STATE_VERSION and content.pop("checksum", None) != _checksum(content):
+        raise _damaged("The adafreeze state of the checkpoint does not match its checksum.")
+    try:
+        content = _from_version_1(content) if version == 1 else content
+        frozen, _ = content["frozen"], content["deciding"]
+    except (KeyError, TypeError) as error:
+        raise _damaged(f"The adafreeze state of the checkpoint lacks {error}.") from error
+    strangers = [name for name in frozen if name not in units]
+    if strangers:
+        raise RunError(
+            f"The checkpoint froze {strangers[0]!r}, which is no unit of this model.",
+            cause="It was written for another model, adapter or granularity.",
+            fix="Resume with the model and SafeConfig of the checkpoint.",
+        )
+    return content
+
+
+def _from_version_1(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Version 1 kept everything on one level, and nothing of what rounding alone gives the scores."""
+    samples = state["probe_samples"]
+    scorer = {"samples": samples, "floor": {}, "gradients": {}, "references": None}
+    return {
+        "steps": state["steps"],
+        "frozen": state["frozen"],
+        "deciding": {
+            **{name: state[name] for name in ("scores", "warmup_end", "plan", "settling")},
+            "scorer": None if samples is None else {**scorer, "flops_spent": 0, "flops_per_measurement": 0},
+        },
+        "cache": state["cache"],
+        "budget": state.get("budget"),
+    }
+
+
+def _damaged(fact: str) -> RunError:
+    return RunError(
+        fact,
+        cause="The file was cut off or edited after it was written.",
+        fix="Resume from an earlier checkpoint, or start the run anew. Nothing was changed.",
+    )
+
+
+def _checksum(state: Mapping[str, Any]) -> str:
+    text = json.dumps(state, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _shortly(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else text[:57] + "..."
