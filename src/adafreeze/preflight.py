@@ -64,7 +64,9 @@ def check_units(names: tuple[str, ...], units: Mapping[str, Unit]) -> None:
             )
 
 
-def flows_of(model: nn.Module, stacks: list[Stack], units: Mapping[str, Unit], probe: Probe) -> dict[str, Flow]:
+def flows_of(
+    model: nn.Module, stacks: list[Stack], units: Mapping[str, Unit], probe: Probe, *, collective: bool = False
+) -> dict[str, Flow]:
     """Trace one sample of the probe through the model; warn of what trains below the blocks.
 
     Raises:
@@ -73,7 +75,7 @@ def flows_of(model: nn.Module, stacks: list[Stack], units: Mapping[str, Unit], p
     one = probe.first_sample(next(model.parameters()).device)
     try:
         with keep_random_state():
-            flows = trace_flow(model, stacks, one)
+            flows = trace_flow(model, stacks, one, to_the_end=collective)
     except Exception as error:
         raise ProbeError(
             f"The model does not take the probe: {type(error).__name__}: {error}",

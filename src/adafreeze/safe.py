@@ -104,7 +104,7 @@ class Safe:
         check_units(self.config.freeze, self.units)
         drawn = self._draw(probe)
         self.freezer = Freezer(self.units, self.backend, optimizer)
-        flows = flows_of(self.model, self.stacks, self.units, drawn)
+        flows = flows_of(self.model, self.stacks, self.units, drawn, collective=self.parallel.collective)
         self.prefix = Prefix(self.model, self.stacks, flows, keep_dropout=self.config.prefix_dropout)
         self._owns_journal = not isinstance(journal, Journal)
         given = journal if self.ranks.is_main else None
@@ -300,7 +300,8 @@ class Safe:
         return drawn[0] if drawn else Probe(chunks, self.config.probe_tokens, self.config.seed)
 
     def _new_scorer(self, probe: Probe) -> Scorer:
-        return Scorer(self.model, self.stacks, self.units, self.backend, self.config, probe)
+        parts = self.model, self.stacks, self.units, self.backend, self.config
+        return Scorer(*parts, probe, collective=self.parallel.collective)
 
     def _write_start(self) -> None:
         from .env import environment  # here, or `python -m adafreeze.env` finds itself imported already

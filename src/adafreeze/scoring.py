@@ -47,6 +47,7 @@ class Scorer:
         backend: switches adapters off.
         config: score, probe size, budget.
         probe: the drawn samples.
+        collective: a forward pass must run to its end, on all ranks.
     """
 
     def __init__(
@@ -57,7 +58,10 @@ class Scorer:
         backend: PeftBackend,
         config: SafeConfig,
         probe: Probe,
+        *,
+        collective: bool = False,
     ) -> None:
+        self.collective = collective
         self.model, self.stacks, self.units, self.backend = model, stacks, units, backend
         self.config = config
         self.probe = probe
@@ -185,8 +189,9 @@ class Scorer:
         local = self.score.needs == "local_outputs"
         chunks: dict[str, list[list[Tensor]]] = {}
         run = probe.outputs(
-            self.model, self.stacks, self.units, self.backend, adapters=adapters, local=local, prefix=prefix
-        )
+            self.model, self.stacks, self.units, self.backend,
+            adapters=adapters, local=local, prefix=prefix, to_the_end=self.collective,
+        )  # fmt: skip
         for taken in run:
             for name, tensors in taken.items():
                 chunks.setdefault(name, []).append(tensors)

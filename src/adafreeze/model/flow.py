@@ -21,15 +21,21 @@ class Flow:
     """What stands upstream of one stack.
 
     Attributes:
-        upstream: parameters outside the stack whose gradient passes through it (trainable embeddings; for a
-            decoder, the adapters of the encoder it attends to).
+        places: module and name of each parameter outside the stack whose gradient passes through it (trainable
+            embeddings; for a decoder, the adapters of the encoder it attends to). Places, since FSDP2 puts other
+            Parameter objects there for the time of a forward pass.
         dropouts: dropout modules outside the blocks that ran before block 0.
-        reads: paths of the stacks whose parameters are among ``upstream``.
+        reads: paths of the stacks whose parameters are among them.
     """
 
-    upstream: list[nn.Parameter] = field(default_factory=list)
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)
     dropouts: list[nn.Module] = field(default_factory=list)
     reads: list[str] = field(default_factory=list)
+
+    @property
+    def upstream(self) -> list[nn.Parameter]:
+        """The parameters that stand in ``places`` now."""
+        return [parameter for module, name in self.places if (parameter := module._parameters[name]) is not None]
 
     @property
     def live(self) -> bool:
@@ -37,13 +43,17 @@ class Flow:
         return any(parameter.requires_grad for parameter in self.upstream)
 
 
-def trace_flow(model: nn.Module, stacks: list[Stack], batch: dict[str, Any]) -> dict[str, Flow]:
+def trace_flow(
+    model: nn.Module, stacks: list[Stack], batch: dict[str, Any], *, to_the_end: bool = False
+) -> dict[str, Flow]:
     """Run ``batch`` once with gradients and read what each stack depends on off the autograd graph.
 
     Exact for any architecture: no list of model families, no guess from names. A hook that makes embeddings
-    require grad is a leaf that is no Parameter, and is rightly ignored.
+    require grad is a leaf that is no Parameter, and is rightly ignored. The pass is left at the last block, unless
+    ``to_the_end``: what wraps the model may wait for its end.
     """
-    inside = {id(p): stack.path for stack in stacks for block in stack.blocks for p in block.parameters()}
+    inside: dict[int, str] = {}
+    places: dict[int, tuple[nn.Module, str]] = {}
     in_blocks = {id(m) for stack in stacks for block in stack.blocks for m in block.modules()}
     flows = {stack.path: Flow() for stack in stacks}
     reached: dict[str, dict[int, nn.Parameter]] = {stack.path: {} for stack in stacks}
@@ -57,13 +67,16 @@ def trace_flow(model: nn.Module, stacks: list[Stack], batch: dict[str, Any]) -> 
         original = block.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            inside.update({id(p): stack.path for p in block.parameters()})
+            for module in model.modules():
+                places.update({id(p): (module, name) for name, p in module._parameters.items() if p is not None})
             if stack.path not in started:
                 started.add(stack.path)
                 flows[stack.path].dropouts, ran[:] = list(ran), []
             reached[stack.path].update({id(p): p for p in _leaves((args, kwargs), walked[stack.path])})
             if block is stack.blocks[-1]:
                 finished.add(stack.path)
-            if len(finished) == len(stacks):
+            if len(finished) == len(stacks) and not to_the_end:
                 raise StopForward
             return original(*args, **kwargs)
 
@@ -81,9 +94,9 @@ def trace_flow(model: nn.Module, stacks: list[Stack], batch: dict[str, Any]) -> 
         with suppress(StopForward):
             model(**batch)
     for path, flow in flows.items():
-        flow.upstream = [p for key, p in reached[path].items() if inside.get(key) != path]
-        sources = [inside[id(p)] for p in flow.upstream if id(p) in inside]
-        flow.reads = sorted(set(sources))
+        outside = [key for key in reached[path] if inside.get(key) != path]
+        flow.places = [places.get(key) or (nn.ParameterList([reached[path][key]]), "0") for key in outside]
+        flow.reads = sorted({inside[key] for key in outside if key in inside})
     return flows
 
 

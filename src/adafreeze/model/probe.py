@@ -148,11 +148,12 @@ class Probe:
         adapters: bool,
         local: bool = False,
         prefix: Mapping[str, int] | None = None,
+        to_the_end: bool = False,
     ) -> Iterator[Outputs]:
         """Run the model chunk by chunk, and yield for each the outputs of ``units`` on the chosen tokens, on the host.
 
         The model is called as it is (with the autocast that a host wrapped around it), in evaluation mode and
-        without gradients, and left at its last block: the head does not run.
+        without gradients, and left at its last block: the head does not run, unless ``to_the_end``.
 
         Args:
             model: takes a chunk as keyword arguments.
@@ -163,6 +164,7 @@ class Probe:
             local: yield pairs: the module without its own adapter and with it, on the same input.
             prefix: depth of the frozen prefix of each stack. Its output is recorded the first time and started
                 from after that: frozen blocks are computed once.
+            to_the_end: do not leave the pass early, since what wraps the model (FSDP2, ZeRO-3) waits for its end.
         """
         first = 0
         known = self._depths if adapters else {}
@@ -190,7 +192,8 @@ class Probe:
                         boundary = stack.blocks[depth - 1]
                         undo.enter_context(patched_forward(boundary, _recording(boundary, position, recorded)))
                     top = stack.blocks[-1]
-                    undo.enter_context(patched_forward(top, _stopping(top, stack.path, finished, len(stacks))))
+                    if not to_the_end:
+                        undo.enter_context(patched_forward(top, _stopping(top, stack.path, finished, len(stacks))))
                 with suppress(StopForward):
                     model(**_model_inputs(chunk, device))
             self._boundaries[number].update(recorded)

@@ -1,0 +1,133 @@
+"""Two and three real processes: the same training as one process on the same global batch, and no frozen bit moves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from launch import found, start, wait
+
+import worker
+
+EXACT = ["ddp", "bert", "t5", "find_unused", "static_graph", "bucket_view", "small_buckets", "builtin_hook", "hidden"]
+BY_HAND = ["by_hand", "hidden_by_hand"]
+OTHER = ["accumulate", "bytes", "budget", "grad_norm", "fp16_hook", "power_sgd", "own_minds"]
+FSDP = ["fsdp2", "fsdp2_bert", "fsdp2_t5", "fsdp2_local"]
+ALL = [*EXACT, *BY_HAND, *OTHER, *FSDP]
+FAMILY = {"bert": "bert", "t5": "t5", "fsdp2_bert": "bert", "fsdp2_t5": "t5"}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """All scenarios on two ranks, one after the other, in one start."""
+    folder = tmp_path_factory.mktemp("two")
+    wait(start("worker.py", 2, folder, *ALL), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """``alone(family, **settings)``: one process that takes the rows of two ranks one after the other."""
+    kept = {}
+
+    def run(family="llama", **settings):
+        key = family, str(settings)
+        if key not in kept:
+            kept[key] = worker.train(family, lambda model: model, 0, 1, virtual=2, **settings)
+        return kept[key]
+
+    return run
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    return max(
+        float((torch.tensor(one["weights"][name]) - torch.tensor(other["weights"][name])).abs().max())
+        for name in one["weights"]
+    )
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_ranks_agree_at_every_step_and_nothing_frozen_moves(two, name):
+    first, second = found(two, name, 0), found(two, name, 1)
+    assert first["history"] == second["history"] and first["history"][-1], "nothing froze"
+    assert first["weights"] == second["weights"]
+    assert not first["moved"] and not second["moved"]
+    assert first["trainable_after_close"] > first["trainable"]
+    steps = [len(names) for names in first["history"]]
+    assert steps == sorted(steps)
+    assert "freeze" in second["events"] and second["scores"] == first["scores"]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_ddp_is_one_process_to_the_last_bit(two, alone, name):
+    one, many = alone(FAMILY.get(name, "llama")), found(two, name)
+    assert many["history"] == one["history"]
+    assert many["weights"] == one["weights"]
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_frozen_by_hand_before_the_first_step(two, alone, name):
+    one = alone(config={"freeze": ["model.layers.0"], "policy": "bottom_up"})
+    many = found(two, name)
+    assert many["history"][0] == ["model.layers.0"]
+    assert many["weights"] == one["weights"]
+
+
+def test_accumulation_without_synchronisation_between(two, alone):
+    # Sums of the parts of a step associate in another way: 1e-7 of a gradient, and what AdamW makes of it.
+    assert largest_difference(found(two, "accumulate"), alone(accumulate=2)) < 1e-4
+
+
+def test_a_budget_holds_and_changes_nothing(two, alone):
+    many = found(two, "budget")
+    assert many["events"].count("recompute") > 1 and many["logs"]["safe/planned_peak_mib"] < worker.BUDGET / 2**20
+    assert many["weights"] == alone()["weights"]
+
+
+def test_gradient_norms_are_those_of_the_averaged_gradients(two, alone):
+    assert found(two, "grad_norm")["weights"] == alone(config={"score": "grad_norm"})["weights"]
+
+
+def test_fewer_bytes_are_sent_after_each_freeze(two, alone):
+    many = found(two, "bytes")
+    assert many["weights"] == alone()["weights"]
+    frozen = [len(names) for names in many["history"]]
+    per_unit = many["bytes"][0] / 4
+    # What froze after a step is not sent in the next.
+    assert many["bytes"][1:] == [per_unit * (4 - count) for count in frozen[:-1]]
+
+
+def test_half_precision_hooks_go_on_working(two, alone):
+    assert largest_difference(found(two, "fp16_hook"), alone()) < 0.05
+    assert found(two, "power_sgd")["history"][-1]
+
+
+def test_one_decision_where_every_rank_has_its_own(two):
+    assert found(two, "own_minds")["history"][-1] == ["model.layers.0"]
+
+
+@pytest.mark.parametrize("name", FSDP)
+def test_fsdp2_is_one_process_within_rounding(two, alone, name):
+    settings = {"config": {"score": "local_cka"}} if name == "fsdp2_local" else {}
+    one, many = alone(FAMILY.get(name, "llama"), **settings), found(two, name)
+    assert many["history"] == one["history"]
+    # Reduce-scatter adds in another order than one process: 1e-7 of a gradient, and what AdamW makes of it.
+    assert largest_difference(many, one) < 1e-4
+    assert "cache_hit_rate" not in str(many["logs"])
+
+
+def test_three_ranks(tmp_path, alone):
+    wait(start("worker.py", 3, tmp_path, "ddp", "fsdp2"), tmp_path)
+    one = worker.train("llama", lambda model: model, 0, 1, virtual=3)
+    for name in ("ddp", "fsdp2"):
+        ranks = [found(tmp_path, name, rank) for rank in range(3)]
+        assert ranks[0]["history"] == ranks[1]["history"] == ranks[2]["history"] == one["history"]
+        assert ranks[0]["weights"] == ranks[1]["weights"] == ranks[2]["weights"]
+        assert not any(rank["moved"] for rank in ranks)
+        assert largest_difference(ranks[0], one) < 1e-4  # thirds round
+
+
+def test_a_rank_that_disagrees_stops_all_and_is_named(tmp_path):
+    wait(start("worker.py", 3, tmp_path, "disagree"), tmp_path)
+    for rank in range(3):
+        error = found(tmp_path, "disagree", rank)["error"]
+        assert "'model.layers.0' is frozen on rank 1, not on 0 and 2" in error and "Fix: " in error
