@@ -45,7 +45,7 @@ def find_parallel(model: nn.Module, optimizer: Any, units: Mapping[str, Unit]) -
         )
     if is_fsdp2(model):
         return FSDP2()
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if isinstance(model, DistributedDataParallel):
         return DDP(unwrap(model), model)
-    return DDP(unwrap(model)) if several else Parallel()
+    # Hosts wrap the model where nobody sees it, and in a group of one process too.
+    return DDP(unwrap(model)) if dist.is_available() and dist.is_initialized() else Parallel()
