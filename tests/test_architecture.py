@@ -11,7 +11,7 @@ SOURCE = Path(adafreeze.__file__).parent
 # From the roof to the ground. A part may import those below it, and its own.
 FLOORS = [
     ["__init__", "cli"],
-    ["integrations"],
+    ["integrations", "doctor"],
     ["safe", "plan"],
     ["deciding"],
     ["preflight", "scoring", "budget", "caching", "state", "_stage", "_guard", "_observe"],

@@ -132,6 +132,11 @@ class Caching:
         return []
 
     @property
+    def off_because(self) -> str | None:
+        """Why there is no cache, and will be none; None while there is or may be one."""
+        return self.cache.off if self.cache is not None and self.cache.off is not None else self._reason
+
+    @property
     def state_key(self) -> tuple[Any, ...]:
         """Changes whenever the cache changes what a training pass costs."""
         return self.cache.state_key if self.cache is not None else ()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from launch import found, start, wait
-
 import worker
+from launch import found, start, wait
 
 EXACT = ["ddp", "bert", "t5", "find_unused", "static_graph", "bucket_view", "small_buckets", "builtin_hook", "hidden"]
 BY_HAND = ["by_hand", "hidden_by_hand"]

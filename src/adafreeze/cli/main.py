@@ -16,6 +16,7 @@ __all__ = ["main"]
 COMMANDS = {
     "train": "fine-tune a model with adapters that freeze themselves",
     "plan": "memory and FLOPs of a run before it starts: will it fit?",
+    "doctor": "what adafreeze finds in a model or a script, before anything is trained",
     "demo": "see it work in a few minutes on the CPU",
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any
 
@@ -78,7 +78,7 @@ def param_groups(
 
 def is_deepspeed(model: nn.Module, optimizer: Any) -> bool:
     """Whether DeepSpeed trains ``model``: the engine, or the module inside it."""
-    return engine_of(model) is not None or any(_is_of_deepspeed(link) for link in _chain(optimizer))
+    return engine_of(model) is not None or _wrapper_in(optimizer) is not None
 
 
 def engine_of(model: nn.Module) -> Any | None:
@@ -88,8 +88,9 @@ def engine_of(model: nn.Module) -> Any | None:
         return model if kind is not None else None
     for hook in model._forward_pre_hooks.values():
         for cell in getattr(hook, "__closure__", None) or ():
-            if isinstance(cell.cell_contents, kind) and cell.cell_contents.module is model:
-                return cell.cell_contents
+            with suppress(ValueError):  # an empty cell
+                if isinstance(cell.cell_contents, kind) and cell.cell_contents.module is model:
+                    return cell.cell_contents
     return None
 
 
@@ -102,7 +103,7 @@ class DeepSpeedZero(Parallel):
 
     Args:
         engine: DeepSpeed's, as ``deepspeed.initialize`` returns it or :func:`engine_of` finds it.
-        optimizer: DeepSpeed's or accelerate's wrapper, where there is no engine to be asked.
+        optimizer: of the run, to be named where there is no engine.
         units: by name.
 
     Attributes:
@@ -114,7 +115,11 @@ class DeepSpeedZero(Parallel):
 
     def __init__(self, engine: Any | None, optimizer: Any, units: Mapping[str, Unit]) -> None:
         if engine is None:
-            raise _unknown("the engine that calls the model was not found in the model's hooks")
+            raise RunError(
+                f"DeepSpeed trains, by its {type(_wrapper_in(optimizer) or optimizer).__name__}, another model.",
+                cause="The model that was handed over is neither a DeepSpeed engine nor the module inside one.",
+                fix="Safe(model_engine, ...), with model_engine, *_ = deepspeed.initialize(...)",
+            )
         self.engine, self.units = engine, units
         self.stage = int(_attribute(engine, "zero_optimization_stage")())
         self.name = f"DeepSpeed ZeRO-{self.stage}"
@@ -126,9 +131,7 @@ class DeepSpeedZero(Parallel):
         self._still: dict[int, Tensor] = {}
         self._unproven: dict[int, Tensor | None] = {}
         self._swapped: list[tuple[dict[str, Any], str, Any]] = []
-        self._wrapper = next((w for w in _chain(_attribute(engine, "optimizer")) if _is_of_deepspeed(w)), None)
-        if isinstance(self._wrapper, torch.optim.Optimizer):  # DeepSpeed's own Adam on the model's own parameters
-            self._wrapper = None
+        self._wrapper = _wrapper_in(_attribute(engine, "optimizer"))
         self._undo: list[Callable[[], None]] = []
         if self._wrapper is not None:
             self._parts()
@@ -153,7 +156,7 @@ class DeepSpeedZero(Parallel):
         if mixed:
             names = ", ".join(mixed[0][:3]) + (f" and {len(mixed[0]) - 3} more" if len(mixed[0]) > 3 else "")
             raise RunError(
-                f"{len(mixed)} param groups of the optimizer hold more than one unit: {names}.",
+                f"{len(mixed)} of the optimizer's param groups hold more than one unit: {names}.",
                 cause=f"{self.name} makes one flat tensor of each group and goes on moving what froze in it, by "
                 "momentum and weight decay; it can only be held still as a whole.",
                 fix=_FIX,
@@ -203,6 +206,7 @@ class DeepSpeedZero(Parallel):
         self._undo.append(optimizer.register_step_post_hook(self._after_step).remove)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._swap_back()  # a step that failed leaves its zeros
         for group in optimizer.param_groups:
             parameters = group["params"]
             if not parameters or any(id(parameter) not in self._still for parameter in parameters):
@@ -216,9 +220,7 @@ class DeepSpeedZero(Parallel):
                     self._unproven[id(parameter)] = parameter.detach().clone()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        while self._swapped:
-            group, key, value = self._swapped.pop()
-            group[key] = value
+        self._swap_back()
         copies = {which: copy for which, copy in self._unproven.items() if copy is not None}
         for which, copy in copies.items():
             del self._unproven[which]
@@ -228,6 +230,11 @@ class DeepSpeedZero(Parallel):
                     cause=f"{type(optimizer).__name__} moves weights at lr=0 and weight_decay=0.",
                     fix="Use an optimizer whose step is proportional to lr, such as torch.optim.AdamW.",
                 )
+
+    def _swap_back(self) -> None:
+        while self._swapped:
+            group, key, value = self._swapped.pop()
+            group[key] = value
 
     def _wrap(self, name: str) -> None:
         original = _attribute(self.engine, name)
@@ -261,15 +268,14 @@ def _owners(units: Mapping[str, Unit]) -> dict[int, frozenset[str]]:
     return owners
 
 
-def _chain(optimizer: Any) -> Iterator[Any]:
-    """An optimizer and those that it wraps, from outside in."""
+def _wrapper_in(optimizer: Any) -> Any | None:
+    """What DeepSpeed put around the real optimizer; None where that steps the model's own parameters (ZeRO-0)."""
     while optimizer is not None:
-        yield optimizer
+        of_deepspeed = type(optimizer).__module__.partition(".")[0] == "deepspeed"
+        if of_deepspeed and not isinstance(optimizer, torch.optim.Optimizer):
+            return optimizer
         optimizer = getattr(optimizer, "optimizer", None)
-
-
-def _is_of_deepspeed(optimizer: Any) -> bool:
-    return type(optimizer).__module__.partition(".")[0] == "deepspeed"
+    return None
 
 
 def _attribute(holder: Any, name: str) -> Any:
