@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 from torch import nn
@@ -47,6 +48,7 @@ def examine(
     named = ", ".join(f"{stack.path} ({len(stack)})" for stack in stacks)
     yield Finding("model", "ok", f"{type(inner).__name__}; blocks: {named}")
     yield _units(model, units)
+    yield _peft(units)
     for path, flow in flows.items():
         sources = " and ".join(flow.reads)
         if flow.live and sources:
@@ -108,6 +110,16 @@ def _units(model: nn.Module, units: Mapping[str, Unit]) -> Finding:
     if others:
         text += f"; trained to the end beside them: {', '.join(others[:3])}" + (", ..." if len(others) > 3 else "")
     return Finding("adapters", "ok", text)
+
+
+def _peft(units: Mapping[str, Unit]) -> Finding:
+    holds = all(hasattr(site, "_freeze_non_trainable_peft_weights") for unit in units.values() for site in unit.sites)
+    text = f"{metadata.version('peft')} " + (
+        "keeps frozen adapters frozen through set_adapter and disable_adapter"
+        if holds
+        else "makes frozen adapters trainable again in set_adapter and disable_adapter; each pass is audited"
+    )
+    return Finding("PEFT", "ok" if holds else "arranged", text)
 
 
 def _configs(model: nn.Module) -> list[Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import runpy
 import sys
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AdafreezeError, ConfigError, ModelError
+from ..errors import AdafreezeError, ConfigError, ModelError, RunError
 from ._arguments import AdapterArguments, adapter_options, parse_flags
 
 if TYPE_CHECKING:
@@ -140,6 +141,14 @@ def _of_script(script: str, arguments: list[str]) -> list[Finding]:
     except SystemExit as ended:
         if ended.code not in (None, 0):
             raise
+    except AdafreezeError:
+        raise
+    except Exception as error:
+        raise RunError(
+            f"{script} failed before adafreeze had looked at its model: {type(error).__name__}: {error}",
+            cause=f"Its own code raised this{_line_of(script, error)}.",
+            fix=f"python {' '.join([script, *arguments])}, which shows the whole traceback",
+        ) from error
     finally:
         Safe.__init__ = make  # type: ignore[method-assign]
         sys.argv, sys.path[:] = argv, path
@@ -148,6 +157,12 @@ def _of_script(script: str, arguments: list[str]) -> list[Finding]:
         cause="It made no Safe, and trained no Trainer with a SafeCallback.",
         fix="callbacks=[SafeCallback()] in its Trainer, or Safe(model, ...) before its loop",
     )
+
+
+def _line_of(script: str, error: Exception) -> str:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == script]
+    number = lines[-1] if lines else getattr(error, "lineno", None)
+    return "" if number is None else f", in line {number}"
 
 
 def _show(target: str, findings: Iterable[Finding]) -> None:
