@@ -29,26 +29,74 @@ class Guard:
         self.journal = journal
         self.check_gradients = False
         self._warned: set[str] = set()
+        self._site = next(iter(freezer.units.values())).sites[0]
+        self._active = freezer.backend.active(self._site)
 
-    def audit(self, step: int) -> list[str]:
-        """Freeze again what somebody made trainable; returns the units it happened to."""
-        loose = self.freezer.audit()
-        if loose:
-            self.journal.write("refreeze", step=step, units=loose)
-            self.warn_once(
-                "loose",
-                f"{len(loose)} frozen units had been made trainable again ({loose[0]}, ...) and were frozen again.",
-                cause="Something called set_adapter, enable_adapter_layers or requires_grad_ on the model.",
-                fix="Nothing to do if that was meant for another adapter; call safe.close() to end the freezing.",
+    def audit(self, step: int) -> bool:
+        """Before a training pass: freeze again what somebody made trainable; True if what trains may have changed."""
+        return bool(self._freeze_again(step)) | self._adapters_switched(step)
+
+    def _freeze_again(self, step: int) -> list[str]:
+        """The units that were frozen again."""
+        loose = self.freezer.loose()
+        if not loose:
+            return []
+        kind, cause, fix = self._undone_by(loose)
+        units = self.freezer.audit()
+        self.journal.write("refreeze", step=step, units=units, by=kind)
+        what = "had been given gradients" if kind == "grad" else "had been made trainable again"
+        self.warn_once(
+            kind,
+            f"{len(units)} frozen units {what} ({units[0]}{', ...' if units[1:] else ''}) and were frozen again.",
+            cause=cause,
+            fix=fix,
+        )
+        return units
+
+    def _undone_by(self, loose: list[nn.Parameter]) -> tuple[str, str, str]:
+        """What was called, as far as the flags that it left behind tell: a word for it, cause and fix."""
+        found = {id(parameter) for parameter in loose}
+        names = [name for name, p in self.model.named_parameters() if id(p) in found]
+        some = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if names[2:] else "")
+        if not any(p.requires_grad for p in loose):
+            return "grad", f".grad was assigned by hand: {some}.", "Skip the parameters that do not require gradients."
+        if all(p.requires_grad for p in self.model.parameters()):
+            return (
+                "whole model",
+                "requires_grad_(True) on the whole model. Its base weights are trainable now too: nothing is left of "
+                "the frozen prefix.",
+                "for name, p in model.named_parameters(): p.requires_grad_('lora_' in name)  # your adapter's own name",
             )
-        return loose
+        fix = "Nothing to do if that was meant for something else; call safe.close() to end the freezing."
+        held = all(self.freezer.backend.holds(s) for n in self.freezer.frozen for s in self.freezer.units[n].sites)
+        if len(loose) < sum(1 for _ in self.freezer.parameters()):
+            return "parameters", f"requires_grad_(True) on {some}.", fix
+        if held:  # whatever PEFT itself switches on keeps the freeze
+            return "adapters", f"requires_grad_(True) on all adapter parameters: {some}.", fix
+        return "peft", "set_adapter, enable_adapter_layers, or the end of a disable_adapter() on the model.", fix
+
+    def _adapters_switched(self, step: int) -> bool:
+        active = self.freezer.backend.active(self._site)
+        if active == self._active:
+            return False
+        before, self._active = self._active, active
+        self.journal.write("adapters", step=step, before=before, active=active)
+        self.warn_once(
+            "adapters switched",
+            f"The active adapters changed from {', '.join(before)} to {', '.join(active) or 'none'} at step {step}.",
+            cause="set_adapter was called on the model. Units are of the adapters that were active at the start; while "
+            "others train in the frozen blocks, these have their full backward pass.",
+            fix="Nothing to do if that was meant; model.set_adapter(...) with the first ones brings the prefix back.",
+        )
+        return True
 
     def look_at_gradients(self, step: int) -> None:
-        """Between backward pass and optimizer step, once after each freeze.
+        """Between backward pass and optimizer step: nothing frozen moves; after a freeze, what is live learns.
 
         Raises:
             RunError: nothing learns any more.
         """
+        self._freeze_again(step)
         if not self.check_gradients:
             return
         self.check_gradients = False

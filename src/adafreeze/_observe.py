@@ -21,7 +21,7 @@ class Observer:
         model: the module that the host calls.
         optimizer: whose step is announced; accelerate's wrapper or the real one.
         before_forward: called before each training forward pass.
-        before_optimizer_step: called between backward pass and optimizer step.
+        before_optimizer_step: called between backward pass and optimizer step, also where a closure makes both.
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class Observer:
     ) -> None:
         self._model = model
         self._before_forward = before_forward
+        self._before_optimizer_step = before_optimizer_step
         self.forwards = 0
         self.samples = 0
         self.tokens = 0
@@ -46,7 +47,7 @@ class Observer:
         ]
         torch_optimizer = getattr(optimizer, "optimizer", optimizer)
         if isinstance(torch_optimizer, torch.optim.Optimizer):
-            self._handles.append(torch_optimizer.register_step_pre_hook(lambda *_: before_optimizer_step()))
+            self._handles.append(torch_optimizer.register_step_pre_hook(self._before_step))
 
     @property
     def saved_bytes(self) -> float | None:
@@ -65,6 +66,22 @@ class Observer:
             handle.remove()
         self._handles = []
 
+    def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._before_optimizer_step()
+            return None
+
+        def then_look() -> Any:
+            loss = closure()
+            self._before_optimizer_step()
+            return loss
+
+        # Lightning's backward pass is in the closure: there are no gradients to look at before it.
+        return (args[:1], {**kwargs, "closure": then_look})
+
+    # Under torch.compile hooks are traced along with the model: what only counts has no place in a graph.
+    @torch.compiler.disable
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not model.training or not torch.is_grad_enabled():
             return
@@ -80,6 +97,7 @@ class Observer:
             self._counting = SavedBytes(model)
             self._counting.__enter__()
 
+    @torch.compiler.disable
     def _leave(self, *_: Any) -> None:
         if self._counting is not None:
             self._counting.__exit__(None, None, None)

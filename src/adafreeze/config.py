@@ -133,18 +133,19 @@ class SafeConfig:
                     cause="It must be True or False.",
                     fix=f"SafeConfig({name}={getattr(type(self), name)})",
                 )
-        for name, least in (
-            ("settle_patience", 1),
-            ("min_live_blocks", 0),
-            ("probe_tokens", 2),
-            ("min_measurements", 1),
-            ("seed", 0),
+        for name, least, most in (
+            ("settle_patience", 1, math.inf),
+            ("min_live_blocks", 0, math.inf),
+            ("probe_tokens", 2, math.inf),
+            ("min_measurements", 1, math.inf),
+            ("seed", 0, 2**32 - 1),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 raise ConfigError(
                     f"SafeConfig.{name} is {value!r}.",
-                    cause=f"It must be a whole number, at least {least}.",
+                    cause=f"It must be a whole number, at least {least}"
+                    + ("." if most == math.inf else f" and at most {most}."),
                     fix=f"SafeConfig({name}={max(least, getattr(type(self), name))})",
                 )
         if self.ramp_end < self.warmup:
@@ -184,7 +185,7 @@ class SafeConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the journal; functions by their name."""
-        values = dataclasses.asdict(self)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in ("policy", "score"):
             if callable(values[name]):
                 values[name] = getattr(values[name], "__qualname__", repr(values[name]))
@@ -236,7 +237,7 @@ def _names(name: str, value: Any) -> tuple[str, ...]:
 
 
 def _within(name: str, value: Any, low: float, high: float) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not low <= value <= high:
         raise ConfigError(
             f"SafeConfig.{name} is {value!r}.",

@@ -30,14 +30,15 @@ def parse_size(name: str, value: Any, example: str = "4GiB") -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value) if isinstance(value, str) else None
-    if found is None or found[2].lower() not in _UNITS or float(found[1]) * _UNITS[found[2].lower()] < 1:
+    size = float(found[1]) * _UNITS.get(found[2].lower(), 0) if found is not None else 0.0
+    if not 1 <= size < float("inf"):
         setting = re.fullmatch(r"(\w+)\.(\w+)", name)
         raise ConfigError(
             f"{name} is {value!r}.",
             cause="It must be a number of bytes, or a text with one of the units KiB, MiB, GiB, TiB, KB, MB, GB, TB.",
             fix=f"{setting[1]}({setting[2]}={example!r})" if setting else f"{name} {example}",
         )
-    return int(float(found[1]) * _UNITS[found[2].lower()])
+    return int(size)
 
 
 def readable(nbytes: float) -> str:

@@ -72,18 +72,20 @@ class Freezer:
                     seen.add(id(parameter))
                     yield parameter
 
+    def loose(self) -> list[nn.Parameter]:
+        """Frozen parameters that somebody made trainable again, or gave a gradient."""
+        return [p for p in self.parameters() if p.requires_grad or p.grad is not None]
+
     def audit(self) -> list[str]:
-        """Freeze again what somebody made trainable, and name the units it happened to."""
-        loose = [p for p in self.parameters() if p.requires_grad or p.grad is not None]
-        if not loose:
-            return []
-        found = {id(parameter) for parameter in loose}
+        """Freeze again what is :meth:`loose`, and name the units it happened to."""
+        loose = self.loose()
         for parameter in loose:
             parameter.requires_grad_(False)
             parameter.grad = None
+        found = {id(parameter) for parameter in loose}
         return [
             name
-            for name in sorted(self.frozen)
+            for name in sorted(self.frozen if found else ())
             if any(id(p) in found for p in (*self.units[name].parameters(), *self.units[name].shared_parameters()))
         ]
 

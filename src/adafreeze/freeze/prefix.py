@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..model.blocks import Stack, StopForward, held_attribute, hidden_states, patched_forward, without_cache
 from ..model.flow import Flow, tensors_in
@@ -72,6 +73,7 @@ class Prefix:
         self.watch_boundary: Callable[[str, Tensor], None] | None = None
         self.autocast: torch.dtype | str | None = "unknown"
         self._undo = ExitStack()
+        self._handles: list[RemovableHandle] = []
         self._entered: set[str] = set()
         self._pass = _Pass()
         self._hands_on: dict[str, tuple[Any, ...] | bool | None] = {}
@@ -80,7 +82,7 @@ class Prefix:
         """Find the prefix as the parameters' flags are now, and make it so. Returns blocks by stack path."""
         depths = {stack.path: self._depth(stack) for stack in self.stacks}
         if depths != self.depths:
-            self.restore()
+            self._undo.close()
             self.depths = depths
             if any(depths.values()):
                 self._install()
@@ -89,7 +91,9 @@ class Prefix:
     def restore(self) -> None:
         """Leave every module, hook and flag as it was before."""
         self._undo.close()
-        self._undo = ExitStack()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
         self.depths = {stack.path: 0 for stack in self.stacks}
 
     def _depth(self, stack: Stack) -> int:
@@ -102,11 +106,13 @@ class Prefix:
 
     def _install(self) -> None:
         enter = self._undo.enter_context
-        begin = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        # Whoever calls an inner module between two passes of the model finds nothing to start from.
-        end = self.model.register_forward_hook(self._end, always_call=True)
-        self._undo.callback(begin.remove)
-        self._undo.callback(end.remove)
+        if not self._handles:
+            # They stay while the prefix changes, which it may from a hook of the same pass: torch has listed them then.
+            # Whoever calls an inner module between two passes of the model finds nothing to start from.
+            self._handles = [
+                self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
+                self.model.register_forward_hook(self._end, always_call=True),
+            ]
         for stack in self.stacks:
             depth = self.depths[stack.path]
             for index, block in enumerate(stack.blocks[:depth]):
@@ -149,16 +155,19 @@ class Prefix:
         outer, entered = self._pass, self._entered
         self._pass, self._entered = this, set()
         try:
-            yield this
+            with torch.compiler.set_stance("force_eager"):  # it is no pass that a compiler would see again
+                yield this
         finally:
             self._pass, self._entered = outer, entered
 
+    @torch.compiler.disable  # looking up is Python through and through
     def _begin(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._pass = _Pass()
         if self.look_up is not None and self._active():
             self._pass = _Pass(self.look_up(args, kwargs))
         self._entered.clear()
 
+    @torch.compiler.disable
     def _end(self, *_: Any) -> None:
         self._pass = _Pass()
 

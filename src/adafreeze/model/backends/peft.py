@@ -82,7 +82,7 @@ class PeftBackend:
 
     def settings(self, site: nn.Module) -> tuple[Any, ...]:
         """What decides what ``site`` computes, but for its weights: adapters on, their scaling, merged or not."""
-        active = tuple(site.active_adapters)  # type: ignore[arg-type]
+        active = self.active(site)
         scaling = getattr(site, "scaling", None) or {}
         scales = tuple(scaling.get(name) for name in active) if isinstance(scaling, dict) else (scaling,)
         return active, scales, tuple(site.merged_adapters), bool(site.disable_adapters)  # type: ignore[arg-type]
@@ -120,6 +120,14 @@ class PeftBackend:
                     names.add(attribute)
             held[adapter] = tuple(sorted(names))
         site.frozen_peft_weight_names = held
+
+    def holds(self, site: nn.Module) -> bool:
+        """Whether PEFT itself keeps what :meth:`hold` told it to."""
+        return "frozen_peft_weight_names" in site.__dict__
+
+    def active(self, site: nn.Module) -> tuple[str, ...]:
+        """Names of the adapters that are active at ``site``."""
+        return tuple(site.active_adapters)  # type: ignore[arg-type]
 
     def release(self, sites: Iterable[nn.Module]) -> None:
         """Undo :meth:`hold`."""
