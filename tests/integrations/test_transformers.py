@@ -1,4 +1,4 @@
-"""SafeCallback in the real Trainer and in TRL's SFTTrainer."""
+"""SafeCallback in the real Trainer."""
 
 import json
 import subprocess
@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
 import cases
@@ -77,7 +76,6 @@ def test_the_adapter_gives_the_same_logits_where_adafreeze_never_was(tmp_path):
     torch.save(cases.batch("bert"), tmp_path / "batch.pt")
     script = f"""
 import sys, torch
-from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 base = AutoModelForSequenceClassification.from_pretrained({str(tmp_path / "base")!r})
 model = PeftModel.from_pretrained(base, {str(tmp_path / "adapter")!r}).eval()
@@ -144,47 +142,6 @@ def test_several_gpus_by_data_parallel_are_refused(tmp_path):
     settings._n_gpu = 2
     with pytest.raises(RunError, match=r"2 GPUs by nn\.DataParallel"):
         callback.on_train_begin(settings, None, None)
-
-
-def test_sft_trainer(tmp_path):
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: index for index, word in enumerate(["<pad>", "<eos>", *[f"w{i}" for i in range(60)]])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-    texts = [" ".join(f"w{(i * j) % 60}" for j in range(1, 9 + i % 5)) for i in range(32)]
-    callback = SafeCallback(SafeConfig(freeze_share=0.6))
-    config = trl.SFTConfig(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=4,
-        num_train_epochs=3,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        max_length=16,
-    )
-    trainer = trl.SFTTrainer(
-        model=cases.base_model("llama"),
-        args=config,
-        train_dataset=Dataset.from_dict({"text": texts}),
-        processing_class=fast,
-        peft_config=cases.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
-        callbacks=[callback],
-    )
-    trainer.train()
-    assert isinstance(trainer.model, PeftModel)
-    assert callback.safe.prefixes["model.layers"] > 0
-    assert any("safe/frozen_prefix" in entry for entry in trainer.state.log_history)
-    trainer.save_model(tmp_path / "adapter")
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_two_of_them_are_refused(tmp_path):

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch import distributed as dist
 
 from ... import errors
 from ...errors import AdafreezeError, RunError
+from ...model.packing import packed, unpacked
 
 __all__ = ["Ranks"]
 
@@ -64,23 +64,7 @@ class Ranks:
         """Batches of tensors, and of JSON values beside them, as rank 0 has them."""
         if self.size == 1:
             return [dict(batch) for batch in batches]
-        from safetensors.torch import load, save
-
-        flat: dict[str, Tensor] = {}
-        rest: list[dict[str, Any]] = []
-        for number, batch in enumerate(batches):
-            rest.append({})
-            for name, value in batch.items():
-                if isinstance(value, Tensor):
-                    flat[f"{number}.{name}"] = value.detach().cpu().contiguous()
-                else:
-                    rest[-1][name] = value
-        rest = self.of_main(lambda: rest)
-        received = load(self._send(save(flat) if self.is_main else b""))
-        for key, value in received.items():
-            place, _, name = key.partition(".")
-            rest[int(place)][name] = value
-        return rest
+        return unpacked(self.of_main(lambda: packed(batches)))
 
     def check_alike(self, what: str, names: Iterable[str], step: int) -> None:
         """Stop all ranks if ``names`` are not the same on all of them; 32 bytes are sent, more only if they are not.
