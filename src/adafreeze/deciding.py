@@ -109,6 +109,7 @@ class Decider:
         """Take up what :meth:`state_dict` wrote on rank 0; takes the pre-trained representations again."""
         self._settling.load_state_dict(state["settling"])
         self.scores, self.warmup_end = dict(state["scores"]), state["warmup_end"]
+        self.plan, self.scorer = None, None
         if state["plan"] is None:
             return
         self.plan = tuple(state["plan"])

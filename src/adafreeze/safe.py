@@ -16,7 +16,7 @@ from .budget import open_budget
 from .caching import Caching
 from .config import SafeConfig
 from .deciding import Decider
-from .errors import warn
+from .errors import ProbeError, warn
 from .freeze import Freezer, Prefix
 from .freeze.cache import Progress
 from .freeze.parallel import Ranks, find_parallel
@@ -98,13 +98,17 @@ class Safe:
         self.stacks = find_stacks(self.model)
         self.backend = PeftBackend(self.model)
         self.units = find_units(self.model, self.stacks, self.backend, self.config.granularity)
+        drawn = self._draw(probe)
         self.parallel = find_parallel(model, optimizer, self.units)
         self.config = check_parallel(self.config, self.parallel)
         warn_of_other_trainables(self.model, self.stacks, self.units)
         check_units(self.config.freeze, self.units)
-        drawn = self._draw(probe)
         self.freezer = Freezer(self.units, self.backend, optimizer)
-        flows = flows_of(self.model, self.stacks, self.units, drawn, collective=self.parallel.collective)
+        try:
+            flows = flows_of(self.model, self.stacks, self.units, drawn, collective=self.parallel.collective)
+        except ProbeError:
+            self.parallel.release()
+            raise
         self.prefix = Prefix(self.model, self.stacks, flows, keep_dropout=self.config.prefix_dropout)
         self._owns_journal = not isinstance(journal, Journal)
         given = journal if self.ranks.is_main else None
@@ -198,7 +202,7 @@ class Safe:
         self.steps += 1
         if self.decider.plan is None:
             self._announce()
-            self.decider.prepare(self.steps, self._step_samples)
+            self.decider.prepare(self.steps, self._step_samples * self._rows_per_sample)
         if not self.decider.due(self.steps):
             return []
         self.ranks.check_alike("frozen", self.frozen, self.steps)
@@ -259,6 +263,8 @@ class Safe:
         self.steps = content["steps"]
         self._observer.samples = content.get("samples", 0)
         self.journal.rewind(content.get("journal"))
+        if not self.frozen <= set(content["frozen"]):
+            self._thaw()
         self.decider.load_state_dict(content["deciding"], self.steps)
         self.caching.load_state_dict(content["cache"])
         if self.budget is not None and content["budget"] is not None:
@@ -266,6 +272,13 @@ class Safe:
         self._freeze([name for name in content["frozen"] if name not in self.frozen], by="resume")
 
     # What holds it together.
+
+    def _thaw(self) -> None:
+        """For a run that goes back to before a freeze."""
+        self.freezer.restore()
+        self.prefix.update()
+        self.parallel.after_freeze(())
+        self.caching.prefix_changed()
 
     @property
     def _step_samples(self) -> int:
@@ -277,8 +290,14 @@ class Safe:
         return self.parallel.extra_bytes + (scorer.nbytes if scorer is not None else 0)
 
     def _progress(self) -> Progress:
-        remaining = max(0, self.total_steps - self.steps) * self._step_samples
-        return Progress(self.steps, remaining, self._rank_epoch)
+        rows, epoch = self._rows_per_sample, self._rank_epoch
+        remaining = max(0, self.total_steps - self.steps) * self._step_samples * rows
+        return Progress(self.steps, remaining, epoch and epoch * rows)
+
+    @property
+    def _rows_per_sample(self) -> int:
+        """Rows that the model gets for one sample of the data: two for a pair that DPO compares."""
+        return max(1, round(self._observer.samples / (max(1, self.steps) * self._step_samples)))
 
     @property
     def _rank_epoch(self) -> int | None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from ..config import SafeConfig
-from ..errors import RunError
+from ..errors import AdafreezeError, ProbeError, RunError, note
 from ..journal import Journal
 from ..model.draw import samples_of
+from ..model.packing import packed, unpacked
 from ..safe import Safe
+from ._seen import Seen
 
 __all__ = ["SafeCallback"]
 
@@ -22,8 +28,9 @@ class SafeCallback(TrainerCallback, ExportableState):
 
         trainer = Trainer(model=peft_model, ..., callbacks=[SafeCallback()])
 
-    The probe is drawn from the train dataloader's dataset. ``safe/...`` scalars appear in the Trainer's logs.
-    The adapter is saved by the Trainer, in PEFT's own format. At the end of training the model is as it was,
+    The probe is drawn from the train dataloader's dataset; where that holds something else than the model gets (TRL's
+    GRPO and RLOO generate it), from what the model gets in the first step. ``safe/...`` scalars appear in the Trainer's
+    logs. The adapter is saved by the Trainer, in PEFT's own format. At the end of training the model is as it was,
     but for the trained weights. Checkpoints carry the state of the freezing; ``resume_from_checkpoint`` takes it
     up again.
 
@@ -43,12 +50,18 @@ class SafeCallback(TrainerCallback, ExportableState):
         self.probe = probe
         self.journal = journal
         self.safe: Safe | None = None
+        self._seen: Seen | None = None
+        self._start: Callable[..., Safe]
 
     def state(self) -> dict[str, Any]:
         """What the Trainer keeps in ``trainer_state.json``."""
         return {
             "args": {},
-            "attributes": {"saved": self.safe.state_dict() if self.safe is not None else None},
+            "attributes": {
+                "saved": self.safe.state_dict() if self.safe is not None else None,
+                # Nobody can draw it a second time.
+                "probe": packed(self.safe.decider.probe.chunks) if self.safe is not None and self._seen else None,
+            },
         }
 
     def on_train_begin(
@@ -61,35 +74,50 @@ class SafeCallback(TrainerCallback, ExportableState):
                 cause="Its replicas share Python objects with the original, which a frozen prefix changes.",
                 fix="CUDA_VISIBLE_DEVICES=0 python ...",
             )
-        self.safe = Safe(
+        self._start = partial(
+            Safe,
             kwargs["model"],
-            self.config,
             optimizer=kwargs["optimizer"],
-            probe=kwargs["train_dataloader"] if self.probe is None else self.probe,
             total_steps=state.max_steps,
             batch_size=args.train_batch_size,
             samples_per_step=args.train_batch_size * args.gradient_accumulation_steps,
             samples_per_epoch=samples_of(kwargs["train_dataloader"]),
             journal=self.journal,
         )
-        # A checkpoint of a run without this callback knows nothing of it, and the next save would fail on that.
+        self.safe = self._seen = None
         known: Any = state.stateful_callbacks
+        kept = _attributes(known.get(type(self).__name__)).get("probe")
+        if kept is not None:
+            self._seen = Seen(kwargs["model"], unpacked(kept))
+            self._start_with_seen()
+        else:
+            self._draw(kwargs["model"], kwargs["train_dataloader"])
+        # A checkpoint of a run without this callback knows nothing of it, and the next save would fail on that.
+        is_known = type(self).__name__ in known
         entry = known.setdefault(type(self).__name__, self.state())
         if isinstance(entry, list):
-            self.safe.close()
+            self.on_train_end(args, state, control)
             raise RunError(
                 f"This Trainer has {len(entry)} {type(self).__name__}s.",
                 cause="Each would freeze the same adapters by scores of its own.",
                 fix="Pass one: callbacks=[SafeCallback()]",
             )
-        saved = entry.get("attributes", {}).get("saved")
-        if saved is not None and state.global_step > 0:
-            self.safe.load_state_dict(saved)
-        else:
+        if state.global_step == 0 or self.safe is None:
+            return
+        if not is_known:
             self.safe.steps = state.global_step
+            note("The checkpoint is of a run without adafreeze: scores are measured from here on.")
+            return
+        try:
+            self.safe.load_state_dict(_attributes(entry).get("saved", {}))
+        except AdafreezeError:
+            self.safe.close()
+            raise
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure and freeze, where it is time to."""
+        if self.safe is None and self._seen is not None:
+            self._start_with_seen().steps = state.global_step - 1
         if self.safe is not None:
             self.safe.step()
 
@@ -113,5 +141,38 @@ class SafeCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the model as it was, but for the trained weights."""
+        if self._seen is not None:
+            self._seen.remove()
         if self.safe is not None:
             self.safe.close()
+
+    def _draw(self, model: nn.Module, dataloader: Any) -> None:
+        """Start with a probe from the dataloader; where it holds something else than the model gets, later."""
+        try:
+            self.safe = self._start(self.config, probe=dataloader if self.probe is None else self.probe)
+        except ProbeError as error:
+            if self.probe is not None:
+                raise
+            if self.config is not None and self.config.memory_budget is not None:
+                raise ProbeError(
+                    error.fact,
+                    cause="A memory budget is checked before the first step, on samples as the model gets them. "
+                    + error.cause,
+                    fix='SafeCallback(..., probe=[tokenizer(texts, padding=True, return_tensors="pt")])',
+                ) from error
+            self._seen = Seen(model)
+            note(f"Scores are measured on what the model gets in the first step. {error.fact}")
+
+    def _start_with_seen(self) -> Safe:
+        assert self._seen is not None
+        self._seen.remove()
+        config = replace(self.config or SafeConfig(), cache="off", cache_dir=None)
+        note("Prefix cache off: the dataloader does not hold what the model gets (it is generated, or a stream).")
+        self.safe = self._start(config, probe=self._seen.batches)
+        return self.safe
+
+
+def _attributes(entry: Any) -> Mapping[str, Any]:
+    """What :meth:`SafeCallback.state` kept; nothing if somebody has changed the entry."""
+    attributes = entry.get("attributes") if isinstance(entry, Mapping) else None
+    return attributes if isinstance(attributes, Mapping) else {}

@@ -64,7 +64,13 @@ def _chunks(source: Any, seed: int, pad_token_id: int | None) -> Iterator[Chunk]
     elif hasattr(source, "dataset") and hasattr(source, "collate_fn"):
         collate = _own_copy(source.collate_fn)
         for samples in _sample_groups(source.dataset, seed):
-            yield from split(collate(samples), pad_token_id)
+            batch = collate(samples)
+            # Padding-free, it makes one row of them all.
+            if len(samples) > 1 and isinstance(batch, Mapping) and rows_of(batch) == 1:
+                for sample in samples:
+                    yield from split(collate([sample]), pad_token_id)
+            else:
+                yield from split(batch, pad_token_id)
     elif isinstance(source, Iterable):
         for batch in source:
             yield from split(batch, pad_token_id)
