@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .config import SafeConfig
+from .decide.scores import resolve_score
 from .errors import ConfigError, ProbeError, RunError, note, warn
 from .freeze.parallel import Parallel
 from .model import Flow, Probe, Stack, Unit, trace_flow
@@ -35,13 +36,20 @@ def check_parallel(config: SafeConfig, parallel: Parallel) -> SafeConfig:
     """Settings that do for the way the run is spread over processes; what cannot be is left out, and said.
 
     Raises:
-        RunError: a memory budget, where none can be kept.
+        RunError: a memory budget where none can be kept, or a score of what cannot be read.
     """
     if parallel.no_budget is not None and config.memory_budget is not None:
         raise RunError(
             f"SafeConfig.memory_budget is {config.memory_budget!r}, and the run uses {parallel.name}.",
             cause=f"There is none: {parallel.no_budget}.",
             fix="SafeConfig(memory_budget=None), with gradient checkpointing where memory is short.",
+        )
+    needs = resolve_score(config.score).needs
+    if needs in parallel.hidden:
+        raise RunError(
+            f"SafeConfig.score is {config.score!r}, and the run uses {parallel.name}.",
+            cause=f"It is made of {needs}, and {parallel.hidden[needs]}.",
+            fix='SafeConfig(score="cka"), or "local_cka"; or run on FSDP2 or DDP.',
         )
     if parallel.no_cache is None or config.cache == "off":
         return config

@@ -70,8 +70,8 @@ class Safe:
         ModelError: the model has no adapters by block.
         ProbeError: the probe holds nothing that the model takes.
         ConfigError: total_steps is not positive, or a unit to freeze by hand does not exist.
-        RunError: freezing would not be right for the run (nn.DataParallel, FSDP1, ungrouped DeepSpeed optimizers), or
-            the memory budget is too small.
+        RunError: freezing would not be right for the run (nn.DataParallel, FSDP1, an unknown DeepSpeed), or the memory
+            budget is too small.
     """
 
     def __init__(
@@ -346,7 +346,7 @@ class Safe:
         self.parallel.after_freeze(self.frozen)
         self.caching.prefix_changed()
         self._observer.count_again()
-        self._guard.check_gradients = by != "resume"
+        self._guard.check_gradients = by != "resume" and "gradients" not in self.parallel.hidden
         self.journal.write(
             "resume" if by == "resume" else "freeze",
             step=self.steps,

@@ -1,27 +1,31 @@
-"""One rank of the DeepSpeed runs that test_deepspeed.py looks at: python _zero_worker.py FOLDER RANK SIZE RUNS."""
+"""One rank of the DeepSpeed runs that test_deepspeed.py looks at: python _zero_worker.py FOLDER RUNS."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
-os.environ.update({"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import cases
 import deepspeed
 import torch
+import worker
 from torch import distributed as dist
 
+import cases
+from adafreeze import Safe, SafeConfig
 from adafreeze.errors import AdafreezeError
 from adafreeze.freeze.freezer import Freezer
-from adafreeze.freeze.parallel.deepspeed import DeepSpeedZero, engine_of, param_groups
+from adafreeze.freeze.parallel.deepspeed import DeepSpeedZero, engine_of
 from adafreeze.freeze.prefix import Prefix
 from adafreeze.model import find_stacks, find_units, trace_flow
 from adafreeze.model.backends import PeftBackend
+
+# DeepSpeed would compile kernels for shared memory first; without them it sends by gloo.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# Every CPU computes in fp16, if slowly; DeepSpeed allows it only where that is fast.
+deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
 
 ROWS, MICRO, STEPS, FREEZE_AT = 2, 2, 6, 3  # rows of a micro-batch, micro-batches of a step on each rank
 DECAY, LR, CLIP = 0.1, 2e-2, 0.05  # the norm of the gradients is above CLIP in every step
@@ -50,7 +54,7 @@ class Sideways(torch.optim.SGD):
 class Run:
     """A tiny model with everything that a freeze needs; by DeepSpeed, or without it if ``stage`` is None."""
 
-    def __init__(self, family, stage, precision="fp32", optimizer="AdamW", grouped=True, power=16, **zero):
+    def __init__(self, family, stage, precision="fp32", optimizer="AdamW", mixed=False, power=16, **zero):
         self.family = family
         self.model = cases.lora_model(family, dropout=0.0)
         self.stacks, backend = find_stacks(self.model), PeftBackend(self.model)
@@ -59,8 +63,9 @@ class Run:
         flows = trace_flow(self.model, self.stacks, micro_batch(family, 0, 0))
         kind = Sideways if optimizer == "Sideways" else getattr(torch.optim, optimizer)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        groups = param_groups(self.model, weight_decay=DECAY) if grouped else [{"params": trainable}]
-        self.optimizer = kind(groups, lr=LR)
+        # With several groups, each holds parameters of every unit.
+        groups = [{"params": trainable[part::3]} for part in range(3)] if mixed else [{"params": trainable}]
+        self.optimizer = kind(groups, lr=LR, weight_decay=DECAY)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, falling)
         self.engine = self.held = None
         if stage is not None:
@@ -102,19 +107,22 @@ class Run:
         if self.held is not None and tell:
             self.held.after_freeze(self.names)
 
-    def weights(self):
-        found = {name: p for name, p in self.model.named_parameters() if "lora_" in name}
-        sharded = any(hasattr(p, "ds_id") for p in found.values())
-        with deepspeed.zero.GatheredParameters(list(found.values()), enabled=sharded):
-            return {name: p.detach().clone() for name, p in found.items()}
-
     def masters(self):
-        """What the optimizer steps on this rank for the frozen and for the live units."""
-        zero = self.engine.optimizer
-        flat = getattr(zero, "single_partition_of_fp32_groups", None) or getattr(
-            zero, "fp32_partitioned_groups_flat", None) or getattr(zero, "fp32_groups_flat_partition", None)  # fmt: skip
-        flat = flat or [tensor for group in zero.fp32_groups for tensor in group]
-        return [tensor.detach().clone() for tensor in flat]
+        """The float32 copies that the optimizer steps, as far as they lie on this rank."""
+        zero, found = self.engine.optimizer, {}
+        named = [(name, p) for name, p in self.model.named_parameters() if "lora_" in name]
+        if hasattr(zero, "fp32_groups_flat"):  # fp16 without ZeRO
+            for flat, held in zip(zero.fp32_groups_flat, zero.fp16_groups, strict=True):
+                copies = torch._utils._unflatten_dense_tensors(flat, held)
+                found.update({id(p): copy for p, copy in zip(held, copies, strict=True)})
+        elif hasattr(zero, "fp32_groups"):  # the same, one by one
+            for copies, held in zip(zero.fp32_groups, zero.fp16_groups, strict=True):
+                found.update({id(p): copy for p, copy in zip(held, copies, strict=True)})
+        elif hasattr(zero, "fp32_partitioned_groups_flat"):
+            found = {id(p): zero._get_fp32_opt_state_partition(p, False)[0] for _, p in named}
+        else:
+            found = {id(p): p._hp_mapping.get_hp_fragment() for _, p in named if p._hp_mapping is not None}
+        return {name: found[id(p)].detach().clone() for name, p in named if id(p) in found}
 
     def close(self):
         self.prefix.restore()
@@ -123,15 +131,13 @@ class Run:
             self.engine.destroy()
 
 
-def train(family="llama", stage=2, tell=True, steps=STEPS, masters=True, **settings):
+def train(family="llama", stage=2, tell=True, steps=STEPS, masters=False, **settings):
     run = Run(family, stage, **settings)
-    if run.held is not None:
-        run.held.check()
     told = {"weights": [], "masters": [], "lrs": [], "skipped": []}
     for step in range(steps):
         run.step(step)
-        told["weights"].append(run.weights())
-        told["masters"].append(run.masters() if stage and masters else [])
+        told["weights"].append(gathered(run.model))
+        told["masters"].append(run.masters() if masters else {})
         told["lrs"].append(sorted({group["lr"] for group in run.optimizer.param_groups}))
         told["skipped"].append(run.engine.skipped_steps if run.engine else 0)
         if step + 1 == FREEZE_AT:
@@ -142,22 +148,87 @@ def train(family="llama", stage=2, tell=True, steps=STEPS, masters=True, **setti
     return told
 
 
-def refused(family="llama", stage=2, how="ungrouped"):
-    """What a run raises that must not go on."""
-    run = Run(family, stage, optimizer="Sideways" if how == "sideways" else "AdamW", grouped=how != "ungrouped")
+def refused(how=None, stage=2, **config):
+    """What a run raises that must not begin."""
+    run = Run("llama", stage)
+    model = run.engine
+    if how == "renamed":
+        kind = type(run.engine.optimizer)
+        run.engine.optimizer.__class__ = type("Another", (kind,), {})
+    elif how == "by itself":
+        run.engine.optimizer.zenflow = True
+    elif how == "another model":
+        model = cases.lora_model("llama")
     try:
-        if how == "renamed":
-            kind = type(run.engine.optimizer)
-            run.engine.optimizer.__class__ = type("Another", (kind,), {})
-            DeepSpeedZero(run.engine, None, run.units)
-        run.held.check()
-        run.freeze()
-        run.step(0)
+        decide(model, run.engine.optimizer, **config).close()
     except AdafreezeError as error:
         return [type(error).__name__, str(error)]
     finally:
         run.close()
     return None
+
+
+def decide(model, optimizer, **config):
+    """Safe as a script makes it."""
+    data = worker.Batches("llama")
+    return Safe(
+        model, SafeConfig(**{**worker.CONFIG, **config}), optimizer=optimizer,
+        probe=torch.utils.data.DataLoader(data, worker.ROWS, collate_fn=cases.collate), total_steps=worker.STEPS,
+        batch_size=worker.ROWS // 2, samples_per_step=worker.ROWS // 2, samples_per_epoch=len(data),
+    )  # fmt: skip
+
+
+def safely(stage, family="llama", stop=None, inside=False, **config):
+    """A whole run by scores, in a plain loop; with a stop after ``stop`` steps it goes on in a new engine.
+
+    ``inside``: Safe gets the module inside the engine.
+    """
+    told = {"history": [], "moved": []}
+    folder = f"{sys.argv[1]}/safely{stage}{family}"
+    data = worker.Batches(family)
+    for part in ("first", "second") if stop else ("whole",):
+        model = cases.lora_model(family, dropout=0.0)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        engine, optimizer, *_ = deepspeed.initialize(
+            model=model, optimizer=torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1),
+            config={
+                "train_micro_batch_size_per_gpu": worker.ROWS // 2, "zero_allow_untested_optimizer": True,
+                "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            },
+        )  # fmt: skip
+        safe = decide(model if inside else engine, optimizer, **config)
+        if part == "second":
+            engine.load_checkpoint(folder, load_module_strict=False)
+            safe.load_state_dict(json.loads(Path(f"{folder}/safe.json").read_text()))
+        before = {}
+        for step in range(safe.steps, stop if part == "first" else worker.STEPS):
+            engine.backward(engine(**data.batch(step, dist.get_rank(), 2)).loss)
+            engine.step()
+            safe.step()
+            told["history"].append(sorted(safe.frozen))
+            now, held = gathered(model), {id(p) for p in safe.freezer.parameters()}
+            frozen = [name for name, p in model.named_parameters() if id(p) in held]
+            told["moved"] += [name for name in frozen if not torch.equal(before.get(name, now[name]), now[name])]
+            before = {name: now[name] for name in frozen}
+        if part == "first":
+            engine.save_checkpoint(folder, exclude_frozen_parameters=True)
+            if dist.get_rank() == 0:
+                Path(f"{folder}/safe.json").write_text(json.dumps(safe.state_dict()))
+            dist.barrier()
+        told["parallel"], told["logs"] = safe.parallel.name, safe.logs()
+        told["weights"], told["scores"] = gathered(model), safe.scores
+        told["events"] = [event["event"] for event in safe.journal.events]
+        safe.close()
+        engine.destroy()
+    return told
+
+
+def gathered(model):
+    """All adapter weights, whole."""
+    found = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    sharded = any(hasattr(p, "ds_id") for p in found.values())
+    with deepspeed.zero.GatheredParameters(list(found.values()), enabled=sharded):
+        return {name: p.detach().clone() for name, p in found.items()}
 
 
 def resumed(family="llama", stage=2, precision="fp32"):
@@ -168,7 +239,7 @@ def resumed(family="llama", stage=2, precision="fp32"):
         run.step(step)
     run.freeze()
     run.step(FREEZE_AT)
-    saved = run.weights()
+    saved = gathered(run.model)
     run.engine.save_checkpoint(folder, exclude_frozen_parameters=True)
     flags = [p.requires_grad for name in run.names for p in run.units[name].parameters()]
     if stage == 3:
@@ -176,14 +247,14 @@ def resumed(family="llama", stage=2, precision="fp32"):
     else:
         adapter = run.engine.module_state_dict(exclude_frozen_parameters=True)
     run.step(FREEZE_AT + 1)
-    straight = run.weights()
+    straight = gathered(run.model)
     run.close()
     again = Run(family, stage, precision)
     again.engine.load_checkpoint(folder, load_module_strict=False)
     again.freeze()
-    loaded = again.weights()
+    loaded = gathered(again.model)
     again.step(FREEZE_AT + 1)
-    onward = again.weights()
+    onward = gathered(again.model)
     again.close()
     return {
         "saved": saved, "loaded": loaded, "straight": straight, "onward": onward, "flags": flags,
@@ -200,28 +271,29 @@ def released(family="llama", stage=2):
     run.step(2)
     run.held.release()
     run.freezer.restore()
-    before = run.weights()
+    before = gathered(run.model)
     run.step(3)
-    after = run.weights()
+    after = gathered(run.model)
     left = [name for name in ("save_checkpoint", "load_checkpoint", "module_state_dict") if name in vars(run.engine)]
     hooks = [len(run.optimizer._optimizer_step_pre_hooks), len(run.optimizer._optimizer_step_post_hooks)]
     run.close()
     return {"moved": all(not torch.equal(before[name], after[name]) for name in before), "left": left, "hooks": hooks}
 
 
-def main(folder, rank, size, runs):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+def main(folder, runs):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
     results = {}
     for name, settings in runs.items():
+        began = time.monotonic()
         try:
             results[name] = globals()[settings.pop("do", "train")](**settings)
         except Exception:
             results[name] = traceback.format_exc()
-    torch.save(results, f"{folder}/rank{rank}.pt")
+        print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
+    torch.save(results, f"{folder}/rank{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    os.environ.update({"RANK": sys.argv[2], "LOCAL_RANK": sys.argv[2], "WORLD_SIZE": sys.argv[3]})
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]))
+    main(sys.argv[1], json.loads(sys.argv[2]))

@@ -1,49 +1,59 @@
 """DeepSpeed ZeRO 0 to 3 on the CPU, two processes: what froze stands still, what lives learns as without DeepSpeed."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-import cases
 import pytest
 import torch
-from peft import VBLoRAConfig, get_peft_model
-
-from adafreeze.errors import RunError
-from adafreeze.freeze.parallel.deepspeed import DeepSpeedZero, engine_of, is_deepspeed, param_groups
-from adafreeze.model import find_stacks, find_units
-from adafreeze.model.backends import PeftBackend
+import worker
+from launch import start, wait
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.xdist_group("deepspeed")  # one start of the processes serves all
 
-WORKER = Path(__file__).with_name("_zero_worker.py")
 FREEZE_AT = 3
 STAGES = (0, 1, 2, 3)
 FLAT = (1, 2, 3)
+FAMILIES = [("llama", stage) for stage in STAGES] + [("bert", 0), ("bert", 2)]
 PRECISIONS = [("bf16", 0), ("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp16", 0), ("fp16", 2), ("fp16", 3)]
 # Sums of four gradients in another order, through six AdamW steps of 2e-2 that divide by their root: measured 1e-6.
 TOLERANCE = 1e-5
+LAYOUTS = {
+    "mixed 1": {"stage": 1, "mixed": True},
+    "mixed 2": {"stage": 2, "mixed": True, "round_robin_gradients": True},
+    "mixed 3": {"stage": 3, "mixed": True, "sub_group_size": 100},
+    "offloaded 2": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "offloaded 3": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
+}
+SCORES = [("grad_norm", 0), ("grad_norm", 1), ("weight_change", 2), ("weight_change", 3)]
+# By scores, in a plain loop: what Safe is given, and settings.
+SAFE = {
+    **{f"safe {stage}": {"stage": stage} for stage in STAGES},
+    "safe bert": {"stage": 2, "family": "bert"},
+    "safe t5": {"stage": 3, "family": "t5"},
+    "safe inside": {"stage": 2, "inside": True},
+    "safe local": {"stage": 2, "score": "local_cka"},
+    "safe weights": {"stage": 2, "score": "weight_change"},
+    "safe gradients": {"stage": 0, "score": "grad_norm"},
+    "safe by hand": {"stage": 2, "freeze": ["model.layers.0"], "policy": "bottom_up"},
+}
 
 RUNS = {
     "plain llama": {"stage": None},
     "plain bert": {"stage": None, "family": "bert"},
-    **{f"llama {stage}": {"stage": stage} for stage in STAGES},
-    **{f"bert {stage}": {"stage": stage, "family": "bert"} for stage in STAGES},
-    **{f"untold {stage}": {"stage": stage, "tell": False} for stage in STAGES},
-    **{f"{kind} {stage}": {"stage": stage, "precision": kind, "masters": stage > 0} for kind, stage in PRECISIONS},
+    **{f"{family} {stage}": {"stage": stage, "family": family, "masters": stage > 0} for family, stage in FAMILIES},
+    **{f"untold {stage}": {"stage": stage, "tell": False} for stage in (0, 1, 2)},
+    **{f"{kind} {stage}": {"stage": stage, "precision": kind, "masters": True} for kind, stage in PRECISIONS},
     "overflow": {"stage": 2, "precision": "fp16", "power": 24, "steps": 9},
-    "parts of groups": {"stage": 3, "sub_group_size": 100},
-    "offloaded 2": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
-    "offloaded 3": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
-    **{f"ungrouped {stage}": {"do": "refused", "stage": stage} for stage in STAGES},
-    "sideways": {"do": "refused", "how": "sideways"},
-    "renamed": {"do": "refused", "how": "renamed"},
+    **LAYOUTS,
+    **{f"sideways {stage}": {"stage": stage, "optimizer": "Sideways"} for stage in (1, 2)},
+    **{how: {"do": "refused", "how": how} for how in ("renamed", "by itself", "another model")},
+    **{f"refused {score} {stage}": {"do": "refused", "stage": stage, "score": score} for score, stage in SCORES},
+    "refused budget": {"do": "refused", "memory_budget": "1GiB"},
     **{f"resumed {stage}": {"do": "resumed", "stage": stage} for stage in STAGES},
     "resumed bf16": {"do": "resumed", "stage": 1, "precision": "bf16"},
     "released": {"do": "released"},
+    **{name: {"do": "safely", **settings} for name, settings in SAFE.items()},
+    **{f"safe stopped {stage}": {"do": "safely", "stage": stage, "stop": 10} for stage in (0, 2, 3)},
 }
 
 
@@ -51,22 +61,8 @@ RUNS = {
 def ranks(tmp_path_factory):
     """What both ranks tell of all runs."""
     folder = tmp_path_factory.mktemp("zero")
-    outputs = [(folder / f"rank{rank}.txt").open("w") for rank in (0, 1)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder), str(rank), "2", json.dumps(RUNS)],
-            stdout=output, stderr=subprocess.STDOUT, env=environment,
-        )
-        for rank, output in enumerate(outputs)
-    ]  # fmt: skip
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process, output in zip(processes, outputs, strict=True):
-            process.kill()
-            output.close()
-    assert codes == [0, 0], (folder / "rank0.txt").read_text()[-4000:]
+    processes = start("_zero_worker.py", 2, folder, json.dumps(RUNS), DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+    wait(processes, folder, seconds=900)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -93,8 +89,7 @@ def stands_still(run):
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("family", "stage"), FAMILIES)
 def test_frozen_weights_do_not_move_by_one_bit_and_live_ones_learn_as_without_deepspeed(ranks, family, stage):
     plain = told(ranks, f"plain {family}")[0]
     for run in told(ranks, f"{family} {stage}"):
@@ -105,14 +100,20 @@ def test_frozen_weights_do_not_move_by_one_bit_and_live_ones_learn_as_without_de
         assert moved(run, live(run)) > 1e-2
 
 
+def copies_stand_still(run):
+    """Those of what froze, and no others."""
+    last, at_freeze = run["masters"][-1], run["masters"][FREEZE_AT - 1]
+    assert {name for name in last if torch.equal(last[name], at_freeze[name])} == set(run["frozen"]) & set(last)
+    return set(last)
+
+
 @pytest.mark.parametrize("stage", FLAT)
 def test_the_copies_that_are_stepped_stand_still_too(ranks, stage):
-    for run in told(ranks, f"llama {stage}"):
-        last, at_freeze = run["masters"][-1], run["masters"][FREEZE_AT - 1]
-        assert [torch.equal(a, b) for a, b in zip(last, at_freeze, strict=True)] == [True, True, False, False]
+    of_ranks = [copies_stand_still(run) for run in told(ranks, f"llama {stage}")]
+    assert set.union(*of_ranks) == set(told(ranks, f"llama {stage}")[0]["weights"][0])
 
 
-@pytest.mark.parametrize("stage", FLAT)
+@pytest.mark.parametrize("stage", [1, 2])
 def test_a_run_that_is_not_told_of_the_freeze_moves_what_froze(ranks, stage):
     for run in told(ranks, f"untold {stage}"):
         assert moved(run, run["frozen"]) > 1e-2
@@ -126,9 +127,7 @@ def test_without_flat_copies_a_freeze_holds_by_itself(ranks):
 def test_frozen_weights_and_their_float32_copies_stand_still_in_half_precision(ranks, precision, stage):
     for run in told(ranks, f"{precision} {stage}"):
         assert stands_still(run) and moved(run, live(run)) > 1e-3
-        if stage:
-            last, at_freeze = run["masters"][-1], run["masters"][FREEZE_AT - 1]
-            assert [torch.equal(a, b) for a, b in zip(last, at_freeze, strict=True)] == [True, True, False, False]
+        assert copies_stand_still(run)
 
 
 def test_steps_that_overflow_after_the_freeze_are_skipped_as_ever(ranks):
@@ -137,7 +136,7 @@ def test_steps_that_overflow_after_the_freeze_are_skipped_as_ever(ranks):
         assert stands_still(run) and moved(run, live(run)) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["parts of groups", "offloaded 2", "offloaded 3"])
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_frozen_weights_stand_still_in_other_layouts(ranks, name):
     plain = told(ranks, "plain llama")[0]
     for run in told(ranks, name):
@@ -152,26 +151,31 @@ def test_schedulers_and_logs_see_nothing_of_the_freeze(ranks, stage):
         assert run["lrs"] == [[pytest.approx(2e-2 * (1 - 0.08 * (step + 1)))] for step in range(6)]
 
 
-@pytest.mark.parametrize("stage", FLAT)
-def test_groups_that_mix_units_are_refused_by_name(ranks, stage):
-    for kind, message in (answers[f"ungrouped {stage}"] for answers in ranks):
-        assert kind == "RunError"
-        assert "model.layers.0, model.layers.1" in message and f"ZeRO-{stage}" in message
-        assert "adafreeze.param_groups(model)" in message and "optimizer_cls_and_kwargs" in message
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_optimizer_that_moves_weights_by_itself_does_not_move_what_froze(ranks, stage):
+    for run in told(ranks, f"sideways {stage}"):
+        assert stands_still(run) and moved(run, live(run)) > 1e-3
 
 
-def test_groups_do_not_matter_where_nothing_is_flat(ranks):
-    assert told(ranks, "ungrouped 0") == [None, None]
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("renamed", "its optimizer is a Another"),
+        ("by itself", "a DeepSpeedZeroOptimizer that steps by itself"),
+        ("another model", "by its DeepSpeedZeroOptimizer, another model"),
+        ("refused grad_norm 1", "ZeRO-1 takes gradients away"),
+        ("refused weight_change 3", "ZeRO-3 keeps every weight in pieces"),
+        ("refused budget", "cannot be rehearsed"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_before_the_first_step(ranks, name, message):
+    for kind, text in told(ranks, name):
+        assert kind == "RunError" and message in text and "Fix: " in text
 
 
-def test_an_optimizer_that_moves_weights_at_a_learning_rate_of_0_is_stopped(ranks):
-    for kind, message in told(ranks, "sideways"):
-        assert kind == "RunError" and "Sideways moves weights at lr=0" in message
-
-
-def test_a_deepspeed_of_another_make_is_refused(ranks):
-    for kind, message in told(ranks, "renamed"):
-        assert kind == "RunError" and "its optimizer is a Another" in message and "0.19.8" in message
+@pytest.mark.parametrize("name", ["refused grad_norm 0", "refused weight_change 2"])
+def test_scores_of_what_is_there_are_not_refused(ranks, name):
+    assert told(ranks, name) == [None, None]
 
 
 @pytest.mark.parametrize("name", [*(f"resumed {stage}" for stage in STAGES), "resumed bf16"])
@@ -189,36 +193,44 @@ def test_release_takes_everything_back(ranks):
         assert run == {"moved": True, "left": [], "hooks": [0, 0]}
 
 
-def test_there_is_one_group_for_each_unit_and_one_for_the_rest():
-    model = cases.lora_model("bert", modules_to_save=["classifier"])
-    groups = param_groups(model, weight_decay=0.1, lr=1e-3)
-    units = find_units(model, find_stacks(model), PeftBackend(model))
-    assert [group.get("adafreeze_unit") for group in groups] == [*units, None]
-    for group, unit in zip(groups, units.values(), strict=False):
-        assert {id(p) for p in group["params"]} == {id(p) for p in unit.parameters()}
-        assert (group["weight_decay"], group["lr"]) == (0.1, 1e-3)
-    assert {id(p) for group in groups for p in group["params"]} == {
-        id(p) for p in model.parameters() if p.requires_grad
-    }
-    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
-    sites = param_groups(model, granularity="site")
-    assert len(sites) == 2 * len(units) + 1 and "lr" not in sites[0]
+@pytest.fixture(scope="module")
+def alone():
+    """``alone(family, **config)``: one process without DeepSpeed that takes the rows of two ranks."""
+    kept = {}
+
+    def run(family="llama", **config):
+        key = family, str(config)
+        if key not in kept:
+            kept[key] = worker.train(family, lambda model: model, 0, 1, virtual=2, config=config)
+        return kept[key]
+
+    return run
 
 
-@pytest.mark.filterwarnings("ignore:.*units share parameters")
-def test_what_units_share_has_a_group_of_its_own():
-    torch.manual_seed(0)
-    config = VBLoRAConfig(r=2, num_vectors=8, vector_length=8, target_modules=["q_proj", "v_proj"])
-    model = get_peft_model(cases.base_model("llama"), config)
-    *units, bank = param_groups(model)
-    assert [group["adafreeze_unit"] for group in units] == [f"model.layers.{block}" for block in range(4)]
-    assert "adafreeze_unit" not in bank and len(bank["params"]) == 1
-    torch.optim.AdamW([*units, bank], lr=1e-3)  # which refuses a parameter in two groups
+@pytest.mark.parametrize("name", SAFE)
+def test_safe_decides_and_trains_under_deepspeed_as_without_it(ranks, alone, name):
+    config = {key: value for key, value in SAFE[name].items() if key not in ("stage", "inside")}
+    plain, (first, second) = alone(**config), told(ranks, name)
+    assert first["history"] == second["history"] == plain["history"] and first["history"][-1], "nothing froze"
+    assert not first["moved"] and not second["moved"]
+    assert first["scores"] == second["scores"]
+    for key, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][key])
+        # Gradients are summed in another order: 1e-7, and what 24 steps of AdamW make of it.
+        torch.testing.assert_close(value.flatten(), torch.tensor(plain["weights"][key]), rtol=0, atol=1e-4)
 
 
-def test_a_plain_model_is_not_deepspeeds():
-    model = cases.lora_model("llama")
-    optimizer = torch.optim.AdamW(param_groups(model), lr=1e-3)
-    assert engine_of(model) is None and not is_deepspeed(model, optimizer)
-    with pytest.raises(RunError, match=r"deepspeed\.initialize"):
-        DeepSpeedZero(None, optimizer, {})
+@pytest.mark.parametrize("stage", STAGES)
+def test_safe_is_told_which_stage_it_is_and_caches_the_prefix_below_zero_3(ranks, stage):
+    run = told(ranks, f"safe {stage}")[0]
+    assert run["parallel"] == f"DeepSpeed ZeRO-{stage}"
+    assert ("safe/cache_hit_rate" in run["logs"]) == (stage < 3)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_safe_resumes_from_a_checkpoint_of_deepspeed_to_the_last_bit(ranks, stage):
+    for whole, parts in zip(told(ranks, f"safe {stage}"), told(ranks, f"safe stopped {stage}"), strict=True):
+        assert parts["history"] == whole["history"] and whole["history"][9], "nothing was frozen at the stop"
+        assert not parts["moved"]
+        for name, value in whole["weights"].items():
+            assert torch.equal(parts["weights"][name], value)

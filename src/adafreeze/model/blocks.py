@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -100,10 +101,11 @@ def user_name(name: str) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel or torch.compile."""
+    """The model inside DistributedDataParallel, DataParallel, a DeepSpeed engine or torch.compile."""
+    engine = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", ())
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel, engine)):
             inner = model.module
         if inner is None:
             return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 __all__ = ["Parallel"]
 
@@ -15,12 +15,14 @@ class Parallel:
         collective: a forward pass sends something, so all ranks must make the same passes, from end to end.
         no_cache: why there can be no prefix cache; None if there can.
         no_budget: why there can be no memory budget; None if there can.
+        hidden: what cannot be read off the model's parameters (``"weights"``, ``"gradients"``), and why.
     """
 
     name = "none"
     collective = False
     no_cache: str | None = None
     no_budget: str | None = None
+    hidden: Mapping[str, str] = {}
 
     @property
     def extra_bytes(self) -> int:

@@ -1,7 +1,8 @@
-"""DeepSpeed: what ZeRO steps is no longer the model's own parameters, so a freeze must be told to its optimizer.
+"""DeepSpeed: what ZeRO steps is no longer the model's own parameters, so what froze is put back after every step.
 
 ZeRO copies each param group into one flat tensor. A parameter that freezes gives zeros there instead of a gradient, and
-momentum and decay go on moving it. Where every unit has a param group of its own, a learning rate of 0 holds it still.
+momentum and decay go on moving it. Its place in the flat tensor is known, and what stood there before the step is
+written there after it: to the last bit, whatever the optimizer, its groups and its schedule are.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import RunError
-from ...model import Unit, find_stacks, find_units
-from ...model.backends import PeftBackend
+from ...model import Unit
 from .base import Parallel
 
-__all__ = ["DeepSpeedZero", "engine_of", "is_deepspeed", "param_groups"]
+__all__ = ["DeepSpeedZero", "engine_of", "is_deepspeed"]
 
 # DeepSpeed's optimizers, by their exact class: subclasses (ZenFlow, SuperOffload) step elsewhere. For each: what it
 # steps, and the parameters of the model in it; both lists run over the param groups, or in ZeRO-3 over parts of them.
@@ -31,49 +31,10 @@ _LAYOUTS = {
     "FP16_Optimizer": ("fp32_groups_flat", "fp16_groups"),
     "FP16_UnfusedOptimizer": ("fp32_groups", "fp16_groups"),
 }
+# Ways to step past the hooks of the optimizer inside.
+_BY_ITSELF = ("zenflow", "fused_adam_legacy", "fused_lamb_legacy")
 # Trainer saves PEFT models with exclude_frozen_parameters=True: base weights are meant, frozen adapters would go too.
 _CHECKPOINTING = ("save_checkpoint", "load_checkpoint", "module_state_dict", "_zero3_consolidated_16bit_state_dict")
-_FIX = (
-    "model_engine, *_ = deepspeed.initialize(model=model, config=config, "
-    "optimizer=torch.optim.AdamW(adafreeze.param_groups(model), lr=2e-4)); in Trainer, which drops optimizers=: "
-    'Trainer(..., optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": adafreeze.param_groups(model), "lr": 2e-4})) '
-    'and no "optimizer" in the DeepSpeed config'
-)
-
-
-def param_groups(
-    model: nn.Module, *, weight_decay: float = 0.0, lr: float | None = None, granularity: str = "block"
-) -> list[dict[str, Any]]:
-    """Param groups in which units can freeze under DeepSpeed; to be made before ``deepspeed.initialize``.
-
-    One group for each unit, bottom to top, with its name under ``"adafreeze_unit"``; one for each set of units that
-    share parameters, which stands still once all of them are frozen; the last holds what else trains.
-
-    Args:
-        model: with PEFT adapters in its blocks.
-        weight_decay: of every group.
-        lr: of every group; that of the optimizer if None.
-        granularity: as in :class:`~adafreeze.SafeConfig`.
-
-    Raises:
-        ModelError: the model has no adapters by block.
-    """
-    units = find_units(model, find_stacks(model), PeftBackend(model), granularity)
-    owners = _owners(units)
-    sets: dict[frozenset[str], list[nn.Parameter]] = {frozenset([name]): [] for name in units}
-    others: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if id(parameter) in owners:
-            sets.setdefault(owners[id(parameter)], []).append(parameter)
-        elif parameter.requires_grad:
-            others.append(parameter)
-    common = {"weight_decay": weight_decay} | ({} if lr is None else {"lr": lr})
-    groups: list[dict[str, Any]] = []
-    for names, parameters in sets.items():
-        if parameters:
-            unit = {"adafreeze_unit": next(iter(names))} if len(names) == 1 else {}
-            groups.append({"params": parameters, **common, **unit})
-    return [*groups, {"params": others, **common}] if others else groups
 
 
 def is_deepspeed(model: nn.Module, optimizer: Any) -> bool:
@@ -97,9 +58,8 @@ def engine_of(model: nn.Module) -> Any | None:
 class DeepSpeedZero(Parallel):
     """Holds frozen units still under DeepSpeed, whatever a scheduler, a checkpoint or the optimizer says.
 
-    Just for the step of a frozen group its learning rate and weight decay are 0; between the steps they are as the
-    scheduler set them, so schedulers, logs and checkpoints see nothing of it. The first step after a freeze is compared
-    before and after. While DeepSpeed saves or loads, frozen units look trainable, or their weights would be left out.
+    DeepSpeed goes on computing the step of what froze, and holds its moments: they are not freed. While it saves or
+    loads, frozen units look trainable, or their weights would be left out.
 
     Args:
         engine: DeepSpeed's, as ``deepspeed.initialize`` returns it or :func:`engine_of` finds it.
@@ -128,56 +88,34 @@ class DeepSpeedZero(Parallel):
             self.no_cache = "under ZeRO-3 a forward pass is a collective, and ranks do not miss the same samples"
         self.no_budget = "a step of DeepSpeed, with its buffers, cannot be rehearsed"
         self.frozen: frozenset[str] = frozenset()
-        self._still: dict[int, Tensor] = {}
-        self._unproven: dict[int, Tensor | None] = {}
-        self._swapped: list[tuple[dict[str, Any], str, Any]] = []
+        self._still: dict[int, list[tuple[int, int]]] = {}
+        self._before: list[tuple[Tensor, Tensor]] = []
         self._wrapper = _wrapper_in(_attribute(engine, "optimizer"))
         self._undo: list[Callable[[], None]] = []
         if self._wrapper is not None:
             self._parts()
+            self.hidden = {"gradients": f"{self.name} takes gradients away as soon as they are there"}
             # ZeRO-3 with part of the optimizer offloaded has two of them.
             for inner in (_attribute(self._wrapper, "optimizer"), getattr(self._wrapper, "backup_optimizer", None)):
                 if inner is not None:
                     self._hook(inner)
+        if self.stage == 3:
+            self.hidden = {**self.hidden, "weights": "ZeRO-3 keeps every weight in pieces, one on each rank"}
         for name in _CHECKPOINTING:
             self._wrap(name)
-
-    def check(self) -> None:
-        """See that what DeepSpeed steps as one belongs to one unit.
-
-        Raises:
-            RunError: a param group mixes units, or a unit with something else.
-        """
-        owners, mixed = _owners(self.units), []
-        for _, parameters in self._parts():
-            kinds = {owners.get(id(parameter), frozenset()) for parameter in parameters}
-            if len(kinds) > 1:
-                mixed.append(sorted(frozenset().union(*kinds)) + ([] if all(kinds) else ["other parameters"]))
-        if mixed:
-            names = ", ".join(mixed[0][:3]) + (f" and {len(mixed[0]) - 3} more" if len(mixed[0]) > 3 else "")
-            raise RunError(
-                f"{len(mixed)} of the optimizer's param groups hold more than one unit: {names}.",
-                cause=f"{self.name} makes one flat tensor of each group and goes on moving what froze in it, by "
-                "momentum and weight decay; it can only be held still as a whole.",
-                fix=_FIX,
-            )
 
     def after_freeze(self, frozen: Iterable[str]) -> None:
         """From now on the units ``frozen``, and no others, stand still in every step."""
         self.frozen = frozenset(frozen)
         stopped = {id(parameter) for parameter in self._frozen_parameters()}
-        before = self._still
-        self._still = {
-            id(tensor): tensor
-            for tensors, parameters in self._parts()
-            if parameters and all(id(parameter) in stopped for parameter in parameters)
-            for tensor in tensors
-        }
-        self._unproven = {key: None for key in self._still if key not in before or key in self._unproven}
+        self._still = {}
+        for tensors, parameters in self._parts():
+            for tensor, places in zip(tensors, self._places(tensors, parameters), strict=True):
+                self._still[id(tensor)] = _joined((s, n) for parameter, s, n in places if id(parameter) in stopped)
 
     def release(self) -> None:
         """Take all hooks off; what was frozen moves again."""
-        self.frozen, self._still, self._unproven = frozenset(), {}, {}
+        self.frozen, self._still = frozenset(), {}
         while self._undo:
             self._undo.pop()()
 
@@ -185,19 +123,43 @@ class DeepSpeedZero(Parallel):
         """What DeepSpeed steps, each with the parameters of the model in it; nothing where it steps those."""
         if self._wrapper is None:
             return []
-        layout = _LAYOUTS.get(type(self._wrapper).__name__)
-        if layout is None:
-            raise _unknown(f"its optimizer is a {type(self._wrapper).__name__}")
+        kind = type(self._wrapper).__name__
+        layout = _LAYOUTS.get(kind)
+        if layout is None or any(getattr(self._wrapper, name, False) for name in _BY_ITSELF):
+            raise _unknown(f"its optimizer is a {kind}" + ("" if layout is None else " that steps by itself"))
         stepped, held = (_attribute(self._wrapper, name) for name in layout)
         return [
             ([part] if isinstance(part, Tensor) else list(part), list(parameters))
             for part, parameters in zip(stepped, held, strict=True)
         ]
 
+    def _places(
+        self, tensors: list[Tensor], parameters: list[nn.Parameter]
+    ) -> Iterator[list[tuple[nn.Parameter, int, int]]]:
+        """For each of ``tensors`` the parameters in it, on this rank, with start and length; in any order."""
+        kind = type(self._wrapper).__name__
+        if kind == "FP16_UnfusedOptimizer":  # one for each
+            yield from ([(parameter, 0, parameter.numel())] for parameter in parameters)
+            return
+        found, start = [], 0
+        for parameter in parameters:
+            if kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
+                mapping = _attribute(parameter, "_hp_mapping")
+                if mapping is not None:  # some of it lies on this rank
+                    address = _attribute(mapping, "get_hp_fragment_address")()
+                    found.append((parameter, address.start, address.numel))
+                continue
+            length = _attribute(parameter, "partition_numel")() if self.stage == 3 else parameter.numel()
+            found.append((parameter, start, length))
+            start += length
+        yield found
+
     def _frozen_parameters(self) -> list[nn.Parameter]:
-        owners = _owners(self.units)
-        every = (p for unit in self.units.values() for p in (*unit.parameters(), *unit.shared_parameters()))
-        return [parameter for parameter in every if owners[id(parameter)] <= self.frozen]
+        owners: dict[int, set[str]] = {}
+        every = [(name, p) for name, u in self.units.items() for p in (*u.parameters(), *u.shared_parameters())]
+        for name, parameter in every:
+            owners.setdefault(id(parameter), set()).add(name)
+        return [parameter for _, parameter in every if owners[id(parameter)] <= self.frozen]
 
     def _hook(self, optimizer: Any) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer) or not getattr(type(optimizer).step, "hooked", False):
@@ -206,35 +168,18 @@ class DeepSpeedZero(Parallel):
         self._undo.append(optimizer.register_step_post_hook(self._after_step).remove)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._swap_back()  # a step that failed leaves its zeros
-        for group in optimizer.param_groups:
-            parameters = group["params"]
-            if not parameters or any(id(parameter) not in self._still for parameter in parameters):
-                continue
-            for key in ("lr", "weight_decay"):
-                if key in group:
-                    self._swapped.append((group, key, group[key]))
-                    group[key] = torch.zeros_like(group[key]) if isinstance(group[key], Tensor) else 0.0
-            for parameter in parameters:
-                if id(parameter) in self._unproven:
-                    self._unproven[id(parameter)] = parameter.detach().clone()
+        self._before = [
+            (place, place.clone())
+            for group in optimizer.param_groups
+            for tensor in group["params"]
+            for start, length in self._still.get(id(tensor), ())
+            for place in [tensor.detach().view(-1).narrow(0, start, length)]
+        ]
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._swap_back()
-        copies = {which: copy for which, copy in self._unproven.items() if copy is not None}
-        for which, copy in copies.items():
-            del self._unproven[which]
-            if not torch.allclose(self._still[which], copy, rtol=0, atol=0, equal_nan=True):
-                raise RunError(
-                    f"A frozen unit moved under {self.name}.",
-                    cause=f"{type(optimizer).__name__} moves weights at lr=0 and weight_decay=0.",
-                    fix="Use an optimizer whose step is proportional to lr, such as torch.optim.AdamW.",
-                )
-
-    def _swap_back(self) -> None:
-        while self._swapped:
-            group, key, value = self._swapped.pop()
-            group[key] = value
+    def _after_step(self, *_: Any) -> None:
+        for place, before in self._before:
+            place.copy_(before)
+        self._before = []
 
     def _wrap(self, name: str) -> None:
         original = _attribute(self.engine, name)
@@ -259,13 +204,15 @@ class DeepSpeedZero(Parallel):
                 parameter.requires_grad_(False)
 
 
-def _owners(units: Mapping[str, Unit]) -> dict[int, frozenset[str]]:
-    """Names of the units that each parameter belongs to, by its id."""
-    owners: dict[int, frozenset[str]] = {}
-    for name, unit in units.items():
-        for parameter in (*unit.parameters(), *unit.shared_parameters()):
-            owners[id(parameter)] = owners.get(id(parameter), frozenset()) | {name}
-    return owners
+def _joined(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Starts and lengths in order, neighbours made one."""
+    joined: list[tuple[int, int]] = []
+    for start, length in sorted(places):
+        if joined and sum(joined[-1]) == start:
+            joined[-1] = joined[-1][0], joined[-1][1] + length
+        else:
+            joined.append((start, length))
+    return joined
 
 
 def _wrapper_in(optimizer: Any) -> Any | None:

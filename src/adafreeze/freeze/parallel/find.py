@@ -14,6 +14,7 @@ from ...model.blocks import unwrap
 from ...model.units import Unit
 from .base import Parallel
 from .ddp import DDP
+from .deepspeed import DeepSpeedZero, engine_of, is_deepspeed
 from .fsdp import FSDP2, is_fsdp1, is_fsdp2
 
 __all__ = ["find_parallel"]
@@ -28,7 +29,7 @@ def find_parallel(model: nn.Module, optimizer: Any, units: Mapping[str, Unit]) -
         units: by name.
 
     Raises:
-        RunError: nn.DataParallel, FSDP1, or a DeepSpeed optimizer whose groups do not separate the units.
+        RunError: nn.DataParallel, FSDP1, or a DeepSpeed that adafreeze does not know.
     """
     if isinstance(model, nn.DataParallel):
         raise RunError(
@@ -45,6 +46,8 @@ def find_parallel(model: nn.Module, optimizer: Any, units: Mapping[str, Unit]) -
         )
     if is_fsdp2(model):
         return FSDP2()
+    if is_deepspeed(model, optimizer):
+        return DeepSpeedZero(engine_of(model), optimizer, units)
     if isinstance(model, DistributedDataParallel):
         return DDP(unwrap(model), model)
     # Hosts wrap the model where nobody sees it, and in a group of one process too.

@@ -1,0 +1,83 @@
+"""One rank of the Trainer runs that test_zero_trainer.py looks at: python _zero_trainer.py FOLDER RUNS."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from _zero_worker import gathered
+from torch import distributed as dist
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from worker import CONFIG
+
+import cases
+from adafreeze import SafeCallback, SafeConfig
+
+
+class History(TrainerCallback):
+    """What is frozen after each step, and what of it moved since."""
+
+    def __init__(self, safe: SafeCallback) -> None:
+        self.callback, self.frozen, self.moved, self._before = safe, [], [], {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        safe = self.callback.safe
+        held, now = {id(p) for p in safe.freezer.parameters()}, gathered(model)
+        names = [name for name, p in model.named_parameters() if id(p) in held]
+        self.moved += [name for name in names if not torch.equal(now[name], self._before.get(name, now[name]))]
+        self._before = {name: now[name] for name in names}
+        self.frozen.append(sorted(safe.frozen))
+
+
+def train(folder, name, stage, resume=None, accumulate=1, optimizer=None, **config):
+    """A Trainer's whole run; or the rest of one, from the checkpoint ``resume``."""
+    model = cases.lora_model("llama", dropout=0.0)  # before the arguments, after which ZeRO-3 would fill it otherwise
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    auto = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping")
+    settings = {"zero_optimization": zero, **dict.fromkeys(auto, "auto"), **config}
+    if optimizer is not None:
+        settings["optimizer"] = optimizer
+    args = TrainingArguments(
+        output_dir=f"{folder}/{name}", use_cpu=True, report_to=[], disable_tqdm=True, max_steps=24,
+        per_device_train_batch_size=2 // accumulate, gradient_accumulation_steps=accumulate,
+        save_strategy="steps", save_steps=10, logging_steps=4, learning_rate=1e-2, weight_decay=0.1, seed=3,
+        lr_scheduler_type="constant", deepspeed=settings,
+    )  # fmt: skip
+    safe = SafeCallback(SafeConfig(**CONFIG))
+    history = History(safe)
+    trainer = Trainer(
+        model=model, args=args, train_dataset=cases.Samples("llama", 24, length=12), data_collator=cases.collate,
+        callbacks=[safe, history],
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=f"{folder}/{resume}" if resume else None)
+    trainer.save_model(f"{folder}/{name}/saved")
+    told = {
+        "history": history.frozen, "moved": history.moved, "weights": gathered(model),
+        "parallel": safe.safe.parallel.name,
+        "logged": [entry for entry in trainer.state.log_history if "safe/frozen_prefix" in entry],
+    }  # fmt: skip
+    trainer.model_wrapped.destroy()
+    return told
+
+
+def main(folder, runs):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    results = {}
+    for name, settings in runs.items():
+        began = time.monotonic()
+        try:
+            results[name] = train(folder, name, **settings)
+        except Exception:
+            results[name] = traceback.format_exc()
+        print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
+    torch.save(results, Path(folder) / f"rank{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))
