@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(STAMP)
 	$(BIN)/adafreeze demo
 
 test: lint
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2
+
+# And what needs environments of its own (noxfile.py), made in .nox the first time.
+test-all: test
+	$(BIN)/nox
 
 lint: $(STAMP)
 	$(BIN)/ruff check
@@ -26,4 +30,4 @@ $(STAMP): pyproject.toml constraints.txt requirements-demo.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .nox

@@ -1,0 +1,59 @@
+"""Environments of their own, for hosts that are optional: ``make test-all``, or one of them: ``nox -s deepspeed``.
+
+A further host is one entry in ``HOSTS``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_venv = "yes"
+nox.options.stop_on_first_error = False
+
+PYTEST = ("pytest", "pytest-xdist")
+
+
+@dataclass(frozen=True)
+class Host:
+    """What an environment holds, and what runs in it.
+
+    Attributes:
+        packages: beside torch, adafreeze and pytest.
+        tests: for pytest.
+        constraints: versions of all else; None where the host's own pins are to rule.
+        environment: variables while the tests run.
+    """
+
+    packages: tuple[str, ...]
+    tests: tuple[str, ...]
+    constraints: str | None = "constraints.txt"
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+HOSTS = {
+    "deepspeed": Host(
+        packages=("deepspeed==0.19.8",),
+        tests=("tests/distributed/test_deepspeed.py", "tests/distributed/test_zero_trainer.py"),
+        environment={"DS_ACCELERATOR": "cpu"},
+    ),
+    "lightning": Host(packages=("lightning==2.6.6",), tests=("tests/integrations/test_lightning.py",)),
+}
+ALWAYS = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(session: nox.Session) -> None:
+    """Install the host named as the session, and run its tests; arguments after ``--`` go to pytest."""
+    host = HOSTS[session.name]
+    pins = ("-c", host.constraints) if host.constraints else ()
+    # torch first and alone: left to a dependency, pip may take a CUDA build of several gigabytes.
+    session.install(*pins, "torch==2.13.0")
+    session.install(*pins, "-e", ".", *PYTEST, *host.packages)
+    session.run("pytest", "-q", "--durations=5", *host.tests, *session.posargs, env=ALWAYS | host.environment)
+
+
+for name in HOSTS:
+    nox.session(name=name)(run)
