@@ -18,7 +18,7 @@ from .costs.rehearse import Rehearsal, faked, rehearse
 from .freeze import Freezer, Prefix
 from .freeze.recompute import Recompute
 from .model import Stack, find_stacks, find_units, trace_flow
-from .model.backends import PeftBackend
+from .model.backends import find_backend
 from .model.blocks import patched_forward
 from .model.flow import chains_of
 from .model.units import units_along
@@ -121,7 +121,7 @@ class Stage:
         module.train()
         mode = self._undo.enter_context(faked(module)) if self.fake else nullcontext()
         self.stacks = find_stacks(module)
-        backend = PeftBackend(module)
+        backend = find_backend(module)
         self.units = find_units(module, self.stacks, backend)
         tensors: list[bool] = []
         first = self.stacks[0].blocks[0]
@@ -325,23 +325,23 @@ class Stage:
         """Saved bytes of the plain step without adapter dropout; 0 if there is none."""
         backend = self.freezer.backend
         slots = [
-            (container, key, container[key])
+            (parent, key, parent.get_submodule(key))
             for unit in self.units.values()
             for site in unit.sites
-            for container, key in backend.dropouts(site)
-            if getattr(container[key], "p", 0) > 0
+            for parent, key in backend.dropouts(site)
+            if getattr(parent.get_submodule(key), "p", 0) > 0
         ]
         if not slots:
             return 0
         self._few.clear()
         try:
-            for container, key, _ in slots:
-                container[key] = nn.Identity()
+            for parent, key, _ in slots:
+                parent.set_submodule(key, nn.Identity())
             return self._rehearse(rows).saved
         finally:
             self._few.clear()
-            for container, key, dropout in slots:
-                container[key] = dropout
+            for parent, key, dropout in slots:
+                parent.set_submodule(key, dropout)
 
 
 def _alike(stack: Stack) -> bool:

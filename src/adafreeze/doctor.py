@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .model import Flow, Stack, Unit
-from .model.backends import PeftBackend
+from .model.backends import Backend
 from .safe import Safe
 from .sizes import readable
 
@@ -33,7 +33,7 @@ class Finding:
 
 
 def examine(
-    model: nn.Module, stacks: list[Stack], units: Mapping[str, Unit], flows: Mapping[str, Flow], backend: PeftBackend
+    model: nn.Module, stacks: list[Stack], units: Mapping[str, Unit], flows: Mapping[str, Flow], backend: Backend
 ) -> Iterator[Finding]:
     """What can be known of a model with its adapters.
 
@@ -138,12 +138,12 @@ def _checkpointing(model: nn.Module) -> Finding:
     return Finding("checkpointing", "ok", "on; blocks of the frozen prefix leave it")
 
 
-def _dropout(units: Mapping[str, Unit], backend: PeftBackend) -> Finding:
+def _dropout(units: Mapping[str, Unit], backend: Backend) -> Finding:
     rates = {
-        float(getattr(container[key], "p", 0.0))
+        float(getattr(parent.get_submodule(key), "p", 0.0))
         for unit in units.values()
         for site in unit.sites
-        for container, key in backend.dropouts(site)
+        for parent, key in backend.dropouts(site)
     }
     if any(rates):
         text = (

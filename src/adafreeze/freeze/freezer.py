@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from ..model.backends.peft import PeftBackend
+from ..model.backends import Backend
 from ..model.units import Unit
 
 __all__ = ["Freezer"]
@@ -28,13 +28,13 @@ class Freezer:
     """
 
     def __init__(
-        self, units: Mapping[str, Unit], backend: PeftBackend, optimizer: torch.optim.Optimizer | None = None
+        self, units: Mapping[str, Unit], backend: Backend, optimizer: torch.optim.Optimizer | None = None
     ) -> None:
         self.units = units
         self.backend = backend
         self.optimizer = optimizer
         self.frozen: frozenset[str] = frozenset()
-        self._dropouts: list[tuple[nn.ModuleDict, str, nn.Module]] = []
+        self._dropouts: list[tuple[nn.Module, str, nn.Module]] = []
 
     def freeze(self, names: Iterable[str]) -> None:
         """Freeze the units ``names``; a shared parameter freezes with the last of its owners."""
@@ -44,10 +44,11 @@ class Freezer:
         for name in self.frozen:
             for site in self.units[name].sites:
                 self.backend.hold(site, held)
-                for container, key in self.backend.dropouts(site):
-                    if not isinstance(container[key], nn.Identity):
-                        self._dropouts.append((container, key, container[key]))
-                        container[key] = nn.Identity()
+                for parent, key in self.backend.dropouts(site):
+                    dropout = parent.get_submodule(key)
+                    if not isinstance(dropout, nn.Identity):
+                        self._dropouts.append((parent, key, dropout))
+                        parent.set_submodule(key, nn.Identity())
         for parameter in self.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -103,8 +104,8 @@ class Freezer:
             parameter.requires_grad_(True)
         self.backend.release(site for name in self.frozen for site in self.units[name].sites)
         self.backend.resume_rank_allocation()
-        for container, key, dropout in reversed(self._dropouts):
-            container[key] = dropout
+        for parent, key, dropout in reversed(self._dropouts):
+            parent.set_submodule(key, dropout)
         self._dropouts.clear()
         self.frozen = frozenset()
 

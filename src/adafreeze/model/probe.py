@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ProbeError
-from .backends.peft import PeftBackend
+from .backends import Backend
 from .blocks import Stack, StopForward, device_of, hidden_states, patched_forward, quiet, starting_at
 from .draw import REAL_TOKENS, Chunk, collect, keep_random_state, padded_tokens, real_tokens, rows_of, split
 from .units import Unit
@@ -143,7 +143,7 @@ class Probe:
         model: nn.Module,
         stacks: list[Stack],
         units: Mapping[str, Unit],
-        backend: PeftBackend,
+        backend: Backend,
         *,
         adapters: bool,
         local: bool = False,
@@ -237,7 +237,7 @@ class _Keeper:
         self.taken[name] = [tensor.reshape(-1, tensor.shape[-1])[rows].cpu() for tensor in tensors]
 
 
-def _watching(unit: Unit, keep: _Keeper, backend: PeftBackend | None) -> Callable[..., Any]:
+def _watching(unit: Unit, keep: _Keeper, backend: Backend | None) -> Callable[..., Any]:
     original = unit.module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:

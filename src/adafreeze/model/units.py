@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..errors import ModelError, warn
-from .backends.peft import PeftBackend
+from .backends import Backend
 from .blocks import Stack, user_name
 
 __all__ = ["Unit", "find_units"]
@@ -46,9 +46,7 @@ class Unit:
         return (module._parameters[name] for module, name in self.shared)  # type: ignore[misc]
 
 
-def find_units(
-    model: nn.Module, stacks: list[Stack], backend: PeftBackend, granularity: str = "block"
-) -> dict[str, Unit]:
+def find_units(model: nn.Module, stacks: list[Stack], backend: Backend, granularity: str = "block") -> dict[str, Unit]:
     """Find the units of ``model``, by name, bottom to top.
 
     Raises:

@@ -13,7 +13,7 @@ import xxhash
 from torch import Tensor, nn
 
 from ..._version import __version__
-from ...model.backends.peft import PeftBackend
+from ...model.backends import Backend
 from ...model.blocks import Stack
 
 __all__ = ["FORMAT_VERSION", "Identity"]
@@ -41,7 +41,7 @@ class Identity:
         backend: knows the adapters' settings.
     """
 
-    def __init__(self, model: nn.Module, stacks: Sequence[Stack], backend: PeftBackend) -> None:
+    def __init__(self, model: nn.Module, stacks: Sequence[Stack], backend: Backend) -> None:
         self._model = model
         self._stacks = stacks
         self._backend = backend

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...costs.flops import CountFlops
 from ...errors import AdafreezeError, note
 from ...journal import Journal
-from ...model.backends.peft import PeftBackend
+from ...model.backends import Backend
 from ...model.blocks import device_of
 from ...model.rows import NotBySample, Rows
 from ..prefix import Prefix, Start, autocast_now
@@ -72,7 +72,7 @@ class PrefixCache:
     def __init__(
         self,
         prefix: Prefix,
-        backend: PeftBackend,
+        backend: Backend,
         identity: Identity,
         tiers: Sequence[Tier],
         journal: Journal,
