@@ -90,6 +90,7 @@ class Budget:
         self.device = device_of(model)
         self.extra = extra
         self.limit = _limit(limit, self.device, model)
+        self._auto = limit == "auto"
         self.ratio = 1.0
         self.measured_peak: Callable[[], int] | None = self._allocator_peak if self.device.type == "cuda" else None
         self.recompute = Recompute(model, stacks)
@@ -114,13 +115,20 @@ class Budget:
         return logs
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs of it."""
-        return {"ratio": self.ratio, "ratios": self._ratios}
+        """What a resumed run needs of it, as plain JSON values."""
+        choices = [[k, sorted(c.chosen), c.peak, c.plain_peak, c.held] for k, c in self._choices.items()]
+        return {"limit": self.limit, "ratio": self.ratio, "ratios": list(self._ratios), "choices": choices}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state_dict` wrote."""
+        """Take up what :meth:`state_dict` wrote; ``"auto"`` stays what it was, unless less is free now."""
         self.ratio, self._ratios = state["ratio"], list(state["ratios"])
+        limit = state.get("limit", 0)
+        if self._auto and limit:
+            self.limit = min(self.limit, limit)
         self._choices.clear()
+        for kind, chosen, peak, *others in state.get("choices", ()):
+            if limit == self.limit or peak <= self.limit < limit:  # with more room fewer would be recomputed
+                self._choices[_tupled(kind)] = Choice(frozenset(map(tuple, chosen)), peak, *others)
 
     def close(self) -> None:
         """Leave the model as it was."""
@@ -347,8 +355,13 @@ def open_budget(limit: int | float | str | None, probe: Probe, rows: int, *parts
     return None
 
 
-def _shapes(value: Any) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_in(value))
+def _shapes(value: Any) -> tuple[tuple[tuple[int, ...], str], ...]:
+    return tuple((tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors_in(value))
+
+
+def _tupled(kind: Any) -> Any:
+    """A kind of batch as it is known by, from what JSON made of it."""
+    return tuple(map(_tupled, kind)) if isinstance(kind, (list, tuple)) else kind
 
 
 def _holds_more(one: Any, other: Any) -> bool:

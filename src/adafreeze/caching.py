@@ -18,7 +18,7 @@ from .errors import ConfigError, note, warn
 from .freeze import Prefix
 from .freeze.cache import DiskTier, Identity, PrefixCache, Progress, RamTier, Tier
 from .journal import Journal
-from .model.backends import PeftBackend
+from .model.backends import Backend
 from .model.draw import varies
 
 __all__ = ["Caching", "outlook"]
@@ -47,7 +47,7 @@ class Caching:
         self,
         config: SafeConfig,
         prefix: Prefix,
-        backend: PeftBackend,
+        backend: Backend,
         journal: Journal,
         progress: Callable[[], Progress],
         source: Any,
@@ -63,7 +63,7 @@ class Caching:
         self._source = source
         self._folder: str | None = None
         self._resumed: Mapping[str, Any] | None = None
-        self._announced = False
+        self._announced = self._said = False
         self._counts_flops = False
         self._reason: str | None = "cache='off'" if config.cache == "off" else None
         if self._reason is None and config.prefix_dropout:
@@ -82,6 +82,8 @@ class Caching:
             self._reason = "samples come with other inputs each time (random masking, augmentation)"
         if self._reason is not None and self.cache is not None:
             self.cache.switch_off(self._reason)
+            return
+        if self._said:
             return
         frozen_at = (self.config.warmup + self.config.ramp_end) / 2
         line = outlook(blocks, steps_per_epoch, total_steps, frozen_at, self._reason)
@@ -157,6 +159,7 @@ class Caching:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs of it."""
         return {
+            "announced": self._announced,
             "folder": self._folder,
             "cache": self.cache.state_dict() if self.cache is not None else self._resumed,
         }
@@ -164,6 +167,9 @@ class Caching:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` wrote, before the prefix changes."""
         self._folder, self._resumed = state["folder"], state["cache"]
+        self._said = state.get("announced", True)
+        if self.cache is not None and self._resumed is not None:  # units that were frozen by hand have opened it
+            self.cache.load_state_dict(self._resumed)
 
     def close(self) -> None:
         """Give everything back."""

@@ -106,7 +106,7 @@ class Decider:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Take up what :meth:`state_dict` wrote on rank 0; takes the pre-trained representations again."""
+        """Take up what :meth:`state_dict` wrote on rank 0; takes the pre-trained representations again, if need be."""
         self._settling.load_state_dict(state["settling"])
         self.scores, self.warmup_end = dict(state["scores"]), state["warmup_end"]
         self.plan, self.scorer = None, None
@@ -114,11 +114,11 @@ class Decider:
             return
         self.plan = tuple(state["plan"])
         kept = state["scorer"]
-        if kept is None or not any(later > step for later in self.plan) or not self.measures_here:
+        if kept is None or not self.measures_here:
             return
-        self.scorer = self.new_scorer(self.probe.shrunk(kept["samples"]))
-        with keep_random_state():
-            self.scorer.load_state_dict(kept)
+        scorer = self.scorer = self.new_scorer(self.probe.shrunk(kept["samples"]))
+        measures_again = any(later > step for later in self.plan)
+        self._told(lambda: scorer.load_state_dict(kept, measures_again=measures_again), step)
 
     # On rank 0, and on the others where forward passes are collectives.
 

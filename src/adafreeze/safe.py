@@ -22,14 +22,14 @@ from .freeze.cache import Progress
 from .freeze.parallel import Ranks, find_parallel
 from .journal import Journal
 from .model import Probe, find_stacks, find_units
-from .model.backends import PeftBackend
+from .model.backends import find_backend
 from .model.blocks import device_of, unwrap
 from .model.draw import batch_size_of, samples_of
 from .model.flow import chains_of
 from .model.units import units_along, warn_of_other_trainables
 from .preflight import check_parallel, check_run, check_units, flows_of
 from .scoring import Scorer
-from .state import opened, sealed
+from .state import opened, packed_random_state, restore_random_state, sealed
 
 __all__ = ["Safe"]
 
@@ -96,7 +96,7 @@ class Safe:
         self.samples_per_epoch = samples_per_epoch or samples_of(probe)
         self.steps = 0
         self.stacks = find_stacks(self.model)
-        self.backend = PeftBackend(self.model)
+        self.backend = find_backend(self.model)
         self.units = find_units(self.model, self.stacks, self.backend, self.config.granularity)
         drawn = self._draw(probe)
         self.parallel = find_parallel(model, optimizer, self.units)
@@ -230,8 +230,12 @@ class Safe:
             if self._owns_journal:
                 self.journal.close()
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as plain JSON values; on every rank, that of rank 0 will do for all."""
+    def state_dict(self, *, random_state: bool = True) -> dict[str, Any]:
+        """What a resumed run needs, as plain JSON values; that of rank 0 will do for all, but for the random state.
+
+        Args:
+            random_state: with that of Python, NumPy and torch on this rank; False where the host keeps it.
+        """
         return sealed(
             {
                 "steps": self.steps,
@@ -242,13 +246,15 @@ class Safe:
                 "cache": self.caching.state_dict(),
                 "budget": self.budget.state_dict() if self.budget is not None else None,
                 "journal": self.journal.mark(),
+                "random": {"rank": self.ranks.rank, **packed_random_state()} if random_state else None,
             }
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a run where :meth:`state_dict` was written; freezes its units at once.
 
-        What the journal holds of later steps is cut off: they come again.
+        To be called last, when model, optimizer and scheduler have theirs: a random state that was kept is put back
+        here. What the journal holds of later steps is cut off: they come again.
 
         Raises:
             RunError: cut off, edited, written by another version, or for a model with other units.
@@ -267,9 +273,12 @@ class Safe:
             self._thaw()
         self.decider.load_state_dict(content["deciding"], self.steps)
         self.caching.load_state_dict(content["cache"])
+        if self.decider.plan is not None:
+            self._announce()
         if self.budget is not None and content["budget"] is not None:
             self.budget.load_state_dict(content["budget"])
         self._freeze([name for name in content["frozen"] if name not in self.frozen], by="resume")
+        self._restore_random_state(content.get("random"))
 
     # What holds it together.
 
@@ -279,6 +288,19 @@ class Safe:
         self.prefix.update()
         self.parallel.after_freeze(())
         self.caching.prefix_changed()
+
+    def _restore_random_state(self, kept: Mapping[str, Any] | None) -> None:
+        if kept is None:
+            return
+        if kept["rank"] != self.ranks.rank:
+            warn(
+                f"The random state of rank {self.ranks.rank} is not restored: the checkpoint holds that of rank "
+                f"{kept['rank']}.",
+                cause="With it both would draw the same dropout masks.",
+                fix="Save safe.state_dict() on every rank, and load each rank's own.",
+            )
+            return
+        restore_random_state(kept)
 
     @property
     def _step_samples(self) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -17,7 +18,7 @@ from .decide.cka import cka_flops
 from .decide.scores import Score, random_score, resolve_score
 from .errors import ProbeError
 from .model import Probe, Stack, Unit
-from .model.backends import PeftBackend
+from .model.backends import Backend
 from .model.draw import CHUNK
 
 __all__ = ["Scorer"]
@@ -55,7 +56,7 @@ class Scorer:
         model: nn.Module,
         stacks: list[Stack],
         units: Mapping[str, Unit],
-        backend: PeftBackend,
+        backend: Backend,
         config: SafeConfig,
         probe: Probe,
         *,
@@ -70,6 +71,7 @@ class Scorer:
         self.flops_per_measurement = 0
         self.floor: dict[str, float] = {}
         self._references: dict[str, Any] = {}
+        self._others: dict[str, Tensor] = {}
         self._gradients: dict[str, float] = dict.fromkeys(units, 0.0)
 
     @property
@@ -120,6 +122,7 @@ class Scorer:
         self._check_memory(looked_at(samples), features)
         self._take_floor(head, together)
         if self.score.needs == "outputs":
+            self._others = {} if self.collective else {n: p.detach().cpu().clone() for n, p in self._trained_beside()}
             self._take_references()
         self.flops_per_measurement = int(cost(samples, 1) - cost(samples, 0))
         return affordable
@@ -132,14 +135,21 @@ class Scorer:
             "floor": dict(self.floor),
             "gradients": dict(self._gradients),
             "references": _packed(self._references) if moving else None,
+            "others": _packed(self._others) if self._others else None,
             "flops_spent": self.flops_spent,
             "flops_per_measurement": self.flops_per_measurement,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state_dict` wrote, on the same probe; takes the pre-trained representations again."""
-        if self.score.needs == "outputs":
-            self._take_references()
+    def load_state_dict(self, state: Mapping[str, Any], *, measures_again: bool = True) -> None:
+        """Take up what :meth:`state_dict` wrote, on the same probe.
+
+        Takes the pre-trained representations again, unless nothing is to be measured any more.
+        """
+        if state.get("others") is not None:
+            self._others = _unpacked(state["others"])
+        if self.score.needs == "outputs" and measures_again:
+            with self._as_before_training():
+                self._take_references()
         elif state["references"] is not None:
             self._references = dict(_unpacked(state["references"]))
         self.floor, self._gradients = dict(state["floor"]), dict(state["gradients"])
@@ -163,7 +173,9 @@ class Scorer:
             # The first interval of gradients has none before it to be compared with.
             return {name: float(self.score.compare(before[name], now[name])) for name in now if name in before}
         with CountFlops() as count:
-            outputs = self._gather(self.probe, adapters=True, prefix=prefix)
+            # Those in the prefix keep theirs, also where this pass runs it, to record what it ends in.
+            above = {name: unit for name, unit in self.units.items() if unit.block >= prefix.get(unit.stack, 0)}
+            outputs = self._gather(self.probe, adapters=True, prefix=prefix, units=above)
             scores = {name: self._compare(name, tensors) for name, tensors in outputs.items()}
         self.flops_spent += count.total
         return {name: 0.0 if score <= self.floor.get(name, 0.0) else score for name, score in scores.items()}
@@ -183,13 +195,36 @@ class Scorer:
         for name, tensors in before.items():
             self._references[name] = self.score.prepare(tensors[-1], self.config.normalize_rows)
 
+    def _trained_beside(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What trains beside the units and stays when adapters are switched off: biases, norms that were unfrozen."""
+        owned = {id(p) for unit in self.units.values() for p in (*unit.parameters(), *unit.shared_parameters())}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in owned and ".modules_to_save." not in name:
+                yield name, parameter
+
+    @contextmanager
+    def _as_before_training(self) -> Iterator[None]:
+        trained = {name: (p, p.detach().clone()) for name, p in self._trained_beside() if name in self._others}
+        try:
+            for name, (parameter, _) in trained.items():
+                parameter.data.copy_(self._others[name])
+            yield
+        finally:
+            for parameter, now in trained.values():
+                parameter.data.copy_(now)
+
     def _gather(
-        self, probe: Probe, *, adapters: bool, prefix: Mapping[str, int] | None = None
+        self,
+        probe: Probe,
+        *,
+        adapters: bool,
+        prefix: Mapping[str, int] | None = None,
+        units: Mapping[str, Unit] | None = None,
     ) -> dict[str, list[Tensor]]:
         local = self.score.needs == "local_outputs"
         chunks: dict[str, list[list[Tensor]]] = {}
         run = probe.outputs(
-            self.model, self.stacks, self.units, self.backend,
+            self.model, self.stacks, self.units if units is None else units, self.backend,
             adapters=adapters, local=local, prefix=prefix, to_the_end=self.collective,
         )  # fmt: skip
         for taken in run:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from .errors import RunError
+import numpy as np
+import torch
+from torch import Tensor
 
-__all__ = ["STATE_VERSION", "opened", "sealed"]
+from .errors import RunError
+from .model.draw import random_state, set_random_state
+
+__all__ = ["STATE_VERSION", "opened", "packed_random_state", "restore_random_state", "sealed"]
 
 STATE_VERSION = 2
 
@@ -60,6 +66,47 @@ def opened(state: Any, units: Collection[str]) -> dict[str, Any]:
             fix="Resume with the model and SafeConfig of the checkpoint.",
         )
     return content
+
+
+def packed_random_state() -> dict[str, Any]:
+    """The random states of this process (Python, NumPy, torch's CPU and accelerators) as plain JSON values.
+
+    >>> import random
+    >>> kept = packed_random_state()
+    >>> drawn = random.random(), float(torch.rand(()))
+    >>> restore_random_state(kept)
+    >>> (random.random(), float(torch.rand(()))) == drawn
+    True
+    """
+    now = random_state()
+    numpy = now["numpy"]["state"].items()
+    return {
+        "python": now["python"],
+        "numpy": {**now["numpy"], "state": {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in numpy}},
+        "cpu": _text(now["cpu"]),
+        "accelerators": [_text(one) for one in now["accelerators"]],
+    }
+
+
+def restore_random_state(packed: Mapping[str, Any]) -> None:
+    """Put back what :func:`packed_random_state` found."""
+    version, numbers, gauss = packed["python"]
+    set_random_state(
+        {
+            "python": (version, tuple(numbers), gauss),
+            "numpy": packed["numpy"],
+            "cpu": _tensor(packed["cpu"]),
+            "accelerators": [_tensor(text) for text in packed["accelerators"]],
+        }
+    )
+
+
+def _text(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _tensor(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
 def _from_version_1(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -149,8 +149,21 @@ def test_a_run_resumes_from_its_last_checkpoint(train, bert, csv_file):
         *("--save_strategy", "steps", "--save_steps", "1", "--resume_from_checkpoint", "last"),
     )
     events = [event["event"] for event in read_journal(folder / "journal.jsonl")]
-    assert events.count("run") == 1 and events.count("resume") == 1 and events.count("done") == 2
+    assert events.count("run") == 1 and events.count("resume") == 1 and events.count("done") == 1
     assert (folder / "checkpoint-3").is_dir()
+
+
+@pytest.mark.parametrize("method", ["none", "safe"])
+def test_what_comes_again_in_a_resumed_run_stands_in_the_journal_once(train, bert, csv_file, method):
+    flags = ("--method", method, "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2")
+    folder = train("text-classification", bert, csv_file, *flags)
+    (folder / "checkpoint-4" / "trainer_state.json").unlink()  # as if it had been killed while it saved
+    train("text-classification", bert, csv_file, *flags, "--resume_from_checkpoint", "last")
+    events = list(read_journal(folder / "journal.jsonl"))
+    assert [event["step"] for event in events if event["event"] == "log" and "loss" in event] == [1, 2, 3, 4]
+    assert [event["event"] for event in events].count("done") == 1
+    (resumed,) = [event for event in events if "checkpoint" in event]
+    assert (resumed["event"], resumed["step"]) == ("resume", 2) and resumed["checkpoint"].endswith("checkpoint-2")
 
 
 def test_overwriting_removes_the_old_run(train, bert, csv_file):

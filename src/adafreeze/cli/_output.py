@@ -82,15 +82,14 @@ def find_checkpoint(resume: str | None, folder: str) -> str | None:
     """The checkpoint to go on from: a path, or ``last`` (``true``, in transformers' words) for the newest.
 
     Raises:
-        RunError: there is none.
+        RunError: there is none, or it was not written to its end.
     """
-    from transformers.trainer_utils import get_last_checkpoint
+    from ..integrations.checkpoints import check_checkpoint, last_checkpoint
 
     if resume is None or resume.lower() in ("false", "no"):
         return None
-    place = Path(folder).expanduser()
     if resume.lower() in ("last", "true", "yes"):
-        found = get_last_checkpoint(str(place)) if place.is_dir() else None
+        found = last_checkpoint(folder)
         if found is None:
             raise RunError(
                 f"There is no checkpoint in {folder} to resume from.",
@@ -98,12 +97,7 @@ def find_checkpoint(resume: str | None, folder: str) -> str | None:
                 fix="Leave out --resume_from_checkpoint to start anew.",
             )
         return found
-    if not (Path(resume).expanduser() / "trainer_state.json").is_file():
-        raise RunError(
-            f"{resume} is not a checkpoint.",
-            cause="It does not exist, or holds no trainer_state.json.",
-            fix=f"--resume_from_checkpoint last, or one of `ls -d {folder}/checkpoint-*`",
-        )
+    check_checkpoint(resume)
     return str(Path(resume).expanduser())
 
 

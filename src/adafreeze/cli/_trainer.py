@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from ..costs.meter import Meter
 from ..journal import Journal
@@ -42,11 +44,36 @@ def meter_of(model: Any, safe_callback: Any) -> Meter:
     return Meter(model, lambda: now("state_key", ()), lambda: now("nested_flops", 0))
 
 
-class JournalCallback(TrainerCallback):
-    """Writes what the Trainer logs (loss, learning rate, evaluations) into the journal: ``log`` events."""
+class JournalCallback(TrainerCallback, ExportableState):
+    """Writes what the Trainer logs (loss, learning rate, evaluations) into the journal: ``log`` events.
 
-    def __init__(self, journal: Journal) -> None:
+    In a resumed run what the journal holds of steps after the checkpoint is cut off: they come again.
+
+    Args:
+        journal: of the run.
+        resumed: fields of the ``resume`` event; None for a run that starts anew.
+        rewinds: whether to cut it here; SafeCallback does it where there is one, in front of this one.
+    """
+
+    def __init__(self, journal: Journal, resumed: Mapping[str, Any] | None = None, *, rewinds: bool = True) -> None:
         self.journal = journal
+        self.resumed = resumed
+        self.rewinds = rewinds
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer keeps in ``trainer_state.json``."""
+        return {"args": {}, "attributes": {"mark": self.journal.mark()}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on where the checkpoint was written."""
+        known: Any = state.stateful_callbacks
+        entry = known.setdefault(type(self).__name__, self.state())
+        if self.resumed is not None:
+            if self.rewinds:
+                self.journal.rewind(entry["attributes"]["mark"])
+            self.journal.write("resume", step=state.global_step, **self.resumed)
 
     def on_log(
         self,

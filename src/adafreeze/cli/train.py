@@ -148,15 +148,11 @@ def run(arguments: Arguments) -> dict[str, Any]:
         journal = Journal(folder / JOURNAL_FILE)
     else:
         journal = Journal()
-    journal.write(
-        "run" if checkpoint is None else "resume",
-        command="train",
-        method=arguments.method,
-        task=task.name,
-        checkpoint=checkpoint,
-        settings=arguments.resolved,
-    )
-    trainer = _make_trainer(arguments, task, model, tokenizer, train_rows, eval_rows, journal)
+    begins = {"command": "train", "method": arguments.method, "task": task.name, "settings": arguments.resolved}
+    if checkpoint is None:
+        journal.write("run", **begins)
+    resumed = None if checkpoint is None else {**begins, "checkpoint": checkpoint}
+    trainer = _make_trainer(arguments, task, model, tokenizer, train_rows, eval_rows, journal, resumed)
     metrics = _train(trainer, checkpoint)
     if eval_rows is not None:
         scores = trainer.evaluate()
@@ -178,6 +174,7 @@ def _make_trainer(
     train_rows: Any,
     eval_rows: Any,
     journal: Any,
+    resumed: dict[str, Any] | None,
 ) -> Trainer:
     from ._trainer import JournalCallback, MeteredTrainer, RankAllocationCallback, meter_of
 
@@ -188,7 +185,8 @@ def _make_trainer(
 
         safe_callback = SafeCallback(arguments.safe, journal=journal)
         callbacks.append(safe_callback)
-    callbacks.append(JournalCallback(journal))  # behind SafeCallback, which adds to what is logged
+    # Behind SafeCallback, which adds to what is logged.
+    callbacks.append(JournalCallback(journal, resumed, rewinds=safe_callback is None))
     meter = meter_of(model, safe_callback) if arguments.run.count_costs else None
     training = arguments.training
     if training.label_names is None:

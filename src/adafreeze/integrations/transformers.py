@@ -58,7 +58,7 @@ class SafeCallback(TrainerCallback, ExportableState):
         return {
             "args": {},
             "attributes": {
-                "saved": self.safe.state_dict() if self.safe is not None else None,
+                "saved": self.safe.state_dict(random_state=False) if self.safe is not None else None,
                 # Nobody can draw it a second time.
                 "probe": packed(self.safe.decider.probe.chunks) if self.safe is not None and self._seen else None,
             },

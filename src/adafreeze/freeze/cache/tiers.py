@@ -301,7 +301,8 @@ def decode(key: bytes, value: bytes) -> Entry:
     """The reverse of :func:`encode`.
 
     Raises:
-        ValueError: the checksum is another: a byte has changed, or the value belongs to another key.
+        ValueError: the checksum is another: a byte has changed, or the value belongs to another key; or it is the right
+            one, of something else.
     """
     checksum, content = value[:16], value[16:]
     if len(value) < 34 or xxhash.xxh3_128_digest(key + content) != checksum:
@@ -309,5 +310,8 @@ def decode(key: bytes, value: bytes) -> Entry:
     identity = content[:16]
     count = int(np.frombuffer(content, "<u2", 1, 16)[0])
     depths = tuple(int(depth) for depth in np.frombuffer(content, "<u2", count, 18))
-    loaded = safetensors.torch.load(content[18 + 2 * count :])
+    try:
+        loaded = safetensors.torch.load(content[18 + 2 * count :])
+    except safetensors.SafetensorError as error:
+        raise ValueError("states") from error
     return Entry(identity, depths, tuple(loaded.get(f"{n}:{depth}") for n, depth in enumerate(depths)))
