@@ -186,7 +186,7 @@ def starting_at(boundary: Mapping[int, Any], stacks: list[Stack], depths: Mappin
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without a key-value cache and without checkpointing; every flag is put back as it was."""
+    """Evaluation mode without key-value cache, checkpointing or compiled code; every flag is put back as it was."""
     training = [(module, module.training) for module in model.modules()]
     checkpointing = [
         (module, module.gradient_checkpointing)
@@ -202,7 +202,8 @@ def quiet(model: nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = False  # type: ignore[assignment]
         for config, _ in caching:
             config.use_cache = False
-        yield
+        with torch.compiler.set_stance("force_eager"):  # each look at a compiled block would compile it once more
+            yield
     finally:
         for module, flag in training:
             module.training = flag
