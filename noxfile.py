@@ -24,17 +24,22 @@ class Host:
     Attributes:
         packages: beside torch, adafreeze and pytest.
         tests: for pytest.
-        constraints: versions of all else; None where the host's own pins are to rule.
+        constraints: versions of all else.
         environment: variables while the tests run.
     """
 
     packages: tuple[str, ...]
     tests: tuple[str, ...]
-    constraints: str | None = "constraints.txt"
+    constraints: str = "constraints.txt"
     environment: dict[str, str] = field(default_factory=dict)
 
 
 HOSTS = {
+    "adapters": Host(  # with the older transformers that it pins
+        packages=("adapters==1.3.0", "lmdb"),
+        tests=("-n", "2", "tests/adapterhub", "tests/test_safe.py", "tests/integrations/test_transformers.py"),
+        constraints="constraints-adapters.txt",
+    ),
     "deepspeed": Host(
         packages=("deepspeed==0.19.8",),
         tests=("tests/distributed/test_deepspeed.py", "tests/distributed/test_zero_trainer.py"),
@@ -48,10 +53,9 @@ ALWAYS = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM
 def run(session: nox.Session) -> None:
     """Install the host named as the session, and run its tests; arguments after ``--`` go to pytest."""
     host = HOSTS[session.name]
-    pins = ("-c", host.constraints) if host.constraints else ()
     # torch first and alone: left to a dependency, pip may take a CUDA build of several gigabytes.
-    session.install(*pins, "torch==2.13.0")
-    session.install(*pins, "-e", ".", *PYTEST, *host.packages)
+    session.install("-c", host.constraints, "torch==2.13.0")
+    session.install("-c", host.constraints, "-e", ".", *PYTEST, *host.packages)
     session.run("pytest", "-q", "--durations=5", *host.tests, *session.posargs, env=ALWAYS | host.environment)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import (
@@ -68,7 +69,7 @@ TARGETS = {
     "llama": ["q_proj", "v_proj"],
     "qwen3": ["q_proj", "v_proj"],
     "t5": ["q", "v"],
-    "vit": ["q_proj", "v_proj"],
+    "vit": ["query", "value"] if transformers.__version__.startswith("4.") else ["q_proj", "v_proj"],
 }
 
 
