@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, ModelError, warn
-from ._arguments import Arguments, DataArguments, parse
+from ._arguments import Arguments, parse
 from ._output import JOURNAL_FILE, clear_run, find_checkpoint, prepare_folder, write_config
+from ._tasks import make_task
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
     from ..tasks import Task
 
-__all__ = ["main", "make_task", "run"]
+__all__ = ["main", "run"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,52 +24,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     run(parse(list(sys.argv[1:] if argv is None else argv)))
     return 0
-
-
-def make_task(data: DataArguments) -> Task:
-    """The task that the data arguments describe.
-
-    Raises:
-        ConfigError: the columns do not go with the task.
-    """
-    from ..tasks import CausalLM, Regression, TextClassification
-
-    columns = tuple(data.text_column or ())
-    prompts = bool(data.prompt_column) + bool(data.completion_column)
-    if data.max_seq_length is not None and data.max_seq_length < 2:
-        raise ConfigError(
-            f"--max_seq_length is {data.max_seq_length}.",
-            cause="A row needs at least two tokens.",
-            fix="--max_seq_length 128",
-        )
-    if data.task == "causal-lm":
-        if prompts == 1 or (prompts and columns) or len(columns) > 1:
-            raise ConfigError(
-                "The columns do not go with --task causal-lm.",
-                cause="It needs one --text_column, or both --prompt_column and --completion_column.",
-                fix="--prompt_column prompt --completion_column completion",
-            )
-        return CausalLM(
-            text_column=columns[0] if columns else None,
-            prompt_column=data.prompt_column,
-            completion_column=data.completion_column,
-            prompt_separator=data.prompt_separator,
-            max_length=data.max_seq_length or 512,
-            pad_to_max_length=data.pad_to_max_length,
-        )
-    if len(columns) > 2 or prompts:
-        raise ConfigError(
-            f"The columns do not go with --task {data.task}.",
-            cause="It reads one --text_column, or two for pairs.",
-            fix="--text_column sentence1 sentence2",
-        )
-    kind = TextClassification if data.task == "text-classification" else Regression
-    return kind(
-        text_columns=columns,
-        label_column=data.label_column,
-        max_length=data.max_seq_length or 128,
-        pad_to_max_length=data.pad_to_max_length,
-    )
 
 
 def run(arguments: Arguments) -> dict[str, Any]:
@@ -80,7 +35,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     from transformers import set_seed
 
     from ..journal import Journal
-    from ..tasks import Source, add_adapter, load_splits, load_tokenizer
+    from ..tasks import Source, add_adapter, load_splits
     from ..tasks.adapters import make_config, optimizer_steps
 
     model_args, data, training = arguments.model, arguments.data, arguments.training
@@ -130,16 +85,14 @@ def run(arguments: Arguments) -> dict[str, Any]:
         total_steps=optimizer_steps(training, len(train_rows)),
         options=arguments.adapter_options,
     )
-    tokenizer = load_tokenizer(source)
+    processor = task.load_processor(source)
     set_seed(training.seed)  # the new head and the adapter are drawn from it
     base = task.load_model(source)
-    if base.config.pad_token_id is None:
-        base.config.pad_token_id = tokenizer.pad_token_id
-    _fit_length(task, base, tokenizer, asked=data.max_seq_length)
+    _fit_length(task, base, processor, asked=data.max_seq_length)
     model = add_adapter(base, adapter)
     with training.main_process_first(desc="tokenizing"):
-        train_rows = task.prepare(train_rows, tokenizer)
-        eval_rows = task.prepare(eval_rows, tokenizer) if eval_rows is not None else None
+        train_rows = task.prepare(train_rows, processor)
+        eval_rows = task.prepare_evaluation(eval_rows, processor) if eval_rows is not None else None
 
     if is_main:
         if checkpoint is None:
@@ -152,7 +105,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     if checkpoint is None:
         journal.write("run", **begins)
     resumed = None if checkpoint is None else {**begins, "checkpoint": checkpoint}
-    trainer = _make_trainer(arguments, task, model, tokenizer, train_rows, eval_rows, journal, resumed)
+    trainer = _make_trainer(arguments, task, model, processor, train_rows, eval_rows, journal, resumed)
     metrics = _train(trainer, checkpoint)
     if eval_rows is not None:
         scores = trainer.evaluate()
@@ -170,7 +123,7 @@ def _make_trainer(
     arguments: Arguments,
     task: Task,
     model: Any,
-    tokenizer: Any,
+    processor: Any,
     train_rows: Any,
     eval_rows: Any,
     journal: Any,
@@ -190,15 +143,16 @@ def _make_trainer(
     meter = meter_of(model, safe_callback) if arguments.run.count_costs else None
     training = arguments.training
     if training.label_names is None:
-        training.label_names = ["labels"]  # Trainer cannot read them off a PeftModel, and then evaluates no metric
+        # Trainer cannot read them off a PeftModel, and then evaluates no metric.
+        training.label_names = list(task.label_names)
     try:
         trainer = MeteredTrainer(
             model=model,
             args=training,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
-            processing_class=tokenizer,
-            data_collator=task.collator(tokenizer),
+            processing_class=processor,
+            data_collator=task.collator(processor),
             compute_metrics=task.compute_metrics,
             preprocess_logits_for_metrics=task.preprocess_logits,
             callbacks=callbacks,
@@ -247,6 +201,10 @@ def _check_evaluation(training: Any, eval_rows: Any) -> None:
 
 def _fit_length(task: Task, model: Any, tokenizer: Any, asked: int | None) -> None:
     """Keep rows within what the model can read, where torch would only say "index out of range"."""
+    if task.max_length is None:  # no tokens
+        return
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ModelError(

@@ -11,6 +11,7 @@ import torch
 
 from ._text import as_text, faults_of_text, guess_columns
 from .pretrained import Source, load_model
+from .task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,7 +25,7 @@ IGNORED = -100  # the label that every loss of transformers leaves out
 
 
 @dataclass
-class CausalLM:
+class CausalLM(Task):
     """Predict the next token.
 
     One row of the data is one sequence; rows are neither joined nor split. With ``prompt_column`` and
@@ -51,7 +52,6 @@ class CausalLM:
 
     name: ClassVar[str] = "causal-lm"
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
-    num_labels: ClassVar[None] = None
 
     def columns(self, found: list[str]) -> dict[str, list[str]]:
         """The text column, or prompt and completion."""
@@ -64,9 +64,6 @@ class CausalLM:
         """Rows without text."""
         columns = (self.prompt_column, self.completion_column) if self.prompt_column else (self.text_column,)
         return faults_of_text(split, tuple(name for name in columns if name))
-
-    def fit(self, train: Split) -> None:
-        """Nothing to learn: the vocabulary is the tokenizer's."""
 
     def load_model(self, source: Source) -> PreTrainedModel:
         """The model with its own language-model head."""

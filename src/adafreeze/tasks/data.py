@@ -259,9 +259,9 @@ def load_splits(
             validation = splits.get(validation_split or "validation")
     else:
         assert train_file is not None
-        train = load_file(train_file, cache_dir)
+        train = task.read(train_file, cache_dir)
     if validation_file is not None:
-        validation = load_file(validation_file, cache_dir)
+        validation = task.read(validation_file, cache_dir)
 
     train = check(task, train, skip_bad_rows=skip_bad_rows)
     task.fit(train)

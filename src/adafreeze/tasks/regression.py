@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ._text import faults_of_text, guess_columns, number
 from .pretrained import Source, load_model
+from .task import Task
 from .text_classification import pad, tokenize
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ __all__ = ["Regression"]
 
 
 @dataclass
-class Regression:
+class Regression(Task):
     """Predict the number in ``label_column`` from one or two text columns.
 
     The loss is the mean squared error; metrics are ``mse``, ``pearson`` and ``spearmanr``.
@@ -57,9 +58,6 @@ class Regression:
             elif number(value) is None:
                 faults.setdefault(index, f"the label {value!r} is not a finite number")
         return faults
-
-    def fit(self, train: Split) -> None:
-        """Nothing to learn: a number is a number."""
 
     def load_model(self, source: Source) -> PreTrainedModel:
         """The model with a head of one output."""

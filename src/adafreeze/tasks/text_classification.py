@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..errors import DataError
 from ._text import as_text, faults_of_text, guess_columns
 from .pretrained import Source, load_model
+from .task import Task
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,7 @@ __all__ = ["TextClassification"]
 
 
 @dataclass
-class TextClassification:
+class TextClassification(Task):
     """Predict ``label_column`` from one or two text columns.
 
     Labels may be whole numbers, text, true/false, or a ``ClassLabel`` of ``datasets``; :meth:`fit` gives
