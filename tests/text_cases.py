@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from adafreeze.tasks.glue import GLUE
+
 WORDS = ["good", "bad", "film", "book", "very", "not", "a", "the", "was", "is", "it", "i"]
 WORDS += ["liked", "hated", "plot", "actor", "ask", "say", "hello", "bye"]
 
@@ -102,6 +104,19 @@ def reviews(count: int = 8) -> list[dict]:
         }
         for i in range(count)
     ]
+
+
+def glue_rows(name: str, count: int = 8, as_text: bool = False) -> list[dict]:
+    """Rows of a task of GLUE; labels by number, or by their official names."""
+    columns, classes = GLUE[name].columns, GLUE[name].classes
+    rows = []
+    for i, row in enumerate(reviews(count)):
+        label = i % len(classes) if classes else row["stars"]
+        rows.append(
+            dict(zip(columns, (row["text"], row["reply"]), strict=False))
+            | {"label": classes[label] if as_text and classes else label}
+        )
+    return rows
 
 
 def write(path: Path, rows: list[dict]) -> str:

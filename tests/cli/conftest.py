@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from adafreeze.tasks import GLUE
 from text_cases import reviews, save_bert, save_llama, write
 
 
@@ -28,14 +29,17 @@ def csv_file(tmp_path_factory) -> str:
 
 @pytest.fixture
 def train(tmp_path):
-    """``train(task, model, file, *flags)``: the command in two steps of two rows; its output folder."""
+    """``train(task, model, file, *flags)``: the command in two steps of two rows; its output folder.
+
+    ``task`` may be one of GLUE.
+    """
     from adafreeze.cli.train import main
 
     def run(task: str, model: str, file: str, *flags: str):
         folder = tmp_path / "run"
         given = [
             *(
-                "--task",
+                "--task_name" if task in GLUE else "--task",
                 task,
                 "--model_name_or_path",
                 model,

@@ -162,6 +162,8 @@ def test_a_config_file_that_does_not_exist(refuse, bert, csv_file):
         (("--freeze_share", "1.5"), r"freeze_share is 1\.5"),
         (("--eval_strategy", "epoch"), r"nothing to evaluate on.*--validation_split 0\.1"),
         (("--prompt_column", "prompt"), r"columns do not go with --task"),
+        (("--task_name", "mrpc"), r"Exactly one of --task and --task_name.*Both"),
+        (("--validation_mismatched_file", "a.csv"), r"no effect.*belongs to mnli"),
         (("--max_seq_length", "0"), r"--max_seq_length is 0"),
         (("--validation_split", "1.5"), r"--validation_split is 1\.5"),
         (
@@ -198,7 +200,7 @@ def test_an_unknown_command_and_a_missing_flag(capsys):
     assert main(["tran"]) == 2
     assert "no command 'tran'" in capsys.readouterr().err
     assert main(["train"]) == 2
-    assert "required: --model_name_or_path, --task" in capsys.readouterr().err
+    assert "required: --model_name_or_path" in capsys.readouterr().err
 
 
 def test_help_and_version(capsys):

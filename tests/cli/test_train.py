@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from adafreeze.errors import AdafreezeError
 from adafreeze.journal import read_journal
-from text_cases import reviews, write
+from text_cases import glue_rows, reviews, write
 
 
 def results(folder) -> dict:
@@ -84,6 +84,46 @@ def test_regression(train, bert, csv_file):
     flags = ("--label_column", "stars", "--validation_file", csv_file, "--ignore_mismatched_sizes")
     found = results(train("regression", bert, csv_file, *flags))
     assert found["eval_mse"] > 0 and -1 <= found["eval_pearson"] <= 1 and -1 <= found["eval_spearmanr"] <= 1
+
+
+def test_a_task_of_glue_needs_only_its_name(train, bert, tmp_path):
+    file = write(tmp_path / "data.jsonl", glue_rows("mrpc"))
+    found = results(train("mrpc", bert, file, "--validation_file", file))
+    assert found["eval_combined_score"] == pytest.approx((found["eval_accuracy"] + found["eval_f1"]) / 2)
+
+
+def test_stsb_is_a_regression_by_its_name(train, bert, tmp_path):
+    file = write(tmp_path / "data.csv", glue_rows("stsb"))
+    found = results(train("stsb", bert, file, "--validation_file", file, "--ignore_mismatched_sizes"))
+    assert found["eval_combined_score"] == pytest.approx((found["eval_pearson"] + found["eval_spearmanr"]) / 2)
+
+
+def test_mnli_is_evaluated_on_both_kinds_of_genres(train, bert, tmp_path):
+    matched = write(tmp_path / "matched.jsonl", glue_rows("mnli", 9, as_text=True))
+    other = write(tmp_path / "other.jsonl", [{**row, "label": "neutral"} for row in glue_rows("mnli", 6)])
+    files = ("--validation_file", matched, "--validation_mismatched_file", other, "--ignore_mismatched_sizes")
+    found = results(train("mnli", bert, matched, *files))
+    assert {"eval_accuracy", "eval_accuracy_mm", "eval_loss", "eval_loss_mm"} <= set(found)
+    assert found["eval_accuracy"] in [pytest.approx(n / 9) for n in range(10)] and found["eval_accuracy_mm"] in (0, 1)
+
+
+def test_glue_comes_from_the_hub_where_no_file_is_given(bert, tmp_path, monkeypatch):
+    from datasets import Dataset, DatasetDict
+
+    from adafreeze.cli.train import main
+
+    rows = Dataset.from_list(glue_rows("mnli", 6))
+    splits = DatasetDict(train=rows, validation_matched=rows, validation_mismatched=rows.select(range(3)))
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *names, **_: asked.append(names) or splits)
+    main(
+        [
+            *("--task_name", "mnli", "--model_name_or_path", bert, "--output_dir", str(tmp_path / "run")),
+            *("--max_steps", "1", "--use_cpu", "true", "--report_to", "none", "--save_strategy", "no"),
+            *("--ignore_mismatched_sizes", "--method", "none"),
+        ]
+    )
+    assert set(asked) == {("nyu-mll/glue", "mnli")} and "eval_accuracy_mm" in results(tmp_path / "run")
 
 
 def test_causal_lm_reports_perplexity_and_loss(train, llama, csv_file):

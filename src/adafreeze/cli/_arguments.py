@@ -60,8 +60,12 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    task: Literal["text-classification", "regression", "causal-lm"] = field(
-        metadata={"help": "What the model learns to do."}
+    task: Literal["text-classification", "regression", "causal-lm"] | None = field(
+        default=None, metadata={"help": "What the model learns to do."}
+    )
+    task_name: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"] | None = field(
+        default=None,
+        metadata={"help": "A task of GLUE, instead of --task: its dataset, columns and official metrics."},
     )
     dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub, or"})
     dataset_config_name: str | None = field(default=None, metadata={"help": "its configuration."})
@@ -75,6 +79,9 @@ class DataArguments:
     )
     train_file: str | None = field(default=None, metadata={"help": "A .csv, .json, .jsonl or .parquet file."})
     validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
+    validation_mismatched_file: str | None = field(
+        default=None, metadata={"help": "--task_name mnli: the rows of other genres, evaluated as _mm at the end."}
+    )
     text_column: list[str] | None = field(
         default=None,
         metadata={
@@ -302,7 +309,7 @@ _NOT_KEPT = {
 
 def _resolved(parser: _Parser, values: dict[str, Any]) -> dict[str, Any]:
     # Parsed, not get_default(): the parser converts what stands as text in a dataclass ("no" to False).
-    defaults = vars(parser.parse_args(["--model_name_or_path=", "--task=causal-lm"])) | {"task": None}
+    defaults = vars(parser.parse_args(["--model_name_or_path="]))
     kept = {}
     for name, value in values.items():
         if name not in _NOT_KEPT and value is not None and value != defaults[name]:

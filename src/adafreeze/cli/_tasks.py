@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from ..tasks import CausalLM, Regression, TextClassification
+from ..tasks import GLUE, GLUE_DATASET, CausalLM, Regression, TextClassification, glue_task
 
 if TYPE_CHECKING:
     from ..tasks import Task
     from ._arguments import DataArguments
 
-__all__ = ["TASKS", "make_task"]
+__all__ = ["TASKS", "make_task", "rows_of"]
 
 
 def make_task(data: DataArguments) -> Task:
     """The task that the data arguments describe.
 
     Raises:
-        ConfigError: the columns do not go with the task.
+        ConfigError: there is none, or the columns do not go with it.
     """
     if data.max_seq_length is not None and data.max_seq_length < 2:
         raise ConfigError(
@@ -27,7 +27,41 @@ def make_task(data: DataArguments) -> Task:
             cause="A row needs at least two tokens.",
             fix="--max_seq_length 128",
         )
-    return TASKS[data.task](data)
+    if (data.task is None) == (data.task_name is None):
+        raise ConfigError(
+            "Exactly one of --task and --task_name is needed.",
+            cause="Neither is given." if data.task is None else "Both are given, and --task_name says the task too.",
+            fix="--task text-classification",
+        )
+    for flag, owner in _OWN.items():
+        if getattr(data, flag) is not None and owner not in (data.task, data.task_name):
+            raise ConfigError(
+                f"--{flag} has no effect.",
+                cause=f"It belongs to {owner} alone.",
+                fix=f"Leave out --{flag}.",
+            )
+    return _glue(data) if data.task is None else TASKS[data.task](data)
+
+
+def rows_of(data: DataArguments) -> dict[str, Any]:
+    """Where the rows come from, as :func:`adafreeze.tasks.load_splits` wants it: for GLUE the Hub, if not said."""
+    found = {
+        "dataset_name": data.dataset_name,
+        "dataset_config_name": data.dataset_config_name,
+        "train_file": data.train_file,
+        "validation_file": data.validation_file,
+        "validation_split": data.validation_split,
+    }
+    if data.task_name is not None and data.train_file is None:
+        if data.dataset_name is None:
+            found |= {"dataset_name": GLUE_DATASET, "dataset_config_name": data.task_name}
+        found["validation_split"] = data.validation_split or GLUE[data.task_name].validation
+    return found
+
+
+def _glue(data: DataArguments) -> Task:
+    assert data.task_name is not None
+    return glue_task(data.task_name, **_text_options(data))
 
 
 def _causal_lm(data: DataArguments) -> Task:
@@ -50,20 +84,24 @@ def _causal_lm(data: DataArguments) -> Task:
 
 
 def _text(data: DataArguments) -> Task:
+    kind = TextClassification if data.task == "text-classification" else Regression
+    return kind(**_text_options(data))
+
+
+def _text_options(data: DataArguments) -> dict[str, Any]:
     columns = tuple(data.text_column or ())
     if len(columns) > 2 or data.prompt_column or data.completion_column:
         raise ConfigError(
-            f"The columns do not go with --task {data.task}.",
+            f"The columns do not go with --task {data.task or TextClassification.name}.",
             cause="It reads one --text_column, or two for pairs.",
             fix="--text_column sentence1 sentence2",
         )
-    kind = TextClassification if data.task == "text-classification" else Regression
-    return kind(
-        text_columns=columns,
-        label_column=data.label_column,
-        max_length=data.max_seq_length or 128,
-        pad_to_max_length=data.pad_to_max_length,
-    )
+    return {
+        "text_columns": columns,
+        "label_column": data.label_column,
+        "max_length": data.max_seq_length or 128,
+        "pad_to_max_length": data.pad_to_max_length,
+    }
 
 
 # What is typed after --task, and what makes it of the arguments.
@@ -72,3 +110,6 @@ TASKS: dict[str, Callable[[DataArguments], Task]] = {
     "regression": _text,
     "causal-lm": _causal_lm,
 }
+
+# Flags that one task reads: elsewhere they would be ignored in silence.
+_OWN = {"validation_mismatched_file": "mnli"}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, ModelError, warn
 from ._arguments import Arguments, parse
 from ._output import JOURNAL_FILE, clear_run, find_checkpoint, prepare_folder, write_config
-from ._tasks import make_task
+from ._tasks import make_task, rows_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -37,6 +37,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     from ..journal import Journal
     from ..tasks import Source, add_adapter, load_splits
     from ..tasks.adapters import make_config, optimizer_steps
+    from ..tasks.data import load_validation
 
     model_args, data, training = arguments.model, arguments.data, arguments.training
     assert training.output_dir is not None  # parse() asks for it
@@ -47,23 +48,34 @@ def run(arguments: Arguments) -> dict[str, Any]:
         folder = prepare_folder(training.output_dir, overwrite=arguments.run.overwrite_output_dir, resume=checkpoint)
 
     # Cheapest first, so that a typing error is answered in seconds: data, tokenizer, model, adapter.
+    place = rows_of(data)
+    reading: dict[str, Any] = {
+        "skip_bad_rows": data.skip_bad_rows,
+        "cache_dir": model_args.cache_dir,
+        "token": model_args.token,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
     with training.main_process_first(desc="reading the data"):
         train_rows, eval_rows = load_splits(
             task,
-            dataset_name=data.dataset_name,
-            dataset_config_name=data.dataset_config_name,
-            train_file=data.train_file,
-            validation_file=data.validation_file,
+            **place,
             train_split=data.train_split,
-            validation_split=data.validation_split,
-            skip_bad_rows=data.skip_bad_rows,
             max_train_samples=data.max_train_samples,
             max_eval_samples=data.max_eval_samples,
             seed=training.seed,
-            cache_dir=model_args.cache_dir,
-            token=model_args.token,
-            trust_remote_code=model_args.trust_remote_code,
+            **reading,
         )
+        mismatched_rows = None
+        if data.task_name == "mnli":
+            mismatched_rows = load_validation(
+                task,
+                "validation_mismatched",
+                path=data.validation_mismatched_file,
+                dataset_name=place["dataset_name"],
+                dataset_config_name=place["dataset_config_name"],
+                max_samples=data.max_eval_samples,
+                **reading,
+            )
     _check_evaluation(training, eval_rows)
     source = Source(
         name=model_args.model_name_or_path,
@@ -109,6 +121,11 @@ def run(arguments: Arguments) -> dict[str, Any]:
     metrics = _train(trainer, checkpoint)
     if eval_rows is not None:
         scores = trainer.evaluate()
+        if mismatched_rows is not None:
+            rows = task.prepare_evaluation(mismatched_rows, processor)
+            for name, value in trainer.evaluate(rows, metric_key_prefix="eval_mm").items():
+                if name != "epoch":
+                    scores[f"{name.replace('eval_mm_', 'eval_')}_mm"] = value
         trainer.log_metrics("eval", scores)
         trainer.save_metrics("eval", scores)
         metrics.update(scores)

@@ -3,12 +3,15 @@
 from .adapters import adapter_names, add_adapter
 from .causal_lm import CausalLM
 from .data import Split, load_splits
+from .glue import GLUE, GLUE_DATASET, glue_task
 from .pretrained import Source, load_tokenizer
 from .regression import Regression
 from .task import Task
 from .text_classification import TextClassification
 
 __all__ = [
+    "GLUE",
+    "GLUE_DATASET",
     "CausalLM",
     "Regression",
     "Source",
@@ -17,6 +20,7 @@ __all__ = [
     "TextClassification",
     "adapter_names",
     "add_adapter",
+    "glue_task",
     "load_splits",
     "load_tokenizer",
 ]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from .task import Task
 
-__all__ = ["Split", "check", "load_file", "load_hub", "load_splits"]
+__all__ = ["Split", "check", "load_file", "load_hub", "load_splits", "load_validation"]
 
 _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -117,19 +117,24 @@ def _no_rows(path: str) -> DataError:
     )
 
 
-def load_hub(name: str, config: str | None = None, **options: Any) -> dict[str, Split]:
+def load_hub(
+    name: str, config: str | None = None, *, trust_remote_code: bool = False, **options: Any
+) -> dict[str, Split]:
     """All splits of a dataset on the Hub (or in a local dataset folder), by name.
 
     Args:
         name: such as ``"nyu-mll/glue"``.
         config: such as ``"mrpc"``.
-        options: for :func:`datasets.load_dataset`: ``cache_dir``, ``token``, ``trust_remote_code``.
+        trust_remote_code: run code that comes with the dataset (before datasets 4).
+        options: for :func:`datasets.load_dataset`: ``cache_dir``, ``token``.
 
     Raises:
         DataError: the Hub cannot be reached or does not have it, or a ``config`` must be chosen.
     """
     from datasets import load_dataset
 
+    if trust_remote_code:  # only said when it is wanted: datasets 4 dropped the option and warns of it
+        options["trust_remote_code"] = True
     try:
         splits = load_dataset(name, config, **options)
     except Exception as error:
@@ -243,9 +248,9 @@ def load_splits(
             fix="--train_file train.csv --validation_file validation.csv",
         )
     if dataset_name is not None:
-        # Only said when it is wanted: datasets 4 dropped the option and warns of it.
-        remote = {"trust_remote_code": True} if trust_remote_code else {}
-        splits = load_hub(dataset_name, dataset_config_name, cache_dir=cache_dir, token=token, **remote)
+        splits = load_hub(
+            dataset_name, dataset_config_name, cache_dir=cache_dir, token=token, trust_remote_code=trust_remote_code
+        )
         wanted = [train_split] + ([validation_split] if validation_split and share is None else [])
         for name in wanted:
             if name not in splits:
@@ -279,6 +284,40 @@ def load_splits(
         parts = train_rows.train_test_split(test_size=size, seed=seed)
         train_rows, validation_rows = parts["train"], parts["test"]
     return _first(train_rows, max_train_samples), _first(validation_rows, max_eval_samples)
+
+
+def load_validation(
+    task: Task,
+    split: str,
+    *,
+    path: str | None = None,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    skip_bad_rows: bool = False,
+    max_samples: int | None = None,
+    **options: Any,
+) -> Dataset | None:
+    """More rows to evaluate on, for a task that :func:`load_splits` has fitted; None where there are none.
+
+    Args:
+        task: what the rows are for.
+        split: of the dataset on the Hub.
+        path: a local file instead.
+        dataset_name: on the Hub.
+        dataset_config_name: its configuration.
+        skip_bad_rows: see :func:`check`.
+        max_samples: the first rows only.
+        options: for :func:`load_hub`.
+
+    Raises:
+        DataError: see :func:`load_file`, :func:`load_hub`, :func:`check`.
+    """
+    found: Split | None = None
+    if path is not None:
+        found = task.read(path, options.get("cache_dir"))
+    elif dataset_name is not None:
+        found = load_hub(dataset_name, dataset_config_name, **options).get(split)
+    return None if found is None else _first(check(task, found, skip_bad_rows=skip_bad_rows).rows, max_samples)
 
 
 def _share(validation_split: str | None) -> float | None:

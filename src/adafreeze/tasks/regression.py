@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ._text import faults_of_text, guess_columns, number
+from .metrics import measure
 from .pretrained import Source, load_model
 from .task import Task
 from .text_classification import pad, tokenize
@@ -26,19 +26,21 @@ __all__ = ["Regression"]
 class Regression(Task):
     """Predict the number in ``label_column`` from one or two text columns.
 
-    The loss is the mean squared error; metrics are ``mse``, ``pearson`` and ``spearmanr``.
+    The loss is the mean squared error.
 
     Args:
         text_columns: one name, or two for pairs; empty: the usual names are looked for.
         label_column: where the number stands.
         max_length: tokens of a row, at most; longer rows are cut.
         pad_to_max_length: pad every row to ``max_length`` (default: to the longest of its batch).
+        metrics: names of :data:`adafreeze.tasks.metrics.METRICS`.
     """
 
     text_columns: tuple[str, ...] = ()
     label_column: str = "label"
     max_length: int = 128
     pad_to_max_length: bool = False
+    metrics: tuple[str, ...] = ("mse", "pearson", "spearmanr")
 
     name: ClassVar[str] = "regression"
     peft_task_type: ClassVar[str] = "SEQ_CLS"
@@ -67,7 +69,7 @@ class Regression(Task):
 
     def prepare(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """Token ids and numbers."""
-        return tokenize(rows, tokenizer, self, float)
+        return tokenize(rows, tokenizer, self, [float(value) for value in rows[self.label_column]])
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Pads to the longest row of the batch, or to ``max_length``."""
@@ -78,19 +80,5 @@ class Regression(Task):
         return (logits[0] if isinstance(logits, tuple) else logits).squeeze(-1)
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Mean squared error and both correlations.
-
-        Where a correlation is undefined (all predictions equal) it is 0: they explain nothing, and NaN is
-        not JSON.
-        """
-        from scipy.stats import pearsonr, spearmanr
-        from sklearn.metrics import mean_squared_error
-
-        guess, truth = prediction.predictions, prediction.label_ids
-        metrics = {"mse": float(mean_squared_error(truth, guess))}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # scipy's, for constant input: answered below
-            for key, correlation in (("pearson", pearsonr), ("spearmanr", spearmanr)):
-                value = number(correlation(guess, truth)[0]) if len(truth) > 1 else None
-                metrics[key] = value if value is not None else 0.0
-        return metrics
+        """Mean squared error and both correlations, or the metrics asked for."""
+        return measure(self.metrics, prediction.predictions, prediction.label_ids)
