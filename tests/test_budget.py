@@ -270,6 +270,9 @@ def test_a_model_that_reads_its_values_recomputes_all_and_says_so():
         safe = Safe(model, SafeConfig(memory_budget="1GiB"), probe=batch, total_steps=9)
     assert torch.equal(model(**batch).loss, expected)
     assert len(safe.budget.recompute.chosen) == 4
+    safe.budget.measured_peak = lambda: 2 * 2**30
+    with pytest.warns(AdafreezeWarning, match=r"A step holds 2\.00 GiB .* and the memory budget is\s+1\.00 GiB"):
+        model(**batch)
 
 
 # The allocator's word.

@@ -272,6 +272,23 @@ def test_a_model_that_reads_its_values_is_measured_for_real(monkeypatch):
     assert [s.peak for s in made.steps] == pytest.approx([s.peak for s in expected.steps], rel=0.03)
 
 
+@pytest.mark.parametrize("reads", ["numpy", "tolist", "nonzero"])
+def test_a_model_that_reads_values_while_it_is_built_is_built_for_real(monkeypatch, reads):
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    expected = planned("llama")
+    original = LlamaModel.__init__
+
+    def reads_values(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        getattr(torch.linspace(0, 1, 4), reads)()
+
+    monkeypatch.setattr(LlamaModel, "__init__", reads_values)
+    with pytest.warns(AdafreezeWarning, match="cannot be built or run without data"):
+        made = planned("llama")
+    assert [s.saved for s in made.steps] == [s.saved for s in expected.steps]
+
+
 # Bad input.
 
 
@@ -288,6 +305,8 @@ def test_a_model_that_reads_its_values_is_measured_for_real(monkeypatch):
         ({"max_length": 65}, ConfigError, "the model reads 64 tokens"),
         ({"device_memory": "RTX 9090"}, ConfigError, "no GPU of that name"),
         ({"device_memory": "6 parsecs"}, ConfigError, "parsecs"),
+        ({"device_memory": "4090"}, ConfigError, r"(?s)3\.99 KiB.*--device_memory 'RTX 4090'"),
+        ({"device_memory": "24"}, ConfigError, r"(?s)24 B.*--device_memory 24GiB"),
         ({"device_memory": 0}, ConfigError, "device_memory"),
         ({"device_memory": -1}, ConfigError, "device_memory"),
         ({"device_memory": "500MiB"}, ConfigError, "nothing remains"),

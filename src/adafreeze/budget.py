@@ -10,6 +10,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from .costs.devices import usable_memory
 from .costs.memory import bytes_of
 from .costs.optimizer import optimizer_bytes
 from .costs.rehearse import Rehearsal, failing_module, largest_that_fits, rehearse
@@ -185,6 +186,8 @@ class Budget:
             return
         if self._current is not None and self._undisturbed and measured:
             self._correct(self._current, measured)
+        elif self._failed and self._undisturbed and measured > self.limit:
+            self._warn_above("A step", measured, "The model could not be rehearsed before the run.")
         self._undisturbed = True
         self._current = self._choice(args, kwargs)
         self.recompute.chosen = self._current.chosen if self._current else frozenset(self.recompute.blocks)
@@ -215,8 +218,10 @@ class Budget:
                 peak=choice.peak,
                 plain_peak=choice.plain_peak,
             )
-            if choice.peak > self.limit:
-                self._warn_above(choice, [shape for shape, _ in shapes])
+            if choice.peak > self.limit and self._current is not None:  # before the first step it is an error
+                what = f"A batch ({', '.join(str(shape) for shape, _ in shapes[:2])})"
+                cause = "It is longer than the samples by which the budget was checked before the run."
+                self._warn_above(what, choice.peak, cause)
         return self._choices[kind]
 
     def _choose(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Choice:
@@ -296,16 +301,15 @@ class Budget:
             "budget is not known before the run.",
         )
 
-    def _warn_above(self, choice: Choice, shapes: list[tuple[int, ...]]) -> None:
-        if self._current is None or self._warned:  # before the first step it is an error
-            return
-        self._warned = True
-        warn(
-            f"A batch ({', '.join(map(str, shapes[:2]))}) holds {readable(choice.peak)} with all blocks recomputed, "
-            f"and the memory budget is {readable(self.limit)}.",
-            cause="It is longer than the samples by which the budget was checked before the run.",
-            fix="A smaller --per_device_train_batch_size, or a smaller --max_seq_length. Training goes on.",
-        )
+    def _warn_above(self, what: str, nbytes: int, cause: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warn(
+                f"{what} holds {readable(nbytes)} with all blocks recomputed, and the memory budget is "
+                f"{readable(self.limit)}.",
+                cause=cause,
+                fix="A smaller --per_device_train_batch_size, or a smaller --max_seq_length. Training goes on.",
+            )
 
     # Corrected by what the allocator measures.
 
@@ -338,16 +342,14 @@ def open_budget(limit: int | float | str | None, probe: Probe, rows: int, *parts
 
     Args:
         limit: None for no budget.
-        probe: and
-        rows: as for :meth:`Budget.check`.
+        probe, rows: as for :meth:`Budget.check`.
         parts: the other arguments of Budget.
 
     Raises:
         AdafreezeError: the budget cannot be met.
     """
     if limit is not None:
-        budget = Budget(limit, *parts)
-        budget.check(probe, rows)
+        (budget := Budget(limit, *parts)).check(probe, rows)
         return budget
     note(
         "No memory budget: the peak of the run is the plain run's; SafeConfig(memory_budget=...) lowers it from step 0."
@@ -382,7 +384,7 @@ def _holds_more(one: Any, other: Any) -> bool:
 def _limit(wanted: int | float | str, device: torch.device, model: nn.Module) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device)
+        free = min(free + torch.cuda.memory_reserved(device), usable_memory(total, "cuda") or total)
     else:
         memory = psutil.virtual_memory()
         free, total = memory.available + bytes_of((*model.parameters(), *model.buffers())), memory.total

@@ -91,13 +91,13 @@ def _of_model(target: str, flags: list[str]) -> list[Finding]:
         target_modules=adapter.target_modules,
         options=adapter_options(adapter.adapter_kwargs),
     )
-    model = adapted(build(config, run.task), peft_config)
 
     def batch(rows: int, module: Any) -> dict[str, Any]:
         own = next(p.dtype for p in module.parameters() if p.is_floating_point())
         return example_inputs(config, run.task, rows, 16, padded=True, dtype=own)
 
     try:
+        model = adapted(build(config, run.task), peft_config)
         with Stage(model, batch, "adamw_torch", False, None, False, target="cpu", fake=True) as stage:
             return list(examine(model, stage.stacks, stage.units, stage.flows, stage.freezer.backend))
     except AdafreezeError:

@@ -14,7 +14,8 @@ GIB = 2**30
 # Memory by name, in GiB, as sold.
 GPUS = {
     "T4": 16, "V100-16GB": 16, "V100-32GB": 32, "P100": 16, "A10": 24, "A10G": 24, "A30": 24, "A40": 48, "L4": 24,
-    "L40": 48, "L40S": 48, "A100-40GB": 40, "A100-80GB": 80, "H100": 80, "H200": 141, "B200": 180,
+    "L40": 48, "L40S": 48, "A100-40GB": 40, "A100-80GB": 80, "H100": 80, "H100-80GB": 80,
+    "H200": 141, "B200": 180,
     "RTX 2060": 6, "RTX 2080 Ti": 11, "RTX 3060": 12, "RTX 3070": 8, "RTX 3080": 10, "RTX 3090": 24,
     "RTX 4060": 8, "RTX 4060 Ti 16GB": 16, "RTX 4070": 12, "RTX 4080": 16, "RTX 4090": 24,
     "RTX 5060 Ti 16GB": 16, "RTX 5070": 12, "RTX 5080": 16, "RTX 5090": 32, "RTX A4000": 16, "RTX A5000": 24,
@@ -22,6 +23,8 @@ GPUS = {
 }  # fmt: skip
 # The CUDA context, workspaces of cuBLAS, and what the allocator cannot hand out.
 CUDA_RESERVE = GIB
+# No device has less.
+LEAST = 2**20
 
 
 def usable_memory(device_memory: int | str | None, target: str) -> int | None:
@@ -52,6 +55,10 @@ def usable_memory(device_memory: int | str | None, target: str) -> int | None:
         )
     else:
         size = parse_size("--device_memory", device_memory, "24GiB")
+        if size < LEAST:  # a number without its unit, or a name without its family
+            named = [name for name in GPUS if name.split()[-1] == str(device_memory).strip()]
+            fix = f"--device_memory '{named[0]}'" if named else f"--device_memory {size}GiB"
+            raise ConfigError(f"--device_memory is {readable(size)}.", cause="A number alone is bytes.", fix=fix)
     if target == "cuda" and size <= CUDA_RESERVE:
         raise ConfigError(
             f"--device_memory is {readable(size)}.",

@@ -53,6 +53,7 @@ def build(config: PretrainedConfig, task: str, dtype: torch.dtype | None = None,
 
     Raises:
         ModelError: transformers has no model of this type for the task, or the configuration is incomplete.
+        Exception: of the model's own, where it reads values while it is built on ``meta``.
     """
     import transformers
 
@@ -64,7 +65,9 @@ def build(config: PretrainedConfig, task: str, dtype: torch.dtype | None = None,
     try:
         with torch.device(device):
             return kind.from_config(config, dtype=dtype)
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError, KeyError) as error:
+        if device == "meta" and "meta" in str(error):
+            raise  # it reads values while it is built, which only a real device has
         if "Unrecognized configuration class" not in str(error):
             raise _incomplete(config, error) from error
         raise ModelError(
@@ -72,8 +75,6 @@ def build(config: PretrainedConfig, task: str, dtype: torch.dtype | None = None,
             cause=f"transformers has no {PLANNED_TASKS[task][0]} for it.",
             fix=f"--task, one of {', '.join(PLANNED_TASKS)}",
         ) from error
-    except (TypeError, AttributeError, ZeroDivisionError, KeyError) as error:
-        raise _incomplete(config, error) from error
 
 
 def _incomplete(config: PretrainedConfig, error: Exception) -> ModelError:
