@@ -43,7 +43,8 @@ class Guard:
             return []
         kind, cause, fix = self._undone_by(loose)
         units = self.freezer.audit()
-        self.journal.write("refreeze", step=step, units=units, by=kind)
+        if kind not in self._warned:  # it may go on at each step of a long run
+            self.journal.write("refreeze", step=step, units=units, by=kind)
         what = "had been given gradients" if kind == "grad" else "had been made trainable again"
         self.warn_once(
             kind,
@@ -80,7 +81,8 @@ class Guard:
         if active == self._active:
             return False
         before, self._active = self._active, active
-        self.journal.write("adapters", step=step, before=before, active=active)
+        if "adapters switched" not in self._warned:
+            self.journal.write("adapters", step=step, before=before, active=active)
         self.warn_once(
             "adapters switched",
             f"The active adapters changed from {', '.join(before)} to {', '.join(active) or 'none'} at step {step}.",

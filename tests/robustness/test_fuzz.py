@@ -1,15 +1,19 @@
-"""Whatever comes: settings of any type, scores of any value, freezes and interference in any order."""
+"""Whatever comes: settings of any type, and scores of any value."""
 
 import dataclasses
+import itertools
 import json
 import math
+import warnings
+from functools import cache
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adafreeze import ConfigError, SafeConfig
+import cases
+from adafreeze import AdafreezeWarning, ConfigError, Safe, SafeConfig
 from adafreeze.sizes import parse_size
 
 STEADY = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))  # timing decides no test
@@ -90,3 +94,63 @@ def test_sizes_of_any_value_are_positive_or_refused(value):
         assert parse_size("size", value) > 0
     except ConfigError as error:
         assert "size is" in error.fact
+
+
+@settings(STEADY, max_examples=12)
+@given(
+    st.lists(st.floats() | st.sampled_from([0.0, -0.0, 5e-324, 1e308, math.nan, 0.5]), min_size=1, max_size=40),
+    st.sampled_from(["share", "threshold", "bottom_up"]),
+    st.lists(shares, min_size=2, max_size=2).map(sorted),
+    shares,
+    st.integers(0, 5),
+)
+def test_a_run_whose_scores_are_any_numbers_freezes_within_its_bounds(numbers, policy, ends, share, least):
+    stream = itertools.cycle(numbers)
+    config = SafeConfig(
+        policy=policy,
+        score=lambda before, now: next(stream),
+        warmup=ends[0],
+        ramp_end=ends[1],
+        freeze_share=share,
+        threshold=share,
+        min_live_blocks=least,
+        overhead=1.0,
+        cache="off",
+    )
+    safe = Safe(llama(), config, probe=[cases.batch("llama", rows=2)], total_steps=12, samples_per_step=64)
+    units, frozen, ramp = list(safe.units), set(), 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdafreezeWarning)  # that scores are not finite
+        for _ in range(12):
+            named = set(safe.step())
+            assert not named & frozen
+            frozen |= named
+            assert safe.frozen == frozen
+            assert not frozen or safe.warmup_end is not None
+            assert len(units) - len(frozen) >= min(max(least, 1), len(units))
+            assert ramp <= (ramp := safe.logs()["safe/ramp"]) <= 1
+            if policy != "threshold":
+                assert frozen == set(units[: len(frozen)])
+            assert safe.prefixes == {"model.layers": next(i for i, unit in enumerate(units) if unit not in frozen)}
+    assert not [event for event in safe.journal.events if event["event"] == "measure_failed"]
+    safe.close()
+
+
+@cache
+def llama():
+    return cases.lora_model("llama", blocks=3)
+
+
+def test_whole_numbers_without_measure_are_lived_with():
+    huge = 10**30
+    config = SafeConfig(
+        settle_patience=huge, min_live_blocks=huge, probe_tokens=huge, min_measurements=huge, seed=2**32 - 1,
+        cache_budget=huge,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AdafreezeWarning)
+        safe = Safe(llama(), config, probe=cases.loader("llama"), total_steps=10, samples_per_step=64)
+        for _ in range(10):
+            llama()(**cases.batch("llama")).loss.backward()
+            assert safe.step() == []
+    safe.close()
