@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "fine-tune a model with adapters that freeze themselves",
     "plan": "memory and FLOPs of a run before it starts: will it fit?",
     "doctor": "what adafreeze finds in a model or a script, before anything is trained",
+    "export-config": "what a run found out, as the PEFT configuration of the next one",
     "demo": "see it work in a few minutes on the CPU",
 }
 
@@ -25,7 +26,7 @@ USAGE = f"""usage: adafreeze COMMAND ...
 Fine-tune a transformer with adapters, and freeze those that contribute little.
 
 commands:
-{chr(10).join(f"  {name:<10}{text}" for name, text in COMMANDS.items())}
+{chr(10).join(f"  {name:<15}{text}" for name, text in COMMANDS.items())}
 
 options:
   -h, --help  show this help; `adafreeze COMMAND --help` shows the flags of a command
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: There is no command {command!r}.\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     try:
-        return importlib.import_module(f".{command}", __package__).main(rest) or 0
+        return importlib.import_module(f".{command.replace('-', '_')}", __package__).main(rest) or 0
     except AdafreezeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
