@@ -272,8 +272,7 @@ def test_a_model_that_reads_its_values_is_measured_for_real(monkeypatch):
     assert [s.peak for s in made.steps] == pytest.approx([s.peak for s in expected.steps], rel=0.03)
 
 
-@pytest.mark.parametrize("reads", ["numpy", "tolist", "nonzero"])
-def test_a_model_that_reads_values_while_it_is_built_is_built_for_real(monkeypatch, reads):
+def test_a_model_that_reads_values_while_it_is_built_is_built_for_real(monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaModel
 
     expected = planned("llama")
@@ -281,7 +280,7 @@ def test_a_model_that_reads_values_while_it_is_built_is_built_for_real(monkeypat
 
     def reads_values(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        getattr(torch.linspace(0, 1, 4), reads)()
+        torch.linspace(0, 1, 4).numpy()
 
     monkeypatch.setattr(LlamaModel, "__init__", reads_values)
     with pytest.warns(AdafreezeWarning, match="cannot be built or run without data"):

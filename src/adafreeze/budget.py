@@ -6,15 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
-from .costs.devices import usable_memory
+from .costs.devices import memory_limit
 from .costs.memory import bytes_of
 from .costs.optimizer import optimizer_bytes
 from .costs.rehearse import Rehearsal, failing_module, largest_that_fits, rehearse
-from .errors import ConfigError, RunError, note, warn
+from .errors import RunError, note, warn
 from .freeze import Prefix
 from .freeze.recompute import Block, BlockCost, Recompute, least_recompute
 from .journal import Journal
@@ -90,7 +89,8 @@ class Budget:
         self.journal = journal
         self.device = device_of(model)
         self.extra = extra
-        self.limit = _limit(limit, self.device, model)
+        weights = bytes_of((*model.parameters(), *model.buffers()))
+        self.limit = memory_limit(limit, self.device, weights)
         self._auto = limit == "auto"
         self.ratio = 1.0
         self.measured_peak: Callable[[], int] | None = self._allocator_peak if self.device.type == "cuda" else None
@@ -342,7 +342,8 @@ def open_budget(limit: int | float | str | None, probe: Probe, rows: int, *parts
 
     Args:
         limit: None for no budget.
-        probe, rows: as for :meth:`Budget.check`.
+        probe: as for :meth:`Budget.check`.
+        rows: of one micro-batch.
         parts: the other arguments of Budget.
 
     Raises:
@@ -379,22 +380,3 @@ def _holds_more(one: Any, other: Any) -> bool:
             for (a, _), (b, _) in zip(shapes, others, strict=True)
         )
     )
-
-
-def _limit(wanted: int | float | str, device: torch.device, model: nn.Module) -> int:
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        free = min(free + torch.cuda.memory_reserved(device), usable_memory(total, "cuda") or total)
-    else:
-        memory = psutil.virtual_memory()
-        free, total = memory.available + bytes_of((*model.parameters(), *model.buffers())), memory.total
-    if wanted == "auto":
-        return free
-    limit = int(wanted * total) if isinstance(wanted, float) else int(wanted)
-    if limit > total:
-        raise ConfigError(
-            f"The memory budget is {readable(limit)}, and the device has {readable(total)}.",
-            cause=f"{device.type.upper()} memory, all of it, is less.",
-            fix='SafeConfig(memory_budget="auto"), which takes what is free, or 0.9 for nine tenths',
-        )
-    return limit

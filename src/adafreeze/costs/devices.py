@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 
+import psutil
+import torch
+
 from ..errors import ConfigError
 from ..sizes import parse_size, readable
 
-__all__ = ["GPUS", "usable_memory"]
+__all__ = ["GPUS", "memory_limit", "usable_memory"]
 
 GIB = 2**30
 
@@ -66,3 +69,32 @@ def usable_memory(device_memory: int | str | None, target: str) -> int | None:
             fix="--device_memory 8GiB",
         )
     return size - (CUDA_RESERVE if target == "cuda" else 0)
+
+
+def memory_limit(wanted: int | float | str, device: torch.device, weights: int) -> int:
+    """Bytes that a run may hold on the device that it is on.
+
+    Args:
+        wanted: bytes, a share of the device (a float), or ``"auto"`` for what is free there.
+        device: where the model is.
+        weights: bytes of the model, which count as free: the run holds them.
+
+    Raises:
+        ConfigError: more than the device has.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        free = min(free + torch.cuda.memory_reserved(device), usable_memory(total, "cuda") or total)
+    else:
+        memory = psutil.virtual_memory()
+        free, total = memory.available + weights, memory.total
+    if wanted == "auto":
+        return free
+    limit = int(wanted * total) if isinstance(wanted, float) else int(wanted)
+    if limit > total:
+        raise ConfigError(
+            f"The memory budget is {readable(limit)}, and the device has {readable(total)}.",
+            cause=f"{device.type.upper()} memory, all of it, is less.",
+            fix='SafeConfig(memory_budget="auto"), which takes what is free, or 0.9 for nine tenths',
+        )
+    return limit
