@@ -76,6 +76,7 @@ def test_the_adapter_gives_the_same_logits_where_adafreeze_never_was(tmp_path):
     torch.save(cases.batch("bert"), tmp_path / "batch.pt")
     script = f"""
 import sys, torch
+from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 base = AutoModelForSequenceClassification.from_pretrained({str(tmp_path / "base")!r})
 model = PeftModel.from_pretrained(base, {str(tmp_path / "adapter")!r}).eval()
@@ -103,10 +104,11 @@ def test_checkpointing_and_accumulation_in_the_trainer(tmp_path):
 
 
 def test_resume_takes_the_freeze_up_again(tmp_path):
+    # Samples come at other widths than before: what a cache holds of them is the same up to rounding alone.
     settings = {"save_strategy": "steps", "save_steps": 12, "lr_scheduler_type": "constant"}
-    full = SafeCallback(SafeConfig(freeze_share=0.6))
+    full = SafeCallback(SafeConfig(freeze_share=0.6, cache="off"))
     whole = run("bert", tmp_path / "run", full, **settings)
-    again = SafeCallback(SafeConfig(freeze_share=0.6))
+    again = SafeCallback(SafeConfig(freeze_share=0.6, cache="off"))
     model = cases.lora_model("bert")
     trainer = Trainer(
         model=model,
