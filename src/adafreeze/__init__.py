@@ -11,6 +11,7 @@ from .errors import (
     ProbeError,
     RunError,
 )
+from .integrations.checkpoints import last_checkpoint
 from .integrations.transformers import SafeCallback
 from .journal import Journal, read_journal
 from .plan import Plan, plan
@@ -21,6 +22,8 @@ __all__ = [
     "SafeCallback",
     "Safe",
     "SafeConfig",
+    # After a kill.
+    "last_checkpoint",
     # Before a run: what it will hold and compute.
     "Plan",
     "plan",

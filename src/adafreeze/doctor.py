@@ -70,13 +70,18 @@ def examine(
         yield Finding("quantised base", "ok", f"{getattr(method, 'value', method)}: its adapters freeze as others do")
 
 
-def examine_run(safe: Safe) -> Iterator[Finding]:
+def examine_run(safe: Safe, model: nn.Module | None = None) -> Iterator[Finding]:
     """What can be known of a run that is about to start.
 
     Args:
         safe: made, before its first step.
+        model: as it was handed to Safe: compiled, or wrapped.
     """
     yield from examine(safe.model, safe.stacks, safe.units, safe.prefix.flows, safe.backend)
+    compiled = [m for m in safe.model.modules() if getattr(m, "_compiled_call_impl", None) is not None]
+    if compiled or hasattr(model, "_orig_mod"):
+        parts = f"{len(compiled)} modules" if compiled else "the whole model"
+        yield Finding("torch.compile", "arranged", f"{parts}; what a freeze changes is compiled once more")
     ranks = f"{safe.ranks.size} processes" if safe.ranks.size > 1 else "one process"
     text = {
         "none": "no wrapper",

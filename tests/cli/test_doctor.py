@@ -101,6 +101,29 @@ def test_it_says_what_is_arranged_and_what_costs(doctor, script):
     assert "prefix_dropout=True" in found["run"][1] and "memory_budget='3GiB'" in found["run"][1]
 
 
+LOOP = """
+import torch, cases
+from adafreeze import Safe
+model = cases.lora_model("llama")
+{compile}
+Safe(model, probe=cases.loader("llama"), total_steps=9)
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("model = torch.compile(model, backend='aot_eager')", "the whole model"),
+        ("for b in model.get_base_model().model.layers: b.compile(backend='aot_eager')", "4 modules"),
+    ],
+)
+def test_a_compiled_model_is_found(doctor, tmp_path, line, parts):
+    (tmp_path / "loop.py").write_text(LOOP.format(compile=line))
+    code, found, _, _ = doctor(str(tmp_path / "loop.py"))
+    assert code == 0
+    assert found["torch.compile"] == ("arranged", f"{parts}; what a freeze changes is compiled once more")
+
+
 def test_a_script_gets_its_own_arguments(doctor, script, tmp_path):
     said = "Path(__file__).with_name('said').write_text(' '.join(sys.argv[1:]))"
     assert doctor(script(before=said), "--epochs", "3")[0] == 0

@@ -126,7 +126,7 @@ def _of_script(script: str, arguments: list[str]) -> list[Finding]:
     def made(self: Safe, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
         if self.ranks.is_main:
-            found.extend(examine_run(self))
+            found.extend(examine_run(self, *args[:1], **{k: v for k, v in kwargs.items() if k == "model"}))
         self.close()
         raise _SeenEnoughError
 
