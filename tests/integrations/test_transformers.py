@@ -95,9 +95,11 @@ def test_checkpointing_and_accumulation_in_the_trainer(tmp_path):
         if hasattr(arguments(tmp_path), "activation_checkpointing")
         else "gradient_checkpointing"
     )
-    plain = run("llama", tmp_path / "a", None, **settings, **{name: True})
+    # transformers 4 would checkpoint reentrantly, and then plain training of an adapter learns nothing.
+    settings |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    plain = run("llama", tmp_path / "a", None, **settings)
     callback = SafeCallback(SafeConfig(freeze_share=0.6))
-    trainer = run("llama", tmp_path / "b", callback, **settings, **{name: True})
+    trainer = run("llama", tmp_path / "b", callback, **settings)
     step = next(event["step"] for event in callback.safe.journal.events if event["event"] == "freeze")
     assert losses(trainer)[:step] == losses(plain)[:step]
     assert callback.safe.prefixes["model.layers"] > 0
