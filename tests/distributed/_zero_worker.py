@@ -168,9 +168,9 @@ def refused(how=None, stage=2, **config):
     return None
 
 
-def decide(model, optimizer, **config):
+def decide(model, optimizer, family="llama", **config):
     """Safe as a script makes it."""
-    data = worker.Batches("llama")
+    data = worker.Batches(family)
     return Safe(
         model, SafeConfig(**{**worker.CONFIG, **config}), optimizer=optimizer,
         probe=torch.utils.data.DataLoader(data, worker.ROWS, collate_fn=cases.collate), total_steps=worker.STEPS,
@@ -196,7 +196,7 @@ def safely(stage, family="llama", stop=None, inside=False, **config):
                 "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
             },
         )  # fmt: skip
-        safe = decide(model if inside else engine, optimizer, **config)
+        safe = decide(model if inside else engine, optimizer, family, **config)
         if part == "second":
             engine.load_checkpoint(folder, load_module_strict=False)
             safe.load_state_dict(json.loads(Path(f"{folder}/safe.json").read_text()))
@@ -242,10 +242,7 @@ def resumed(family="llama", stage=2, precision="fp32"):
     saved = gathered(run.model)
     run.engine.save_checkpoint(folder, exclude_frozen_parameters=True)
     flags = [p.requires_grad for name in run.names for p in run.units[name].parameters()]
-    if stage == 3:
-        adapter = run.engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
-    else:
-        adapter = run.engine.module_state_dict(exclude_frozen_parameters=True)
+    adapter = run.engine.module_state_dict(exclude_frozen_parameters=True)
     run.step(FREEZE_AT + 1)
     straight = gathered(run.model)
     run.close()
@@ -258,7 +255,7 @@ def resumed(family="llama", stage=2, precision="fp32"):
     again.close()
     return {
         "saved": saved, "loaded": loaded, "straight": straight, "onward": onward, "flags": flags,
-        "adapter": None if adapter is None else [name for name in adapter if "lora_" in name],
+        "adapter": [name for name in adapter if "lora_" in name],
     }  # fmt: skip
 
 

@@ -14,15 +14,14 @@ FREEZE_AT = 3
 STAGES = (0, 1, 2, 3)
 FLAT = (1, 2, 3)
 FAMILIES = [("llama", stage) for stage in STAGES] + [("bert", 0), ("bert", 2)]
-PRECISIONS = [("bf16", 0), ("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp16", 0), ("fp16", 2), ("fp16", 3)]
+PRECISIONS = [("bf16", 0), ("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp16", 0), ("fp16", 2)]
 # Sums of four gradients in another order, through six AdamW steps of 2e-2 that divide by their root: measured 1e-6.
 TOLERANCE = 1e-5
 LAYOUTS = {
     "mixed 1": {"stage": 1, "mixed": True},
     "mixed 2": {"stage": 2, "mixed": True, "round_robin_gradients": True},
-    "mixed 3": {"stage": 3, "mixed": True, "sub_group_size": 100},
+    "mixed 3": {"stage": 3, "mixed": True, "sub_group_size": 100, "offload_optimizer": {"device": "cpu"}},
     "offloaded 2": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
-    "offloaded 3": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
 }
 SCORES = [("grad_norm", 0), ("grad_norm", 1), ("weight_change", 2), ("weight_change", 3)]
 # By scores, in a plain loop: what Safe is given, and settings.
@@ -49,11 +48,11 @@ RUNS = {
     **{how: {"do": "refused", "how": how} for how in ("renamed", "by itself", "another model")},
     **{f"refused {score} {stage}": {"do": "refused", "stage": stage, "score": score} for score, stage in SCORES},
     "refused budget": {"do": "refused", "memory_budget": "1GiB"},
-    **{f"resumed {stage}": {"do": "resumed", "stage": stage} for stage in STAGES},
+    **{f"resumed {stage}": {"do": "resumed", "stage": stage} for stage in (0, 1, 2)},
     "resumed bf16": {"do": "resumed", "stage": 1, "precision": "bf16"},
     "released": {"do": "released"},
     **{name: {"do": "safely", **settings} for name, settings in SAFE.items()},
-    **{f"safe stopped {stage}": {"do": "safely", "stage": stage, "stop": 10} for stage in (0, 2, 3)},
+    **{f"safe stopped {stage}": {"do": "safely", "stage": stage, "stop": 10} for stage in (0, 2)},
 }
 
 
@@ -178,11 +177,11 @@ def test_scores_of_what_is_there_are_not_refused(ranks, name):
     assert told(ranks, name) == [None, None]
 
 
-@pytest.mark.parametrize("name", [*(f"resumed {stage}" for stage in STAGES), "resumed bf16"])
+@pytest.mark.parametrize("name", [*(f"resumed {stage}" for stage in (0, 1, 2)), "resumed bf16"])
 def test_a_resumed_run_is_that_which_was_never_stopped(ranks, name):
-    for rank, run in enumerate(told(ranks, name)):
+    for run in told(ranks, name):
         assert set(run["flags"]) == {False}
-        assert run["adapter"] is None if rank and "3" in name else len(run["adapter"]) == len(run["saved"])
+        assert len(run["adapter"]) == len(run["saved"])
         for key, saved in run["saved"].items():
             assert torch.equal(run["loaded"][key], saved)
             assert torch.equal(run["onward"][key], run["straight"][key])
@@ -227,7 +226,7 @@ def test_safe_is_told_which_stage_it_is_and_caches_the_prefix_below_zero_3(ranks
     assert ("safe/cache_hit_rate" in run["logs"]) == (stage < 3)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2])
 def test_safe_resumes_from_a_checkpoint_of_deepspeed_to_the_last_bit(ranks, stage):
     for whole, parts in zip(told(ranks, f"safe {stage}"), told(ranks, f"safe stopped {stage}"), strict=True):
         assert parts["history"] == whole["history"] and whole["history"][9], "nothing was frozen at the stop"

@@ -35,7 +35,8 @@ class Flow:
     @property
     def upstream(self) -> list[nn.Parameter]:
         """The parameters that stand in ``places`` now."""
-        return [parameter for module, name in self.places if (parameter := module._parameters[name]) is not None]
+        # By get, as units do: ZeRO-3 listens to [name].
+        return [parameter for module, name in self.places if (parameter := module._parameters.get(name)) is not None]
 
     @property
     def live(self) -> bool:

@@ -39,11 +39,11 @@ class Unit:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Its own parameters, as they are now."""
-        return (module._parameters[name] for module, name in self.slots)  # type: ignore[misc]
+        return map(_parameter, self.slots)
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that it shares with other units."""
-        return (module._parameters[name] for module, name in self.shared)  # type: ignore[misc]
+        return map(_parameter, self.shared)
 
 
 def find_units(model: nn.Module, stacks: list[Stack], backend: Backend, granularity: str = "block") -> dict[str, Unit]:
@@ -132,7 +132,8 @@ def _some(names: list[str], count: int = 4) -> str:
 
 def _parameter(slot: tuple[nn.Module, str]) -> nn.Parameter:
     module, name = slot
-    return module._parameters[name]  # type: ignore[return-value]
+    # Not [name]: in a forward pass of ZeRO-3 that gathers the weight, and keeps it as it then is.
+    return module._parameters.get(name)  # type: ignore[return-value]
 
 
 def _trainable_slots(site: nn.Module) -> Iterator[tuple[nn.Module, str]]:

@@ -25,7 +25,7 @@ __all__ = ["DeepSpeedZero", "engine_of", "is_deepspeed"]
 # DeepSpeed's optimizers, by their exact class: subclasses (ZenFlow, SuperOffload) step elsewhere. For each: what it
 # steps, and the parameters of the model in it; both lists run over the param groups, or in ZeRO-3 over parts of them.
 _LAYOUTS = {
-    "DeepSpeedZeroOptimizer": ("single_partition_of_fp32_groups", "bit16_groups"),
+    "DeepSpeedZeroOptimizer": ("single_partition_of_fp32_groups", "round_robin_bit16_groups"),
     "DeepSpeedZeroOptimizer_Stage3": ("fp32_partitioned_groups_flat", "fp16_groups"),
     "BF16_Optimizer": ("fp32_groups_flat_partition", "bf16_groups"),
     "FP16_Optimizer": ("fp32_groups_flat", "fp16_groups"),
@@ -108,10 +108,12 @@ class DeepSpeedZero(Parallel):
         """From now on the units ``frozen``, and no others, stand still in every step."""
         self.frozen = frozenset(frozen)
         stopped = {id(parameter) for parameter in self._frozen_parameters()}
-        self._still = {}
-        for tensors, parameters in self._parts():
-            for tensor, places in zip(tensors, self._places(tensors, parameters), strict=True):
-                self._still[id(tensor)] = _joined((s, n) for parameter, s, n in places if id(parameter) in stopped)
+        still: dict[int, list[tuple[int, int]]] = {}
+        for group, (tensors, parameters) in enumerate(self._parts()):
+            for parameter, tensor, start, length in self._places(group, tensors, parameters):
+                if id(parameter) in stopped:
+                    still.setdefault(id(tensor), []).append((start, length))
+        self._still = {tensor: _joined(places) for tensor, places in still.items()}
 
     def release(self) -> None:
         """Take all hooks off; what was frozen moves again."""
@@ -134,25 +136,33 @@ class DeepSpeedZero(Parallel):
         ]
 
     def _places(
-        self, tensors: list[Tensor], parameters: list[nn.Parameter]
-    ) -> Iterator[list[tuple[nn.Parameter, int, int]]]:
-        """For each of ``tensors`` the parameters in it, on this rank, with start and length; in any order."""
-        kind = type(self._wrapper).__name__
+        self, group: int, tensors: list[Tensor], parameters: list[nn.Parameter]
+    ) -> Iterator[tuple[nn.Parameter, Tensor, int, int]]:
+        """Where the parameters of one part lie on this rank: each in which tensor, its start and its length there."""
+        kind, begin = type(self._wrapper).__name__, 0
         if kind == "FP16_UnfusedOptimizer":  # one for each
-            yield from ([(parameter, 0, parameter.numel())] for parameter in parameters)
+            yield from ((p, tensor, 0, p.numel()) for p, tensor in zip(parameters, tensors, strict=True))
             return
-        found, start = [], 0
-        for parameter in parameters:
-            if kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
-                mapping = _attribute(parameter, "_hp_mapping")
-                if mapping is not None:  # some of it lies on this rank
-                    address = _attribute(mapping, "get_hp_fragment_address")()
-                    found.append((parameter, address.start, address.numel))
-                continue
-            length = _attribute(parameter, "partition_numel")() if self.stage == 3 else parameter.numel()
-            found.append((parameter, start, length))
-            start += length
-        yield found
+        (tensor,) = tensors
+        if kind == "DeepSpeedZeroOptimizer":
+            begins = _attribute(self._wrapper, "round_robin_bit16_offsets")[group]
+            ranks = _attribute(self._wrapper, "real_dp_process_group")[group]
+            first = torch.distributed.get_rank(ranks) * tensor.numel()
+            for parameter, begin in zip(parameters, begins, strict=True):
+                start, end = max(begin, first), min(begin + parameter.numel(), first + tensor.numel())
+                if start < end:
+                    yield parameter, tensor, start - first, end - start
+        elif kind == "BF16_Optimizer":
+            for parameter in parameters:
+                fragment = _attribute(parameter, "_hp_mapping")
+                if fragment is not None:  # some of it lies on this rank
+                    address = _attribute(fragment, "get_hp_fragment_address")()
+                    yield parameter, tensor, address.start, address.numel
+        else:
+            for parameter in parameters:
+                length = _attribute(parameter, "partition_numel")() if self.stage == 3 else parameter.numel()
+                yield parameter, tensor, begin, length
+                begin += length
 
     def _frozen_parameters(self) -> list[nn.Parameter]:
         owners: dict[int, set[str]] = {}
@@ -218,7 +228,7 @@ def _joined(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 def _wrapper_in(optimizer: Any) -> Any | None:
     """What DeepSpeed put around the real optimizer; None where that steps the model's own parameters (ZeRO-0)."""
     while optimizer is not None:
-        of_deepspeed = type(optimizer).__module__.partition(".")[0] == "deepspeed"
+        of_deepspeed = any(kind.__module__.partition(".")[0] == "deepspeed" for kind in type(optimizer).__mro__)
         if of_deepspeed and not isinstance(optimizer, torch.optim.Optimizer):
             return optimizer
         optimizer = getattr(optimizer, "optimizer", None)
