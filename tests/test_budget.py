@@ -125,10 +125,12 @@ def test_with_accumulation():
     assert max(peaks) <= limit and budgeted == losses
 
 
-def test_with_the_cache_on_disk(tmp_path):
-    options = {"cache": "disk", "cache_dir": tmp_path, "warmup": 0.2, "ramp_end": 0.3}
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+def test_with_the_cache(cache, tmp_path):
+    options = {"cache": cache, "warmup": 0.2, "ramp_end": 0.3} | ({"cache_dir": tmp_path} if cache == "disk" else {})
     _, (_, peaks, safe, _), limit = run_pair("bert", 8, 0.5, **options)
     assert max(peaks) <= limit and safe.logs()["safe/cache_hit_rate"] > 0.3
+    assert cache == "disk" or 0 < safe.caching.memory < limit - held_before(safe.model)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ class Budget:
     kernels): what is planned above weights and state is scaled by the largest ratio of measured to planned, at once
     if that is more than planned, after MEASURED_STEPS steps if it is less.
 
-    What counts is what a training step holds, and ``extra``: DDP's buckets, and on the CPU what measuring scores holds,
-    which elsewhere is in host memory. The prefix cache has a budget of its own.
+    What counts is what a training step holds, and ``extra``: DDP's buckets, and on the CPU what measuring scores holds
+    and the prefix cache in memory, which elsewhere are in host memory. The cache gets what the step leaves.
 
     Args:
         limit: ``memory_budget`` of SafeConfig.
@@ -146,7 +147,8 @@ class Budget:
         Raises:
             RunError: with the numbers, and the micro-batch that fits.
         """
-        choice = self._choice((), probe.micro_batch(rows, self.device))
+        self._longest = partial(probe.micro_batch, rows, self.device)
+        choice = self._choice((), self._longest())
         if choice is None:
             return
         blocks = sum(map(len, self.stacks))
@@ -176,6 +178,11 @@ class Budget:
             if fits
             else f'SafeConfig(memory_budget="{-(-peak(1) // 2**20)}MiB"), or shorter samples, or a smaller model',
         )
+
+    def room(self) -> int | None:
+        """Bytes that a step on the probe's longest samples leaves; None if it cannot be rehearsed."""
+        choice = self._choice((), self._longest())
+        return None if choice is None else max(0, self.limit - choice.peak)
 
     # Before each forward pass.
 

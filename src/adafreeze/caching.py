@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -38,6 +39,7 @@ class Caching:
         progress: where the run stands.
         source: of the probe; if it is the train dataloader, its samples show whether they repeat.
         processes: that may share the memory of this machine.
+        room: bytes that the memory budget of the training step leaves; None where it does not count a cache.
 
     Raises:
         ConfigError: ``cache="disk"`` without LMDB.
@@ -52,9 +54,11 @@ class Caching:
         progress: Callable[[], Progress],
         source: Any,
         processes: int = 1,
+        room: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.config = config
         self._processes = processes
+        self._room = room
         self.prefix = prefix
         self.backend = backend
         self.journal = journal
@@ -96,27 +100,36 @@ class Caching:
         if self.cache is None and self._reason is None and any(self.prefix.depths.values()):
             self._open()
         if self.cache is not None:
+            self._enlarge()
             self.cache.grown()
 
     def _open(self) -> None:
         identity = Identity(self.prefix.model, self.prefix.stacks, self.backend)
         tiers: list[Tier] = []
         if self.config.cache != "disk":
-            tiers.append(self._memory())
+            tiers.append(RamTier(self._memory_budget()))
         if self.config.cache == "disk" or self.config.cache_dir is not None:
             self._folder = self._folder or identity.of(tuple(self.prefix.depths.values())).hex()
             tiers += self._disk(self._folder)
         dtype = torch.bfloat16 if self.config.cache_dtype == "bfloat16" else None
         if not tiers:
-            tiers.append(self._memory())
+            tiers.append(RamTier(self._memory_budget()))
+        if not any(tier.budget for tier in tiers):
+            return  # a step leaves nothing to it; with a deeper prefix it may
         self.cache = PrefixCache(self.prefix, self.backend, identity, tiers, self.journal, self.progress, dtype)
         self.cache.counts_flops = self._counts_flops
         if self._resumed is not None:
             self.cache.load_state_dict(self._resumed)
 
-    def _memory(self) -> RamTier:
-        free = psutil.virtual_memory().available // 2
-        return RamTier(min(self.config.cache_bytes, free // self._processes))
+    def _memory_budget(self) -> int:
+        free, room = psutil.virtual_memory().available // 2 // self._processes, self._room()
+        return min(self.config.cache_bytes, free if room is None else min(free, self.memory + room))
+
+    def _enlarge(self) -> None:
+        """What a deeper prefix saves in each step is room for more samples."""
+        for tier in self._in_memory:
+            if self._room() is not None and (budget := self._memory_budget()) > tier.budget:
+                tier.budget, tier.full = budget, False
 
     def _disk(self, folder: str) -> list[Tier]:
         home = Path(self.config.cache_dir or _default_folder())
@@ -124,14 +137,25 @@ class Caching:
             _delete_stale(home)
             return [DiskTier(home / f"prefix-{folder}", self.config.cache_bytes)]
         except OSError as error:
+            other = "It is read-only, below something that is no folder, or open in this process already."
             warn(
                 f"The prefix cache cannot use the folder {home} ({error.strerror or error}).",
-                cause="It is read-only, below something that is no folder, or open in this process already.",
+                cause="Its disk is full." if error.errno == errno.ENOSPC else other,
                 fix="SafeConfig(cache_dir=...) with a folder that you can write to. Memory alone is used now.",
             )
         except ConfigError as error:  # auto, with a folder, without LMDB
             warn(error.fact, cause=error.cause, fix=error.fix + " Memory alone is used now.")
         return []
+
+    @property
+    def _in_memory(self) -> list[RamTier]:
+        tiers = self.cache.store.tiers if self.cache is not None else []
+        return [tier for tier in tiers if isinstance(tier, RamTier)]
+
+    @property
+    def memory(self) -> int:
+        """Bytes that it may take in memory."""
+        return sum(tier.budget for tier in self._in_memory)
 
     @property
     def off_because(self) -> str | None:

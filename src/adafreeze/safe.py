@@ -119,12 +119,11 @@ class Safe:
         chains = units_along(chains_of(flows), self.stacks, self.units)
         parts = self._new_scorer, self._guard, self.journal, self.ranks
         self.decider = Decider(self.config, total_steps, chains, drawn, *parts, collective=self.parallel.collective)
+        rest = probe, self.ranks.size, self._cache_room
+        self.caching = Caching(self.config, self.prefix, self.backend, self.journal, self._progress, *rest)
         held = self.model, self.stacks, self.prefix, optimizer, self.journal, self._bytes_beside
         self.budget = open_budget(self.config.memory_limit, drawn, batch_size or batch_size_of(probe), *held)
         self._observer = Observer(self.model, optimizer, self._audit, self._look_at_gradients)
-        self.caching = Caching(
-            self.config, self.prefix, self.backend, self.journal, self._progress, probe, self.ranks.size
-        )
         if samples_per_step is not None:
             self._announce()
         # Even where no adapter stands at the bottom of the stack: until something freezes, the run is as it was.
@@ -307,9 +306,17 @@ class Safe:
         return self.samples_per_step or self._observer.samples // max(1, self.steps) or 1
 
     def _bytes_beside(self) -> int:
-        """Bytes on the device beside what a training step holds: of measuring only where that is the host too."""
-        scorer = self.decider.scorer if device_of(self.model).type == "cpu" else None
-        return self.parallel.extra_bytes + (scorer.nbytes if scorer is not None else 0)
+        """Bytes on the device beside what a training step holds: of measuring and cache only where that is the host."""
+        if device_of(self.model).type != "cpu":
+            return self.parallel.extra_bytes
+        scorer = self.decider.scorer
+        return self.parallel.extra_bytes + (scorer.nbytes if scorer is not None else 0) + self.caching.memory
+
+    def _cache_room(self) -> int | None:
+        """Bytes that the memory budget leaves to a cache in memory; None where it does not count that."""
+        if self.budget is None or device_of(self.model).type != "cpu":
+            return None
+        return self.budget.room()
 
     def _progress(self) -> Progress:
         rows, epoch = self._rows_per_sample, self._rank_epoch

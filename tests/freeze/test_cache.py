@@ -271,6 +271,23 @@ def test_a_reference_pass_gives_the_pretrained_logits(family):
     safe.close()
 
 
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_the_reference_pass_of_trl_between_steps_gives_the_pretrained_logits(with_gradients):
+    use_adapter = pytest.importorskip("trl.trainer.utils").use_adapter
+    model, inputs, safe = cached_and_filled("llama")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    expected = base_model("llama", BLOCKS, dropout=0.0).train()(**inputs).logits
+    now = counts_now(safe)
+    for step in range(1, 4):
+        with torch.set_grad_enabled(with_gradients), use_adapter(model, None):
+            torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-6)
+        model(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        assert counts_now(safe) == (now[0] + 4 * step, now[1])  # the training pass alone is served, each time
+    safe.close()
+
+
 def test_another_adapter_is_not_served_what_the_trained_one_gave():
     model, inputs, safe = cached_and_filled("bert")
     model.add_adapter("other", LoraConfig(target_modules=TARGETS["bert"], r=2, init_lora_weights=False))

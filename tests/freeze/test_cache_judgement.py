@@ -4,8 +4,11 @@ import logging
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoModelForSequenceClassification,
     DataCollatorForLanguageModeling,
+    LongformerConfig,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
@@ -15,10 +18,10 @@ from transformers import (
 
 from adafreeze import Safe, SafeCallback, SafeConfig
 from adafreeze.caching import outlook
-from adafreeze.freeze.cache.worth import LEAST_TIMED, Worth
+from adafreeze.freeze.cache.worth import LEAST_TIMED, Repeats, Worth
 from adafreeze.model.draw import varies
 from cached_run import BLOCKS, COUNT, assert_same, config, counts, epochs, pad_to, train
-from cases import Samples, batch, collate, loader, lora_model, sample
+from cases import TEXT, Samples, batch, collate, loader, lora_model, sample
 
 
 def off_reason(safe):
@@ -238,8 +241,6 @@ def test_adapters_merged_and_unmerged_between_steps(cycle):
 
 def test_what_reads_more_than_the_boundary():
     torch.manual_seed(0)
-    from peft import LoraConfig, get_peft_model
-
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
     small = MixtralConfig(
         vocab_size=64, **shape, num_hidden_layers=BLOCKS, num_local_experts=4, output_router_logits=True, pad_token_id=0
@@ -281,6 +282,61 @@ def test_left_padding_matters_with_absolute_positions_only(family, whole):
     assert_same(cached, train(family, config(cache="off"), batches))
     assert cached[2].caching.cache.examiner.whole_rows is whole
     assert counts(cached[2])[0] >= COUNT
+
+
+def longformer():
+    torch.manual_seed(0)
+    window = {"attention_window": [8] * BLOCKS, "max_position_embeddings": 40}
+    shape = LongformerConfig(**TEXT, **window, num_hidden_layers=BLOCKS)
+    model = AutoModelForSequenceClassification.from_config(shape)
+    return get_peft_model(model, LoraConfig(target_modules=["query", "value"], r=2)).train()
+
+
+@pytest.mark.parametrize("widths", [(16, 24, 20), (20, 16, 24)])
+def test_a_model_that_pads_to_a_window_of_its_own_holds_whole_rows(widths):
+    epoch = [pad_to(width)([sample("bert", 4 * n + row, 12) for row in range(4)]) for n, width in enumerate(widths)]
+    cached = train("longformer", config({1: 2}), epoch * 3, model=longformer(), count=12)
+    assert_same(cached, train("longformer", config({1: 2}, cache="off"), epoch * 3, model=longformer(), count=12))
+    assert cached[2].caching.cache.examiner.whole_rows and counts(cached[2]) == (8 + 12, 0, 12)
+
+
+def test_a_width_that_the_model_pads_is_seen_before_anything_held_is_served_at_it():
+    """Samples that were all held at a multiple of the window come again at a width that is none."""
+    model, rows = longformer(), [sample("bert", row, 8) for row in range(4)]
+    safe = freeze_two(model, pad_to(16)(rows))
+    for width in (16, 16, 12, 12, 12):
+        model(**pad_to(width)(rows)).loss.backward()
+    cache = safe.caching.cache
+    assert cache.off is None and cache.examiner.padding_known == {0} and cache.examiner.whole_rows
+    # Held at 16, found at 16; at 12 the prefix is run, then held, then found.
+    assert (cache.worth.hits, cache.worth.misses) == (4 + 4, 4 + 4)
+    safe.close()
+
+
+def test_without_the_length_of_an_epoch_nothing_is_held_before_samples_come_again():
+    generator = torch.Generator().manual_seed(0)
+    fresh = [
+        one | {"input_ids": torch.randint(3, 64, one["input_ids"].shape, generator=generator)}
+        for one in epochs("bert", epochs=2)
+    ]
+    batches = [*fresh, *epochs("bert", epochs=6)]
+    written = []
+
+    def look(safe, _model):
+        if safe.caching.cache is not None and safe.caching.cache.off is None:
+            written.append((safe.steps, safe.caching.cache.store.nbytes["memory"]))
+
+    cached = train("bert", config({1: 2}), batches, after=look, count=None)
+    assert_same(cached, train("bert", config({1: 2}, cache="off"), batches, count=None))
+    assert len(fresh) == 8 and all(held == 0 for step, held in written if step <= 8 + 4)  # an epoch shows nothing
+    assert off_reason(cached[2]) is None and counts(cached[2])[0] >= COUNT
+
+
+def test_a_sample_that_comes_twice_by_chance_makes_nothing_be_held():
+    repeats = Repeats()
+    keys = [bytes([n]) * 16 for n in range(200)]
+    assert not repeats.see(keys[:100]) and not repeats.see([keys[0], *keys[100:]])
+    assert repeats.see(keys[:3])
 
 
 def test_reading_slower_than_computing_ends_it():

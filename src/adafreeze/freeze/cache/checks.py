@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -64,6 +64,7 @@ class Examiner:
         self.refusal: str | None = None
         self.passed = False
         self._waiting: set[str] = set()
+        self._widths: set[tuple[int, int]] = set()
 
     def look(self, rows: Rows) -> None:
         """Look at the model with the first sample, unless it was looked at since the prefix last grew."""
@@ -79,10 +80,34 @@ class Examiner:
             return
         for path, hidden in states.items():
             side = self.sides[path]
-            by_position = hidden.ndim > 2 and hidden.shape[1] == rows.width(side)
+            by_position = not self.whole_rows and hidden.ndim > 2 and rows.width(side) > 0
             self.layouts[path] = Layout(hidden.dtype, by_position, side)
+        self._widths.clear()
+        self.keeps_width(rows, states)
         self._look_at_model(one)
         self.passed = self.refusal is None
+
+    def keeps_width(self, rows: Rows, states: Mapping[str, Tensor] | None = None) -> bool:
+        """Whether hidden states are as wide as these inputs; if not, whole rows are taken from now on.
+
+        Some models pad inside, to a multiple of a window, and so at some widths only: each is looked at once.
+
+        Args:
+            rows: of a batch.
+            states: computed of some of them; None: those of the first are, at a width that was not seen before.
+        """
+        widths = rows.width(0), rows.width(1)
+        if self.whole_rows or widths in self._widths:
+            return True
+        if states is None:
+            with keep_random_state():
+                states = self.prefix.compute(rows.take([0]), {})
+        for path, hidden in (states or {}).items():
+            if self.layouts[path].by_position and hidden.shape[1] != widths[self.layouts[path].side]:
+                self._take_whole_rows()
+                return False
+        self._widths.add(widths)
+        return True
 
     def trusts_padding(self, rows: Rows) -> bool:
         """Whether held states, which have no padding, may stand in this batch; asks its gradient otherwise."""
@@ -135,6 +160,8 @@ class Examiner:
     def _take_whole_rows(self) -> None:
         self.whole_rows = True
         self._waiting = set()
+        for path, layout in self.layouts.items():
+            self.layouts[path] = replace(layout, by_position=False)
         self.on_whole_rows()
 
 

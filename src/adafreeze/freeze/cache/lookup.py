@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from .checks import Examiner
 from .identity import Identity
 from .store import Store
 from .tiers import Entry, Tier
-from .worth import Worth
+from .worth import Repeats, Worth
 
 __all__ = ["PrefixCache", "Progress"]
 
@@ -52,7 +52,8 @@ class PrefixCache:
 
     Passes without gradients, in evaluation mode, with other adapters on than the trained ones, or that ask for all
     hidden states, run the model as if there were no cache. The first passes are watched before anything is looked
-    up (:class:`~.checks.Examiner`). A failure of the cache ends the cache, and never the run.
+    up (:class:`~.checks.Examiner`). Where the length of an epoch is not known, no states are held before samples are
+    seen to come again (:class:`~.worth.Repeats`). A failure of the cache ends the cache, and never the run.
 
     Args:
         prefix: whose output is held; the cache sets its ``look_up``.
@@ -88,6 +89,7 @@ class PrefixCache:
         self.counts_flops = False
         self.flops = 0
         self.worth = Worth(device_of(prefix.model))
+        self.repeats = Repeats()
         self._stacks = prefix.stacks
         self.store = Store(tiers, identity, journal)
         self._identity = identity
@@ -111,7 +113,11 @@ class PrefixCache:
     @property
     def state_key(self) -> tuple[Any, ...]:
         """Changes whenever the cost of a training pass, nested passes left out, may change."""
-        return self.off is None, self.examiner.whole_rows, *sorted(self.examiner.padding_known)
+        return self.off is None, self._holds, self.examiner.whole_rows, *sorted(self.examiner.padding_known)
+
+    @property
+    def _holds(self) -> bool:
+        return self.repeats.found or self.progress().epoch is not None
 
     def grown(self) -> None:
         """The prefix has changed; what is held is advanced at its next use."""
@@ -174,11 +180,13 @@ class PrefixCache:
             "whole_rows": self.examiner.whole_rows,
             "padding_known": sorted(self.examiner.padding_known),
             "held": self.store.held_in_memory(),
+            "repeats": self.repeats.found,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` wrote."""
         self.examiner.whole_rows, self.examiner.padding_known = state["whole_rows"], set(state["padding_known"])
+        self.repeats.found = state.get("repeats", False)
         if state["off"] is not None:
             self.switch_off(state["off"])
         self.store.hold_in_memory_only(state["held"])
@@ -191,9 +199,9 @@ class PrefixCache:
     def _note_whole_rows(self) -> None:
         self.journal.write("cache_whole_rows", step=self.progress().step)
         note(
-            "Prefix cache: padding is read above the prefix (labels on it, a mean over all positions) or changes what "
-            "the prefix gives (left padding with absolute positions). Whole rows are held: a sample is found again at "
-            "the width it came with."
+            "Prefix cache: padding is read above the prefix (labels on it, a mean over all positions), or changes what "
+            "the prefix gives (left padding with absolute positions), or the model pads its inputs to another width. "
+            "Whole rows are held: a sample is found again at the width it came with."
         )
 
     def _merged(self) -> None:
@@ -229,23 +237,31 @@ class PrefixCache:
         return [self.backend.settings(site) for site in self._sites] == self._settings
 
     def _look_up(self, inputs: Mapping[str, Any]) -> Mapping[str, Start]:
+        whole = self.examiner.whole_rows
+        rows = Rows(inputs, encoder_decoder=self._encoder_decoder, whole=whole)
+        if not self._holds:
+            with self.worth.timed(self.worth.write, rows.count):
+                repeated = self.repeats.see(rows.keys())
+            if not repeated:
+                self.worth.count(0, 0, rows.count)
+                self._judge()
+                return {}
+            self.worth.since_hit = 0
         if self._identity.changed():
             self._hash_again()
-        rows = Rows(inputs, encoder_decoder=self._encoder_decoder, whole=self.examiner.whole_rows)
         ambient = autocast_now(self.worth.device)
         if ambient not in self._autocasts:
             self.examiner.passed = False
-        with CountFlops() if self.counts_flops else nullcontext() as count:
+        with self._counted():
             self.examiner.look(rows)
             trusted = self.examiner.refusal is None and self.examiner.trusts_padding(rows)
-        self.flops += count.total if count is not None else 0
         if self.examiner.refusal is not None:
             self.switch_off(self.examiner.refusal)
         if self.off is not None:
             return {}
         # Hosts put autocast around the call or within it; which one a call is going to run under is seen by trying.
         self.prefix.autocast = self._autocasts.setdefault(ambient, self.prefix.autocast)
-        if self.examiner.whole_rows and not trusted:
+        if self.examiner.whole_rows is not whole:
             rows = Rows(inputs, encoder_decoder=self._encoder_decoder, whole=True)
         nothing = (0,) * len(self._depths)
         width = max(rows.width(0), 1)
@@ -260,8 +276,13 @@ class PrefixCache:
                 groups.setdefault(nothing if entry is None else entry.depths, []).append(row)
             found = groups.pop(self._depths, [])
             missing = len(groups.get(nothing, []))
-            starts: Mapping[str, Start] = {}
-            if not groups:
+        if not missing:
+            with self._counted():
+                if not self.examiner.keeps_width(rows):
+                    return {}
+        starts: Mapping[str, Start] = {}
+        if not groups:
+            with self.worth.timed(self.worth.read, 0):
                 starts = self._batches.together(rows, range(rows.count), entries, self._depths)
         self.worth.count(len(found), rows.count - len(found) - missing, missing)
         self.worth.skipped_work += width * (
@@ -269,11 +290,20 @@ class PrefixCache:
         )
         if groups:
             starts = self._completed(rows, keys, entries, groups)
+        self._judge()
+        return starts
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        with CountFlops() if self.counts_flops else nullcontext() as count:
+            yield
+        self.flops += count.total if count is not None else 0
+
+    def _judge(self) -> None:
         progress = self.progress()
         reason = self.worth.verdict(sum(self._depths), progress.epoch, progress.remaining + self.worth.looked_up)
         if reason is not None:
             self.switch_off(reason)
-        return starts
 
     def _hash_again(self) -> None:
         before = self._identity.of(self._depths)
@@ -294,12 +324,12 @@ class PrefixCache:
         """Compute what is missing, in groups of equal depth, and put it beside what was found."""
         computed: list[Computed] = []
         autocast = self.prefix.autocast
-        for depths, group in groups.items():
+        for depths, group in sorted(groups.items()):  # from the embeddings first: they show how wide states are
             states = self._computed(rows, group, depths, [entries[row] for row in group])
             if states is None:
                 self.switch_off("a training pass does not come to the boundary of every stack")
                 return {}
-            if self.prefix.autocast != autocast:
+            if self.prefix.autocast != autocast or not self.examiner.keeps_width(rows, states):
                 return {}
             computed.append((group, states))
             self._write(rows, keys, group, states)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from typing import Any
+
+import xxhash
 
 from ...journal import Journal
 from .identity import Identity
@@ -18,7 +21,7 @@ class Store:
     Args:
         tiers: in the order in which they are filled.
         identity: of the prefix; what another one gave is never read.
-        journal: of the run: which samples are held when a tier is full.
+        journal: of the run: how many samples, and which, are held when a tier is full.
     """
 
     def __init__(self, tiers: Sequence[Tier], identity: Identity, journal: Journal) -> None:
@@ -50,7 +53,8 @@ class Store:
             was_full = tier.full
             items = tier.put(items)
             if tier.full and not was_full:
-                self.journal.write("cache_full", step=step, tier=tier.name, nbytes=tier.nbytes, held=_packed(tier))
+                full = {"tier": tier.name, "nbytes": tier.nbytes, **_summary(tier)}
+                self.journal.write("cache_full", step=step, **full)
             if not items:
                 return None
         if all(tier.full and not any(True for _ in tier.held()) for tier in self.tiers):
@@ -83,6 +87,12 @@ class Store:
         for tier in self.tiers:
             tier.close()
         self.tiers = []
+
+
+def _summary(tier: Tier) -> dict[str, Any]:
+    """How many keys it holds, and a digest of them; the keys themselves would be a line of megabytes."""
+    keys = sorted(tier.held())
+    return {"samples": len(keys), "digest": xxhash.xxh3_128_hexdigest(b"".join(keys))}
 
 
 def _packed(tier: Tier) -> str:

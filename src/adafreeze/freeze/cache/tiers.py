@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -20,11 +21,13 @@ from ...errors import ConfigError, warn
 
 __all__ = ["DiskTier", "Entry", "RamTier", "Tier"]
 
-ARENA = 64 * 2**20
+# Arenas double from the first size to the second, so that a small cache takes little.
+LEAST_ARENA, ARENA = 2**20, 64 * 2**20
 ALIGNMENT = 64
 # LMDB needs some pages of its own, and writes a value that is replaced to a new place first.
 LEAST_PAGES = 64
 RESERVE = 0.1
+READERS = 1024
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ class RamTier:
                     room = self.budget - taken
                     if size > room:
                         return None
-                    arena = _memory(max(size, min(ARENA, room)))
+                    arena = _memory(max(size, min(max(LEAST_ARENA, taken), ARENA, room)))
                     used, taken = 0, taken + len(arena)
                 places.append(arena[used : used + state.nbytes].view(state.dtype).view(state.shape))
                 used += size
@@ -184,7 +187,7 @@ class DiskTier:
 
     Raises:
         ConfigError: LMDB is not installed.
-        OSError: the folder cannot be written, or LMDB cannot open it.
+        OSError: the folder cannot be written, its disk is full, or LMDB cannot open it.
     """
 
     name = "disk"
@@ -194,18 +197,44 @@ class DiskTier:
         self.folder = folder
         self.full = False
         self.damaged = 0
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
         page = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
         self.budget = max(LEAST_PAGES * page, min(budget, int(0.9 * free)) // page * page)
         try:
-            # Without metasync a power cut may lose the last transaction, and never the file's integrity.
-            self._environment = self._lmdb.open(
-                str(folder), map_size=self.budget, metasync=False, readahead=False, meminit=False, max_readers=1024
-            )
+            if is_new and free < LEAST_PAGES * page:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            environment = self._opened()
+            if environment is None:
+                shutil.rmtree(folder)
+                environment = self._opened()
+            self._environment = environment
             self._environment.reader_check()
-        except self._lmdb.Error as error:
-            raise OSError(str(error)) from error
+        except (self._lmdb.Error, OSError) as error:
+            if is_new:
+                shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, self._lmdb.DiskError):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise error if isinstance(error, OSError) else OSError(str(error)) from error
+
+    def _opened(self) -> Any:
+        """The environment; None where its file was cut off: reading a page that is missing is the process's end."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # LMDB maps the file of its lock, in which a disk without room for a page would end the process by SIGBUS.
+        if hasattr(os, "posix_fallocate"):
+            with (self.folder / "lock.mdb").open("ab") as lock:
+                os.posix_fallocate(lock.fileno(), 0, 64 * (READERS + 2))
+        # Without metasync a power cut may lose the last transaction, and never the file's integrity.
+        how = {"map_size": self.budget, "metasync": False, "readahead": False, "meminit": False}
+        try:
+            environment = self._lmdb.open(str(self.folder), max_readers=READERS, **how)
+        except (self._lmdb.InvalidError, self._lmdb.CorruptedError):
+            return None
+        if (self.folder / "data.mdb").stat().st_size >= _bytes_in_use(environment):
+            return environment
+        environment.close()
+        return None
 
     @staticmethod
     def check_installed() -> None:
@@ -261,12 +290,16 @@ class DiskTier:
     @property
     def nbytes(self) -> int:
         """Bytes of the pages in use."""
-        return (self._environment.info()["last_pgno"] + 1) * self._environment.stat()["psize"]
+        return _bytes_in_use(self._environment)
 
     def close(self) -> None:
         """Close the file and delete it. Only a run that was killed leaves one behind, for its resumption."""
         self._environment.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _bytes_in_use(environment: Any) -> int:
+    return (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
 
 
 def _lmdb() -> Any:

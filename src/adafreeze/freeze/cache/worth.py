@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["Worth"]
+__all__ = ["Repeats", "Worth"]
 
 # A verdict by the clock wants this many timed passes of each kind.
 LEAST_TIMED = 8
 # Without knowing how long an epoch is, this share of the run without a hit is taken for "nothing repeats".
 PATIENCE = 0.5
+# Samples that come again are held when they are more than this share: two rows of a stream may be equal by chance.
+REPEATED = 0.01
 
 
 @dataclass
@@ -63,7 +65,7 @@ class Worth:
 
     @contextmanager
     def timed(self, clock: _Clock, work: int) -> Iterator[None]:
-        """Add this block's time to ``clock``."""
+        """Add this block's time to ``clock``; with no work of its own, to the last pass."""
         waits = self.device.type == "cuda"
         if waits and clock.passes >= 2 * LEAST_TIMED:
             yield
@@ -76,7 +78,7 @@ class Worth:
             torch.cuda.synchronize(self.device)
         clock.seconds += time.perf_counter() - start
         clock.work += work
-        clock.passes += 1
+        clock.passes += work > 0
 
     def count(self, hits: int, advanced: int, misses: int) -> None:
         """The samples of one look-up."""
@@ -114,3 +116,31 @@ class Worth:
                 f"{1e6 * compute * blocks:.1f} µs"
             )
         return None
+
+
+class Repeats:
+    """Whether samples come again, where nobody knows how long an epoch is; 64 bits of each are all it holds.
+
+    Attributes:
+        found: they do.
+    """
+
+    def __init__(self) -> None:
+        self.found = False
+        self._seen: set[bytes] = set()
+        self._again = 0
+
+    def see(self, keys: Sequence[bytes]) -> bool:
+        """Take note of one batch's samples.
+
+        >>> repeats = Repeats()
+        >>> [repeats.see([b"first", b"second"]), repeats.see([b"third"]), repeats.see([b"second"])]
+        [False, False, True]
+        """
+        short = {key[:8] for key in keys}
+        self._again += len(short & self._seen)
+        self._seen |= short
+        if self._again > REPEATED * len(self._seen):
+            self.found = True
+            self._seen.clear()
+        return self.found
