@@ -12,6 +12,7 @@ import torch
 from _zero_worker import gathered
 from torch import distributed as dist
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from worker import CONFIG
 
 import cases
@@ -33,9 +34,12 @@ class History(TrainerCallback):
         self.frozen.append(sorted(safe.frozen))
 
 
-def train(folder, name, stage, resume=None, accumulate=1, optimizer=None, **config):
-    """A Trainer's whole run; or the rest of one, from the checkpoint ``resume``."""
-    model = cases.lora_model("llama", dropout=0.0)  # before the arguments, after which ZeRO-3 would fill it otherwise
+def train(folder, name, stage, resume=None, accumulate=1, in_pieces=False, optimizer=None, **config):
+    """A Trainer's whole run; or the rest of one, from the checkpoint ``resume``.
+
+    ``in_pieces``: the model is made after the arguments, so ZeRO-3 shards it, and draws other weights, as it is made.
+    """
+    model = None if in_pieces else cases.lora_model("llama", dropout=0.0)
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
     auto = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping")
     settings = {"zero_optimization": zero, **dict.fromkeys(auto, "auto"), **config}
@@ -47,6 +51,7 @@ def train(folder, name, stage, resume=None, accumulate=1, optimizer=None, **conf
         save_strategy="steps", save_steps=10, logging_steps=4, learning_rate=1e-2, weight_decay=0.1, seed=3,
         lr_scheduler_type="constant", deepspeed=settings,
     )  # fmt: skip
+    model = model or cases.lora_model("llama", dropout=0.0)
     safe = SafeCallback(SafeConfig(**CONFIG))
     history = History(safe)
     trainer = Trainer(
@@ -61,6 +66,7 @@ def train(folder, name, stage, resume=None, accumulate=1, optimizer=None, **conf
         "logged": [entry for entry in trainer.state.log_history if "safe/frozen_prefix" in entry],
     }  # fmt: skip
     trainer.model_wrapped.destroy()
+    unset_hf_deepspeed_config()
     return told
 
 

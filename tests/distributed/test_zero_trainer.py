@@ -16,6 +16,7 @@ RUNS = {
     "2 resumed": {"stage": 2, "resume": "2/checkpoint-10"},
     "3": {"stage": 3},
     "3 resumed": {"stage": 3, "resume": "3/checkpoint-10"},
+    "3 in pieces": {"stage": 3, "in_pieces": True},
     "accumulating": {"stage": 2, "accumulate": 2},
     "optimizer of the config": {"stage": 2, "optimizer": ADAMW},
 }
@@ -66,7 +67,7 @@ def test_a_resumed_run_is_that_which_was_never_stopped(ranks, name):
     assert all(torch.equal(value, onward["weights"][key]) for key, value in whole["weights"].items())
 
 
-@pytest.mark.parametrize("name", ["2", "3", "2 resumed", "3 resumed"])
+@pytest.mark.parametrize("name", ["2", "3", "2 resumed", "3 resumed", "3 in pieces"])
 def test_the_saved_adapter_holds_frozen_units_and_live_ones(folder, ranks, name):
     weights = checked(ranks, name)["weights"]
     for place in ("saved", "checkpoint-20"):
