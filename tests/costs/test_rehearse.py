@@ -2,6 +2,7 @@
 
 import copy
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,3 +175,26 @@ def test_the_largest_micro_batch_is_found(limit, fits):
 
 def test_the_largest_micro_batch_where_one_moment_gives_way_to_another():
     assert largest_that_fits(lambda rows: max(200 + rows, 100 + 10 * rows), 4, held=100, limit=300, most=64) == 20
+
+
+class LeavesOutAMaskOfOnes(torch.nn.Module):
+    """As transformers 4 does."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x, mask):
+        x = self.linear(x)
+        return SimpleNamespace(loss=(x if torch.all(mask == 1) else x * mask.log()).exp().sum())
+
+
+def test_a_mask_that_is_given_counts_as_one_with_padding():
+    model, x = LeavesOutAMaskOfOnes(), torch.ones(3, 4)
+    padded = torch.tensor([1.0, 1.0, 1.0, 0.5])
+    saved, peak, forward, backward = measured(model, {"x": x, "mask": padded}, gradients=True)
+    for mask in (padded, torch.ones(4)):
+        counted = rehearse(model, {"x": x, "mask": mask})
+        found = counted.saved, counted.peak, counted.forward_flops, counted.backward_flops
+        assert found == (saved, peak, forward, backward)
+    assert measured(model, {"x": x, "mask": torch.ones(4)}, gradients=True)[0] < saved

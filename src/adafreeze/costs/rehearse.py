@@ -176,9 +176,7 @@ def faked(model: nn.Module) -> Iterator[Any]:
 
     Shared parameters stay shared, flags stay as they are. At the end the model is what it was.
     """
-    from torch._subclasses import FakeTensorMode
-
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = _shapes_mode()
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
     made: dict[int, Tensor] = {}
@@ -203,6 +201,28 @@ def faked(model: nn.Module) -> Iterator[Any]:
         log.setLevel(level)
         for place, name, tensor in slots:
             place[name] = tensor  # type: ignore[assignment, index]
+
+
+def _shapes_mode() -> Any:
+    """A FakeTensorMode in which no tensor is all ones.
+
+    transformers 4 asks that of the mask that it is given (``torch.all(mask == 1)``), and does without it then. Whoever
+    gives one means padding.
+    """
+    from torch._subclasses import FakeTensorMode
+
+    operators = torch.ops.aten
+
+    class ShapesMode(FakeTensorMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is operators._local_scalar_dense.default and hasattr(args[0], "of_all"):
+                return False
+            result: Any = super().__torch_dispatch__(func, types, args, kwargs)
+            if func is operators.all.default:
+                result.of_all = True
+            return result
+
+    return ShapesMode(allow_non_fake_inputs=True)
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
