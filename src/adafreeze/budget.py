@@ -54,7 +54,7 @@ class Budget:
     if that is more than planned, after MEASURED_STEPS steps if it is less.
 
     What counts is what a training step holds, and ``extra``: DDP's buckets, and on the CPU what measuring scores holds
-    and the prefix cache in memory, which elsewhere are in host memory. The cache gets what the step leaves.
+    and the prefix cache in memory, which elsewhere are in host memory. The cache gets half of what the step leaves.
 
     Args:
         limit: ``memory_budget`` of SafeConfig.

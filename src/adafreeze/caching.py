@@ -123,7 +123,8 @@ class Caching:
 
     def _memory_budget(self) -> int:
         free, room = psutil.virtual_memory().available // 2 // self._processes, self._room()
-        return min(self.config.cache_bytes, free if room is None else min(free, self.memory + room))
+        # The other half is for what measuring comes to hold when the prefix is deeper, and for longer batches.
+        return min(self.config.cache_bytes, free if room is None else min(free, self.memory + room // 2))
 
     def _enlarge(self) -> None:
         """What a deeper prefix saves in each step is room for more samples."""

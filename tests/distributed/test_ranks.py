@@ -9,7 +9,7 @@ from launch import found, start, wait
 
 EXACT = ["ddp", "bert", "t5", "find_unused", "static_graph", "bucket_view", "small_buckets", "builtin_hook", "hidden"]
 BY_HAND = ["by_hand", "hidden_by_hand"]
-OTHER = ["accumulate", "bytes", "budget", "grad_norm", "fp16_hook", "power_sgd", "own_minds"]
+OTHER = ["accumulate", "bytes", "budget", "grad_norm", "fp16_hook", "power_sgd", "own_minds", "wander"]
 FSDP = ["fsdp2", "fsdp2_bert", "fsdp2_t5", "fsdp2_local"]
 ALL = [*EXACT, *BY_HAND, *OTHER, *FSDP]
 FAMILY = {"bert": "bert", "t5": "t5", "fsdp2_bert": "bert", "fsdp2_t5": "t5"}
@@ -19,7 +19,7 @@ FAMILY = {"bert": "bert", "t5": "t5", "fsdp2_bert": "bert", "fsdp2_t5": "t5"}
 def two(tmp_path_factory):
     """All scenarios on two ranks, one after the other, in one start."""
     folder = tmp_path_factory.mktemp("two")
-    wait(start("worker.py", 2, folder, *ALL), folder)
+    wait(start("worker.py", 2, folder, *ALL, CACHE_DIR=str(folder / "cache")), folder)
     return folder
 
 
@@ -102,6 +102,13 @@ def test_half_precision_hooks_go_on_working(two, alone):
 
 def test_one_decision_where_every_rank_has_its_own(two):
     assert found(two, "own_minds")["history"][-1] == ["model.layers.0"]
+
+
+def test_a_sample_that_moves_to_another_rank_is_found_there(two):
+    for rank in (0, 1):
+        cache = found(two, "wander", rank)["cache"]
+        # Of 24 samples each rank computes the 12 of its first epoch; five epochs more find all.
+        assert cache["misses"] == 12 and cache["hits"] + cache["advanced"] == 5 * 12
 
 
 @pytest.mark.parametrize("name", FSDP)

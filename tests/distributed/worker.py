@@ -57,11 +57,12 @@ def weights(model: torch.nn.Module) -> dict[str, list[float]]:
 
 def train(
     family: str, wrap, rank: int, ranks: int, *, config=None, accumulate: int = 1, optimizer=None, spy=None, virtual=1,
-    hide=False,
+    hide=False, wander=False,
 ):  # fmt: skip
     """A whole run; ``virtual`` ranks in one process take their rows one after the other.
 
-    ``hide``: Safe gets the module inside the wrapper, as in Trainer.
+    ``hide``: Safe gets the module inside the wrapper, as in Trainer. ``wander``: in each epoch a rank takes the rows
+    that another one had in the last.
     """
     model = cases.lora_model(family, dropout=0.0)
     data = Batches(family)
@@ -82,6 +83,8 @@ def train(
             for one in range(virtual):
                 with silent:
                     place = rank if virtual == 1 else one
+                    if wander:
+                        place = (place + step // 4) % ranks
                     loss = wrapped(**data.batch(step * accumulate + part, place, max(ranks, virtual))).loss
                     (loss / virtual / accumulate).backward()
         optimizer.step()
@@ -102,6 +105,7 @@ def train(
         "logs": safe.logs(), "trainable": sum(p.requires_grad for p in model.parameters()),
     }  # fmt: skip
     safe.close()
+    result["cache"] = next((event for event in safe.journal.events if event["event"] == "cache"), None)
     result["trainable_after_close"] = sum(p.requires_grad for p in model.parameters())
     return result
 
@@ -198,6 +202,19 @@ SCENARIOS = {
     "fsdp2_t5": lambda rank, ranks: train("t5", fsdp2, rank, ranks),
     "fsdp2_local": lambda rank, ranks: train("llama", fsdp2, rank, ranks, config={"score": "local_cka"}),
     "hidden": lambda rank, ranks: train("llama", ddp(), rank, ranks, hide=True),
+    "wander": lambda rank, ranks: train(
+        "llama",
+        ddp(),
+        rank,
+        ranks,
+        wander=True,
+        config={
+            "freeze": ["model.layers.0"],
+            "policy": "bottom_up",
+            "cache": "disk",
+            "cache_dir": os.environ["CACHE_DIR"],
+        },
+    ),
     "hidden_by_hand": lambda rank, ranks: train(
         "llama", ddp(), rank, ranks, hide=True, config={"freeze": ["model.layers.0"], "policy": "bottom_up"}
     ),
