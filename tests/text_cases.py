@@ -119,6 +119,34 @@ def glue_rows(name: str, count: int = 8, as_text: bool = False) -> list[dict]:
     return rows
 
 
+def questions(count: int = 8, unanswerable: bool = False) -> list[dict]:
+    """Rows of question answering; with ``unanswerable`` every fourth has no answer."""
+    cases = [
+        ("was the film good", "i liked it very. the film was good, not bad.", "good"),
+        ("was the book good", "the book was very bad. i hated the plot.", "very bad"),
+        ("was it the actor", "it was the plot.", "the plot"),
+        ("say hello", "hello, hello, bye. i say bye.", "bye"),
+    ]
+    rows = []
+    for i in range(count):
+        question, context, answer = cases[i % 4]
+        known = not (unanswerable and i % 4 == 3)
+        answers = {"text": [answer], "answer_start": [context.index(answer)]} if known else {}
+        row = {"id": f"q{i}", "question": question, "context": context}
+        rows.append(row | {"answers": answers or {"text": [], "answer_start": []}})
+    return rows
+
+
+def nested(rows: list[dict]) -> dict:
+    """Rows of question answering in SQuAD's own format."""
+    paragraphs = []
+    for row in rows:
+        answers = [{"text": t, "answer_start": s} for t, s in zip(*row["answers"].values(), strict=True)]
+        question = {"id": row["id"], "question": row["question"], "answers": answers, "is_impossible": not answers}
+        paragraphs.append({"context": row["context"], "qas": [question]})
+    return {"version": "v2.0", "data": [{"title": "all", "paragraphs": paragraphs}]}
+
+
 def write(path: Path, rows: list[dict]) -> str:
     """Rows as the extension of ``path`` says."""
     if path.suffix == ".csv":

@@ -8,7 +8,7 @@ import pytest
 
 from adafreeze.cli.main import main
 from adafreeze.errors import AdafreezeError
-from text_cases import llama_tokenizer, reviews, write
+from text_cases import llama_tokenizer, questions, reviews, write
 
 
 @pytest.fixture
@@ -163,6 +163,7 @@ def test_a_config_file_that_does_not_exist(refuse, bert, csv_file):
         (("--eval_strategy", "epoch"), r"nothing to evaluate on.*--validation_split 0\.1"),
         (("--prompt_column", "prompt"), r"columns do not go with --task"),
         (("--task_name", "mrpc"), r"Exactly one of --task and --task_name.*Both"),
+        (("--doc_stride", "4"), r"--doc_stride has no effect.*question-answering"),
         (("--validation_mismatched_file", "a.csv"), r"no effect.*belongs to mnli"),
         (("--max_seq_length", "0"), r"--max_seq_length is 0"),
         (("--validation_split", "1.5"), r"--validation_split is 1\.5"),
@@ -180,6 +181,13 @@ def test_flags_that_cannot_be(refuse, bert, csv_file, flags, pattern):
 def test_a_missing_column_names_those_found(refuse, bert, csv_file):
     pattern = r"no column 'sentence'.*text, reply, label.*--text_column text"
     refuse(pattern, CLASSIFY, bert, csv_file, "--text_column", "sentence")
+
+
+def test_questions_grouped_by_length_are_not_evaluated(refuse, bert, tmp_path):
+    file = write(tmp_path / "data.jsonl", questions())
+    flags = ("--validation_file", file, "--train_sampling_strategy", "group_by_length")
+    refuse(r"grouped by length cannot be evaluated", "question-answering", bert, file, *flags)
+    refuse(r"--max_answer_length is 0", "question-answering", bert, file, "--max_answer_length", "0")
 
 
 def test_a_row_without_text_stops_the_command_or_is_left_out(refuse, train, bert, tmp_path):

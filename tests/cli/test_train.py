@@ -10,11 +10,17 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainingArguments,
+)
 
 from adafreeze.errors import AdafreezeError
 from adafreeze.journal import read_journal
-from text_cases import glue_rows, reviews, write
+from text_cases import glue_rows, nested, questions, reviews, write
 
 
 def results(folder) -> dict:
@@ -124,6 +130,26 @@ def test_glue_comes_from_the_hub_where_no_file_is_given(bert, tmp_path, monkeypa
         ]
     )
     assert set(asked) == {("nyu-mll/glue", "mnli")} and "eval_accuracy_mm" in results(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["squad.json", "rows.jsonl"])
+def test_question_answering_freezes_and_reports_exact_match_and_f1(train, trained, bert, tmp_path, name):
+    rows, file = questions(unanswerable=True), tmp_path / name
+    if name == "squad.json":
+        file.write_text(json.dumps(nested(rows)))
+    else:
+        write(file, rows)
+    flags = ("--validation_file", str(file), "--max_seq_length", "16", "--doc_stride", "4", "--pad_to_max_length")
+    units = ("--method", "safe", "--freeze", "bert.encoder.layer.0", "--num_train_epochs", "3", "--max_steps", "-1")
+    more = ("--eval_strategy", "epoch", "--learning_rate", "0.1")
+    folder = train("question-answering", bert, str(file), *flags, *units, *more)
+    found = results(folder)
+    assert 0 <= found["eval_exact_match"] <= found["eval_f1"] <= 100 and "eval_NoAns_f1" in found
+    assert found["frozen_units"] == 1 and found["cache_hit_rate"] > 0.5 and found["train_samples"] > len(rows)
+    loaded = PeftModel.from_pretrained(AutoModelForQuestionAnswering.from_pretrained(bert), folder).eval()
+    batch = AutoTokenizer.from_pretrained(folder)(["was it"], ["it was the plot"], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).start_logits, trained[0].eval()(**batch).start_logits)
 
 
 def test_causal_lm_reports_perplexity_and_loss(train, llama, csv_file):

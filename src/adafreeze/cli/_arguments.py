@@ -60,7 +60,7 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    task: Literal["text-classification", "regression", "causal-lm"] | None = field(
+    task: Literal["text-classification", "regression", "causal-lm", "question-answering"] | None = field(
         default=None, metadata={"help": "What the model learns to do."}
     )
     task_name: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"] | None = field(
@@ -95,8 +95,28 @@ class DataArguments:
         default=None, metadata={"help": "Instruction tuning: what is learnt; the loss is on this alone."}
     )
     prompt_separator: str = field(default="\n", metadata={"help": "Stands between the two; default: a new line."})
+    question_column: str | None = field(default=None, metadata={"help": "Question answering; default: question."})
+    context_column: str | None = field(default=None, metadata={"help": "Question answering; default: context."})
+    answers_column: str | None = field(
+        default=None, metadata={"help": "Question answering; default: answers, each with text and answer_start."}
+    )
     max_seq_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a row, at most. If not given: 128, causal-lm 512."}
+        default=None,
+        metadata={"help": "Tokens of a row, at most. If not given: 128, causal-lm 512, question-answering 384."},
+    )
+    doc_stride: int | None = field(
+        default=None,
+        metadata={"help": "Question answering: tokens by which windows of a long context overlap; default: a third."},
+    )
+    n_best_size: int | None = field(
+        default=None, metadata={"help": "Question answering: starts and ends that are paired; default: 20."}
+    )
+    max_answer_length: int | None = field(
+        default=None, metadata={"help": "Question answering: tokens of an answer, at most; default: 30."}
+    )
+    null_score_diff_threshold: float | None = field(
+        default=None,
+        metadata={"help": "SQuAD v2: by how much no answer must beat the best span; default: 0."},
     )
     pad_to_max_length: bool = field(default=False, metadata={"help": "Pad all rows to that length."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first rows only."})

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from ..tasks import GLUE, GLUE_DATASET, CausalLM, Regression, TextClassification, glue_task
+from ..tasks import GLUE, GLUE_DATASET, CausalLM, QuestionAnswering, Regression, TextClassification, glue_task
 
 if TYPE_CHECKING:
     from ..tasks import Task
@@ -104,12 +104,38 @@ def _text_options(data: DataArguments) -> dict[str, Any]:
     }
 
 
+def _question_answering(data: DataArguments) -> Task:
+    for flag, least in (("doc_stride", 0), ("n_best_size", 1), ("max_answer_length", 1)):
+        value = getattr(data, flag)
+        if value is not None and value < least:
+            raise ConfigError(
+                f"--{flag} is {value}.", cause=f"It must be at least {least}.", fix=f"Leave out --{flag}, or raise it."
+            )
+    given = {
+        "question_column": data.question_column,
+        "context_column": data.context_column,
+        "answers_column": data.answers_column,
+        "max_length": data.max_seq_length,
+        "doc_stride": data.doc_stride,
+        "n_best": data.n_best_size,
+        "max_answer_length": data.max_answer_length,
+        "null_threshold": data.null_score_diff_threshold,
+    }
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return QuestionAnswering(**options, pad_to_max_length=data.pad_to_max_length)
+
+
 # What is typed after --task, and what makes it of the arguments.
 TASKS: dict[str, Callable[[DataArguments], Task]] = {
     "text-classification": _text,
     "regression": _text,
     "causal-lm": _causal_lm,
+    "question-answering": _question_answering,
 }
 
 # Flags that one task reads: elsewhere they would be ignored in silence.
-_OWN = {"validation_mismatched_file": "mnli"}
+_OF_QUESTIONS = ("question_column", "context_column", "answers_column", "doc_stride", "n_best_size")
+_OWN = {
+    "validation_mismatched_file": "mnli",
+    **dict.fromkeys((*_OF_QUESTIONS, "max_answer_length", "null_score_diff_threshold"), QuestionAnswering.name),
+}

@@ -76,7 +76,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
                 max_samples=data.max_eval_samples,
                 **reading,
             )
-    _check_evaluation(training, eval_rows)
+    _check_evaluation(training, task, eval_rows)
     source = Source(
         name=model_args.model_name_or_path,
         tokenizer=model_args.tokenizer_name,
@@ -104,6 +104,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
     model = add_adapter(base, adapter)
     with training.main_process_first(desc="tokenizing"):
         train_rows = task.prepare(train_rows, processor)
+        if getattr(adapter, "total_step", None) is not None:  # a row may have become several
+            adapter.total_step = optimizer_steps(training, len(train_rows))  # type: ignore[attr-defined]
         eval_rows = task.prepare_evaluation(eval_rows, processor) if eval_rows is not None else None
 
     if is_main:
@@ -206,13 +208,21 @@ def _train(trainer: Any, checkpoint: str | None) -> dict[str, Any]:
     return metrics
 
 
-def _check_evaluation(training: Any, eval_rows: Any) -> None:
+def _check_evaluation(training: Any, task: Task, eval_rows: Any) -> None:
     wants = str(getattr(training.eval_strategy, "value", training.eval_strategy)) != "no" or training.do_eval
     if wants and eval_rows is None:
         raise ConfigError(
             "An evaluation is asked for, but there is nothing to evaluate on.",
             cause="--eval_strategy or --do_eval is given without validation data.",
             fix="--validation_file validation.csv, or --validation_split 0.1",
+        )
+    # The second name is that of transformers 4.57.
+    grouped = getattr(training, "train_sampling_strategy", "") == "group_by_length"
+    if eval_rows is not None and task.scored_in_order and (grouped or getattr(training, "group_by_length", False)):
+        raise ConfigError(
+            f"Rows grouped by length cannot be evaluated by --task {task.name}.",
+            cause="Trainer groups the rows of an evaluation too, and predictions then belong to other rows.",
+            fix="--train_sampling_strategy random",
         )
 
 

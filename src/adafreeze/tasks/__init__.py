@@ -5,6 +5,7 @@ from .causal_lm import CausalLM
 from .data import Split, load_splits
 from .glue import GLUE, GLUE_DATASET, glue_task
 from .pretrained import Source, load_tokenizer
+from .question_answering import QuestionAnswering
 from .regression import Regression
 from .task import Task
 from .text_classification import TextClassification
@@ -13,6 +14,7 @@ __all__ = [
     "GLUE",
     "GLUE_DATASET",
     "CausalLM",
+    "QuestionAnswering",
     "Regression",
     "Source",
     "Split",

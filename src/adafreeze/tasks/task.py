@@ -29,6 +29,7 @@ class Task:
         peft_task_type: PEFT's word for it (``"SEQ_CLS"``, ``"CAUSAL_LM"``); None where it has none, and the head
             that trains beside the adapters must be named to it.
         label_names: the keys of a batch that hold what is to be predicted.
+        scored_in_order: whether :meth:`compute_metrics` needs the predictions in the order of the prepared rows.
         max_length: tokens of a row, at most; None where there are no tokens.
         num_labels: outputs of the head, known after :meth:`fit`; None where the model brings its own head.
     """
@@ -36,6 +37,7 @@ class Task:
     name: ClassVar[str]
     peft_task_type: ClassVar[str | None]
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
+    scored_in_order: ClassVar[bool] = False
     max_length: int | None
 
     @property

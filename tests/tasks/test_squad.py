@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from adafreeze.errors import DataError
+from adafreeze.tasks.squad import answers_of, exact_match, f1, normalize, read_nested, score
+from text_cases import nested, questions
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("The  Cat, a dog\tand An ape!", "cat dog and ape"),
+        ("U.S. Army's", "us armys"),
+        ("another theory", "another theory"),
+        ("«a» 3.5%", "« » 35"),
+        ("the", ""),
+    ],
+)
+def test_case_punctuation_articles_and_spaces_do_not_count(text, plain):
+    assert normalize(text) == plain
+
+
+@pytest.mark.parametrize(
+    ("guess", "gold", "exact", "partial"),
+    [
+        ("The Eiffel Tower.", "eiffel tower", 1, 1),
+        ("in Paris, France", "Paris", 0, 2 * 1 * (1 / 3) / (1 + 1 / 3)),
+        ("very very good", "very good good", 0, 2 / 3),  # each word as often as it comes in both
+        ("Rome", "Paris", 0, 0),
+        ("", "", 1, 1),
+        ("", "Paris", 0, 0),
+        ("the", "A.", 1, 1),
+    ],
+)
+def test_exact_match_and_f1_of_an_answer(guess, gold, exact, partial):
+    assert exact_match(guess, gold) == exact and f1(guess, gold) == pytest.approx(partial)
+
+
+def test_the_best_of_several_answers_counts_and_the_mean_is_in_percent():
+    found = score(["a red car", "Rome"], [["blue car", "red car", "car"], ["Paris"]])
+    assert found == {"exact_match": 50.0, "f1": 50.0}
+    found = score(["fast red car"], [["blue car", "red car"]])
+    assert found == {"exact_match": 0.0, "f1": pytest.approx(80)}
+
+
+def test_questions_without_answer_are_scored_and_told_apart():
+    found = score(["", "Rome", "Paris", ""], [[], [], ["Paris"], ["Rome"]])
+    assert found["exact_match"] == found["f1"] == 50
+    assert found["HasAns_exact"] == found["HasAns_f1"] == found["NoAns_exact"] == found["NoAns_f1"] == 50
+    # An answer without words is none.
+    assert score([""], [["the"]])["exact_match"] == 100
+
+
+def test_both_formats_hold_the_same_rows(tmp_path):
+    rows, file = questions(unanswerable=True), tmp_path / "a.json"
+    file.write_text(json.dumps(nested(rows)))
+    assert read_nested(file) == rows
+    file.write_text(json.dumps(rows))
+    assert read_nested(file) is None
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert read_nested(file) is None
+
+
+def test_plausible_answers_to_an_impossible_question_are_none(tmp_path):
+    content = nested(questions(1))
+    content["data"][0]["paragraphs"][0]["qas"][0]["is_impossible"] = True
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert read_nested(tmp_path / "a.json")[0]["answers"] == {"text": [], "answer_start": []}
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        (lambda c: c.pop("data"), r"data is missing"),
+        (lambda c: c.update(data={}), r"data is no list"),
+        (lambda c: c["data"].append(3), r"data\[1\] is no object"),
+        (lambda c: c["data"][0].pop("paragraphs"), r"data\[0\]\.paragraphs is missing"),
+        (lambda c: c["data"][0]["paragraphs"][1].pop("context"), r"data\[0\]\.paragraphs\[1\]\.context is missing"),
+        (lambda c: c["data"][0]["paragraphs"][1]["qas"][0].pop("id"), r"paragraphs\[1\]\.qas\[0\]\.id is missing"),
+        (lambda c: c["data"][0]["paragraphs"][0]["qas"][0].update(question=3), r"qas\[0\]\.question is no text"),
+        (lambda c: c["data"][0]["paragraphs"][0]["qas"][0].pop("answers"), r"qas\[0\]\.answers is no list of texts"),
+        (lambda c: c["data"][0]["paragraphs"][0]["qas"][0]["answers"][0].pop("answer_start"), r"answers is no list"),
+    ],
+)
+def test_a_file_of_another_structure_names_the_place(tmp_path, change, pattern):
+    content = nested(questions(2))
+    change(content)
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=pattern):
+        read_nested(tmp_path / "a.json")
+
+
+def test_a_file_that_is_cut_off_names_the_line(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(nested(questions(2)), indent=1)[:200])
+    with pytest.raises(DataError, match=r"a\.json, line \d+: not valid JSON"):
+        read_nested(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("value", [None, "good", 3, {"text": ["a"]}, {"text": ["a"], "answer_start": ["0"]}, ["a"]])
+def test_answers_in_no_known_form(value):
+    assert answers_of(value) is None
