@@ -260,7 +260,7 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(finished, tmp_path):
     (dry / "adapter_model.safetensors").unlink()
     for changed, text in (
         ({"rank_pattern": {"query": 2}}, r"rank_pattern.*--keep_ranks"),
-        ({"target_modules": "all-linear"}, r"'all-linear'.*--adapter FOLDER"),
+        ({"target_modules": "all-linear"}, r"'all-linear'.*--adapter_config FOLDER"),
         ({"peft_type": "PREFIX_TUNING"}, "prompt method"),
         ({"peft_type": "NO_SUCH"}, "no configuration of adapters of PEFT"),
     ):
@@ -269,7 +269,7 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(finished, tmp_path):
     (dry / "adapter_config.json").write_text('{"config": {"mh_adapter": true}, "model_type": "bert"}')  # AdapterHub's
     refused(RunError, "another library", dry, min_share=0.01)
     (dry / "adapter_config.json").unlink()
-    refused(RunError, r"script of your own.*--adapter", dry, min_share=0.01)
+    refused(RunError, r"script of your own.*--adapter_config", dry, min_share=0.01)
 
 
 def test_ranks_of_a_block_that_differ_are_not_overwritten(finished):

@@ -65,7 +65,7 @@ class Export:
 def export_config(
     run: str | os.PathLike[str],
     *,
-    adapter: str | os.PathLike[str] | None = None,
+    adapter_config: str | os.PathLike[str] | None = None,
     min_share: float | None = None,
     keep_ranks: bool = False,
 ) -> Export:
@@ -83,8 +83,8 @@ def export_config(
 
     Args:
         run: the output folder of ``adafreeze train``, or a journal.
-        adapter: the folder with the run's ``adapter_config.json``; the journal's own if not given. Where that has
-            none, the configuration follows from the flags in the journal.
+        adapter_config: the folder with the run's ``adapter_config.json``; the journal's own if not given. Where that
+            has none, the configuration follows from the flags in the journal.
         min_share: see above, between 0 and 1.
         keep_ranks: pick blocks alone.
 
@@ -99,8 +99,8 @@ def export_config(
             f"--min_share is {min_share}.", cause="It is a share of the total score.", fix="--min_share 0.05"
         )
     history = History.of(run)
-    folder = Path(adapter).expanduser() if adapter is not None else history.path.parent
-    written = adapter is not None or (folder / CONFIG).is_file()
+    folder = Path(adapter_config).expanduser() if adapter_config is not None else history.path.parent
+    written = adapter_config is not None or (folder / CONFIG).is_file()
     config = copy.deepcopy(_saved_config(folder)) if written else _config_by_flags(history)
     config.inference_mode = False  # as PEFT saves a trained adapter; loaded so, the next would not train
     lora = _kind(config) == "lora"
@@ -180,7 +180,7 @@ def _config_by_flags(history: History) -> PeftConfig:
         raise RunError(
             f"There is no {CONFIG} in {history.path.parent}.",
             cause="The journal is of a script of your own, and does not say how its adapters were set up.",
-            fix="--adapter FOLDER, where the trained adapter was saved",
+            fix="--adapter_config FOLDER, where the trained adapter was saved",
         )
     config = make_config(
         given.get("adapter", "lora"),
@@ -203,7 +203,7 @@ def _saved_config(folder: Path) -> PeftConfig:
         raise RunError(
             f"There is no {CONFIG} in {folder}.",
             cause="It is not a folder that PEFT's save_pretrained wrote.",
-            fix="--adapter path/to/the/trained/adapter",
+            fix="--adapter_config path/to/the/trained/adapter",
         )
     try:
         config = PeftConfig.from_pretrained(str(folder))
@@ -218,7 +218,7 @@ def _no_peft(folder: Path, reason: str) -> RunError:
     return RunError(
         f"{folder / CONFIG} is no configuration of adapters of PEFT ({reason}).",
         cause="It is damaged, or of another library, or of a prompt method.",
-        fix="--adapter path/to/the/trained/adapter",
+        fix="--adapter_config path/to/the/trained/adapter",
     )
 
 
@@ -252,7 +252,7 @@ def _sites(weights: Path, units: Sequence[str]) -> list[_Site]:
         raise RunError(
             f"{weights} cannot be read ({error}).",
             cause="It is damaged, or was not written to its end.",
-            fix="--adapter path/to/a/whole/copy, or --keep_ranks on the journal alone",
+            fix="--adapter_config path/to/a/whole/copy, or --keep_ranks on the journal alone",
         ) from error
     return list(found.values())
 
@@ -330,7 +330,7 @@ def _address(config: PeftConfig, kept: Sequence[str], sites: Sequence[_Site]) ->
         raise ModelError(
             f"Which layers carry adapters is not known: target_modules is {targets!r}.",
             cause="It depends on the model, and the blocks of this run can only be told apart by a pattern of names.",
-            fix=f"--adapter FOLDER, whose {CONFIG} has the names that PEFT put in their place",
+            fix=f"--adapter_config FOLDER, whose {CONFIG} has the names that PEFT put in their place",
         )
     wrong = [s.module for s in sites if bool(check_target_module_exists(config, s.module)) != (s.block in kept)]
     if wrong or getattr(config, "target_parameters", None):

@@ -60,7 +60,7 @@ def test_what_is_refused(run, capsys, tmp_path):
         ((run, "-o", tmp_path / "file"), r"file cannot be written"),
         ((run, "--min_share", "0.999"), "No block has 0.999 of the score"),
         ((run, "--min_share", "half"), "invalid float value"),
-        ((run, "--adapter", tmp_path), r"no adapter_config\.json in"),
+        ((run, "--adapter_config", tmp_path), r"no adapter_config\.json in"),
         ((run, "--keep_rank"), r"Unknown: --keep_rank.*--keep_ranks"),
         (("-o", run), r"-o stands before the run"),
     ):

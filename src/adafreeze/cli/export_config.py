@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-USAGE = """usage: adafreeze export-config RUN [-o FOLDER] [--min_share SHARE] [--keep_ranks] [--adapter FOLDER]
+USAGE = """usage: adafreeze export-config RUN [-o FOLDER] [--min_share SHARE] [--keep_ranks] [--adapter_config FOLDER]
 
 Writes the adapter_config.json of a next run: adapters in the blocks that stayed live in RUN (the output folder of
 `adafreeze train`, or a journal.jsonl), ranks by score, at the same number of parameters.
 
-  -o, --output FOLDER  where it goes; default: the folder `next` beside the journal
-  --min_share SHARE    the blocks with at least this share of the total score, whatever froze
-  --keep_ranks         the run's own ranks: pick blocks alone
-  --adapter FOLDER     the run's saved adapter, where it does not lie beside the journal
+  -o, --output FOLDER      where it goes; default: the folder `next` beside the journal
+  --min_share SHARE        the blocks with at least this share of the total score, whatever froze
+  --keep_ranks             the run's own ranks: pick blocks alone
+  --adapter_config FOLDER  the run's saved adapter, where it does not lie beside the journal
 
 In a script: get_peft_model(model, LoraConfig.from_pretrained(FOLDER)).
 """
@@ -42,7 +42,7 @@ class ExportArguments:
     output: str | None = field(default=None, metadata={"help": "Where the configuration goes.", "aliases": ["-o"]})
     min_share: float | None = field(default=None, metadata={"help": "Blocks with this share of the score."})
     keep_ranks: bool = field(default=False, metadata={"help": "Pick blocks alone."})
-    adapter: str | None = field(default=None, metadata={"help": "The folder of the run's adapter."})
+    adapter_config: str | None = field(default=None, metadata={"help": "The folder of the run's adapter."})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     from ..export import export_config
 
-    made = export_config(run, adapter=given.adapter, min_share=given.min_share, keep_ranks=given.keep_ranks)
+    made = export_config(
+        run, adapter_config=given.adapter_config, min_share=given.min_share, keep_ranks=given.keep_ranks
+    )
     path = Path(run).expanduser()
     folder = Path(given.output).expanduser() if given.output else (path if path.is_dir() else path.parent) / "next"
     _save(made.config, folder)
