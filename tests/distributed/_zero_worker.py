@@ -54,7 +54,7 @@ class Sideways(torch.optim.SGD):
 class Run:
     """A tiny model with everything that a freeze needs; by DeepSpeed, or without it if ``stage`` is None."""
 
-    def __init__(self, family, stage, precision="fp32", optimizer="AdamW", mixed=False, power=16, **zero):
+    def __init__(self, family, stage, precision="fp32", optimizer="AdamW", mixed=False, power=16, grads=None, **zero):
         self.family = family
         self.model = cases.lora_model(family, dropout=0.0)
         self.stacks, backend = find_stacks(self.model), PeftBackend(self.model)
@@ -79,6 +79,8 @@ class Run:
             }
             if precision != "fp32":
                 config[precision] = {"enabled": True} | ({"initial_scale_power": power} if precision == "fp16" else {})
+            if grads is not None:
+                config["data_types"] = {"grad_accum_dtype": grads}
             self.engine = deepspeed.initialize(
                 model=self.model, optimizer=self.optimizer, lr_scheduler=self.schedule, config=config
             )[0]
@@ -143,6 +145,7 @@ def train(family="llama", stage=2, tell=True, steps=STEPS, masters=False, **sett
         if step + 1 == FREEZE_AT:
             run.freeze(tell)
     owned = {id(p) for name in run.names for p in run.units[name].parameters()}
+    told["optimizer"] = type(run.engine.optimizer if run.engine else run.optimizer).__name__
     told["frozen"] = [name for name, p in run.model.named_parameters() if id(p) in owned]
     run.close()
     return told

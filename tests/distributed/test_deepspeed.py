@@ -7,6 +7,8 @@ import torch
 import worker
 from launch import start, wait
 
+from adafreeze.freeze.parallel.deepspeed import _LAYOUTS
+
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.xdist_group("deepspeed")  # one start of the processes serves all
 
@@ -14,7 +16,11 @@ FREEZE_AT = 3
 STAGES = (0, 1, 2, 3)
 FLAT = (1, 2, 3)
 FAMILIES = [("llama", stage) for stage in STAGES] + [("bert", 0), ("bert", 2)]
-PRECISIONS = [("bf16", 0), ("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp16", 0), ("fp16", 2)]
+HALF = {
+    **{f"bf16 {stage}": {"precision": "bf16", "stage": stage} for stage in STAGES},
+    **{f"fp16 {stage}": {"precision": "fp16", "stage": stage} for stage in (0, 2)},
+    "bf16, gradients in fp32": {"precision": "bf16", "stage": 1, "grads": "fp32"},
+}
 # Sums of four gradients in another order, through six AdamW steps of 2e-2 that divide by their root: measured 1e-6.
 TOLERANCE = 1e-5
 LAYOUTS = {
@@ -41,7 +47,7 @@ RUNS = {
     "plain bert": {"stage": None, "family": "bert"},
     **{f"{family} {stage}": {"stage": stage, "family": family, "masters": stage > 0} for family, stage in FAMILIES},
     **{f"untold {stage}": {"stage": stage, "tell": False} for stage in (0, 1, 2)},
-    **{f"{kind} {stage}": {"stage": stage, "precision": kind, "masters": True} for kind, stage in PRECISIONS},
+    **{name: {**settings, "masters": True} for name, settings in HALF.items()},
     "overflow": {"stage": 2, "precision": "fp16", "power": 24, "steps": 9},
     **LAYOUTS,
     **{f"sideways {stage}": {"stage": stage, "optimizer": "Sideways"} for stage in (1, 2)},
@@ -122,11 +128,16 @@ def test_without_flat_copies_a_freeze_holds_by_itself(ranks):
     assert all(stands_still(run) for run in told(ranks, "untold 0"))
 
 
-@pytest.mark.parametrize(("precision", "stage"), PRECISIONS)
-def test_frozen_weights_and_their_float32_copies_stand_still_in_half_precision(ranks, precision, stage):
-    for run in told(ranks, f"{precision} {stage}"):
+@pytest.mark.parametrize("name", HALF)
+def test_frozen_weights_and_their_float32_copies_stand_still_in_half_precision(ranks, name):
+    for run in told(ranks, name):
         assert stands_still(run) and moved(run, live(run)) > 1e-3
         assert copies_stand_still(run)
+
+
+def test_deepspeeds_optimizers_but_the_one_for_fused_kernels_are_all_among_these_runs(ranks):
+    seen = {ranks[0][name]["optimizer"] for name in ("llama 2", "llama 3", *HALF)}
+    assert seen == set(_LAYOUTS) - {"FP16_Optimizer"}
 
 
 def test_steps_that_overflow_after_the_freeze_are_skipped_as_ever(ranks):
