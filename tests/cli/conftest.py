@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from adafreeze.tasks import GLUE
+from image_cases import save_vit
 from text_cases import reviews, save_bert, save_llama, write
 
 
@@ -23,6 +26,11 @@ def llama(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def vit(tmp_path_factory) -> str:
+    return save_vit(tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture(scope="session")
 def csv_file(tmp_path_factory) -> str:
     return write(tmp_path_factory.mktemp("data") / "train.csv", reviews())
 
@@ -31,7 +39,7 @@ def csv_file(tmp_path_factory) -> str:
 def train(tmp_path):
     """``train(task, model, file, *flags)``: the command in two steps of two rows; its output folder.
 
-    ``task`` may be one of GLUE.
+    ``task`` may be one of GLUE, ``file`` a folder of images.
     """
     from adafreeze.cli.train import main
 
@@ -43,7 +51,7 @@ def train(tmp_path):
                 task,
                 "--model_name_or_path",
                 model,
-                "--train_file",
+                "--train_dir" if Path(file).is_dir() else "--train_file",
                 file,
                 "--output_dir",
                 str(folder),

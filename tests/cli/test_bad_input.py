@@ -163,8 +163,9 @@ def test_a_config_file_that_does_not_exist(refuse, bert, csv_file):
         (("--eval_strategy", "epoch"), r"nothing to evaluate on.*--validation_split 0\.1"),
         (("--prompt_column", "prompt"), r"columns do not go with --task"),
         (("--task_name", "mrpc"), r"Exactly one of --task and --task_name.*Both"),
+        (("--train_dir", "images"), r"--train_dir has no effect.*image-classification"),
         (("--doc_stride", "4"), r"--doc_stride has no effect.*question-answering"),
-        (("--validation_mismatched_file", "a.csv"), r"no effect.*belongs to mnli"),
+        (("--validation_mismatched_file", "a.csv"), r"no effect on text-classification.*is for mnli"),
         (("--max_seq_length", "0"), r"--max_seq_length is 0"),
         (("--validation_split", "1.5"), r"--validation_split is 1\.5"),
         (

@@ -12,6 +12,7 @@ import yaml
 from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -20,6 +21,7 @@ from transformers import (
 
 from adafreeze.errors import AdafreezeError
 from adafreeze.journal import read_journal
+from image_cases import blocks_of, images
 from text_cases import glue_rows, nested, questions, reviews, write
 
 
@@ -150,6 +152,23 @@ def test_question_answering_freezes_and_reports_exact_match_and_f1(train, traine
     batch = AutoTokenizer.from_pretrained(folder)(["was it"], ["it was the plot"], return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(loaded(**batch).start_logits, trained[0].eval()(**batch).start_logits)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_images_train_freeze_and_are_found_in_the_cache(train, trained, vit, tmp_path, workers):
+    folder = images(tmp_path / "images")
+    flags = ("--validation_dir", folder, "--target_modules", "fc1", "fc2", "--learning_rate", "0.01")
+    units = ("--method", "safe", "--freeze", *blocks_of(vit)[:1], "--num_train_epochs", "12", "--max_steps", "-1")
+    more = ("--per_device_train_batch_size", "8", "--dataloader_num_workers", workers)
+    out = train("image-classification", vit, folder, *flags, *units, *more)
+    found = results(out)
+    assert found["eval_accuracy"] == 1 and "eval_f1" in found  # the classes are two colours
+    assert found["frozen_units"] == 1 and found["cache_hit_rate"] > 0.5
+    assert trained[0].config.id2label == {0: "blue", 1: "red"} and (out / "preprocessor_config.json").is_file()
+    loaded = PeftModel.from_pretrained(AutoModelForImageClassification.from_pretrained(vit), out).eval()
+    pixels = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pixels).logits, trained[0].eval()(pixels).logits)
 
 
 def test_causal_lm_reports_perplexity_and_loss(train, llama, csv_file):

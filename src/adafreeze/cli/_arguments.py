@@ -60,9 +60,9 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    task: Literal["text-classification", "regression", "causal-lm", "question-answering"] | None = field(
-        default=None, metadata={"help": "What the model learns to do."}
-    )
+    task: (
+        Literal["text-classification", "regression", "causal-lm", "question-answering", "image-classification"] | None
+    ) = field(default=None, metadata={"help": "What the model learns to do."})
     task_name: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"] | None = field(
         default=None,
         metadata={"help": "A task of GLUE, instead of --task: its dataset, columns and official metrics."},
@@ -79,6 +79,10 @@ class DataArguments:
     )
     train_file: str | None = field(default=None, metadata={"help": "A .csv, .json, .jsonl or .parquet file."})
     validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
+    train_dir: str | None = field(
+        default=None, metadata={"help": "Image classification: a folder with one sub-folder of images a class."}
+    )
+    validation_dir: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
     validation_mismatched_file: str | None = field(
         default=None, metadata={"help": "--task_name mnli: the rows of other genres, evaluated as _mm at the end."}
     )
@@ -100,6 +104,7 @@ class DataArguments:
     answers_column: str | None = field(
         default=None, metadata={"help": "Question answering; default: answers, each with text and answer_start."}
     )
+    image_column: str | None = field(default=None, metadata={"help": "Image classification; if not given: image, img."})
     max_seq_length: int | None = field(
         default=None,
         metadata={"help": "Tokens of a row, at most. If not given: 128, causal-lm 512, question-answering 384."},

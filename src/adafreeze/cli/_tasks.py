@@ -6,7 +6,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from ..tasks import GLUE, GLUE_DATASET, CausalLM, QuestionAnswering, Regression, TextClassification, glue_task
+from ..tasks import (
+    GLUE,
+    GLUE_DATASET,
+    CausalLM,
+    ImageClassification,
+    QuestionAnswering,
+    Regression,
+    TextClassification,
+    glue_task,
+)
 
 if TYPE_CHECKING:
     from ..tasks import Task
@@ -33,11 +42,12 @@ def make_task(data: DataArguments) -> Task:
             cause="Neither is given." if data.task is None else "Both are given, and --task_name says the task too.",
             fix="--task text-classification",
         )
-    for flag, owner in _OWN.items():
-        if getattr(data, flag) is not None and owner not in (data.task, data.task_name):
+    chosen = data.task_name or data.task
+    for flag, owners in _OWN.items():
+        if getattr(data, flag) is not None and chosen not in owners:
             raise ConfigError(
-                f"--{flag} has no effect.",
-                cause=f"It belongs to {owner} alone.",
+                f"--{flag} has no effect on {chosen}.",
+                cause=f"It is for {', '.join(owners)}.",
                 fix=f"Leave out --{flag}.",
             )
     return _glue(data) if data.task is None else TASKS[data.task](data)
@@ -48,8 +58,8 @@ def rows_of(data: DataArguments) -> dict[str, Any]:
     found = {
         "dataset_name": data.dataset_name,
         "dataset_config_name": data.dataset_config_name,
-        "train_file": data.train_file,
-        "validation_file": data.validation_file,
+        "train_file": data.train_file or data.train_dir,
+        "validation_file": data.validation_file or data.validation_dir,
         "validation_split": data.validation_split,
     }
     if data.task_name is not None and data.train_file is None:
@@ -125,17 +135,33 @@ def _question_answering(data: DataArguments) -> Task:
     return QuestionAnswering(**options, pad_to_max_length=data.pad_to_max_length)
 
 
+def _image_classification(data: DataArguments) -> Task:
+    for kind in ("train", "validation"):
+        if getattr(data, f"{kind}_file") and getattr(data, f"{kind}_dir"):
+            raise ConfigError(
+                f"Both --{kind}_file and --{kind}_dir are given.",
+                cause="The images must come from one place.",
+                fix=f"Leave out --{kind}_file.",
+            )
+    return ImageClassification(image_column=data.image_column, label_column=data.label_column)
+
+
 # What is typed after --task, and what makes it of the arguments.
 TASKS: dict[str, Callable[[DataArguments], Task]] = {
     "text-classification": _text,
     "regression": _text,
     "causal-lm": _causal_lm,
     "question-answering": _question_answering,
+    "image-classification": _image_classification,
 }
 
-# Flags that one task reads: elsewhere they would be ignored in silence.
+# Flags that some tasks read: with others they would be ignored in silence.
+_TEXT = ("text_column", "prompt_column", "completion_column")
 _OF_QUESTIONS = ("question_column", "context_column", "answers_column", "doc_stride", "n_best_size")
-_OWN = {
-    "validation_mismatched_file": "mnli",
-    **dict.fromkeys((*_OF_QUESTIONS, "max_answer_length", "null_score_diff_threshold"), QuestionAnswering.name),
+_OWN: dict[str, tuple[str, ...]] = {
+    "validation_mismatched_file": ("mnli",),
+    **dict.fromkeys(_TEXT, ("text-classification", "regression", "causal-lm", *GLUE)),
+    **dict.fromkeys((*_OF_QUESTIONS, "max_answer_length", "null_score_diff_threshold"), ("question-answering",)),
+    **dict.fromkeys(("train_dir", "validation_dir", "image_column"), ("image-classification",)),
+    "max_seq_length": (*(name for name in TASKS if name != "image-classification"), *GLUE),
 }

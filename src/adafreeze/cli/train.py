@@ -36,7 +36,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
 
     from ..journal import Journal
     from ..tasks import Source, add_adapter, load_splits
-    from ..tasks.adapters import make_config, optimizer_steps
+    from ..tasks.adapters import head_names, make_config, optimizer_steps
     from ..tasks.data import load_validation
 
     model_args, data, training = arguments.model, arguments.data, arguments.training
@@ -101,6 +101,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
     set_seed(training.seed)  # the new head and the adapter are drawn from it
     base = task.load_model(source)
     _fit_length(task, base, processor, asked=data.max_seq_length)
+    if task.peft_task_type is None and getattr(adapter, "modules_to_save", None) is None:
+        adapter.modules_to_save = head_names(base)  # type: ignore[attr-defined]
     model = add_adapter(base, adapter)
     with training.main_process_first(desc="tokenizing"):
         train_rows = task.prepare(train_rows, processor)

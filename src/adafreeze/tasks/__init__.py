@@ -4,6 +4,7 @@ from .adapters import adapter_names, add_adapter
 from .causal_lm import CausalLM
 from .data import Split, load_splits
 from .glue import GLUE, GLUE_DATASET, glue_task
+from .image_classification import ImageClassification
 from .pretrained import Source, load_tokenizer
 from .question_answering import QuestionAnswering
 from .regression import Regression
@@ -14,6 +15,7 @@ __all__ = [
     "GLUE",
     "GLUE_DATASET",
     "CausalLM",
+    "ImageClassification",
     "QuestionAnswering",
     "Regression",
     "Source",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, TrainingArguments
 
-__all__ = ["adapter_names", "add_adapter", "make_config", "optimizer_steps"]
+__all__ = ["adapter_names", "add_adapter", "head_names", "make_config", "optimizer_steps"]
 
 
 def adapter_names() -> list[str]:
@@ -190,6 +190,12 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, **options: Any) -> P
         ) from error
     PeftBackend(peft_model)  # refuses now, not after minutes of tokenizing, what cannot be frozen by block
     return peft_model
+
+
+def head_names(model: PreTrainedModel) -> list[str]:
+    """The modules beside the base model: what PEFT must train in full where it does not know the task."""
+    base = model.base_model_prefix
+    return [name for name, child in model.named_children() if name != base and any(True for _ in child.parameters())]
 
 
 def _kind(config: PeftConfig) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from .task import Task
 
-__all__ = ["Split", "check", "load_file", "load_hub", "load_splits", "load_validation"]
+__all__ = ["Split", "check", "load_file", "load_hub", "load_splits", "load_validation", "quiet"]
 
 _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -51,8 +52,7 @@ def load_file(path: str, cache_dir: str | None = None) -> Split:
         DataError: the file does not exist, has another extension, is empty, or holds a line that cannot be
             read.
     """
-    from datasets import disable_progress_bars, load_dataset
-    from datasets.utils.logging import CRITICAL, get_verbosity, set_verbosity
+    from datasets import load_dataset
 
     file = Path(path).expanduser()
     if not file.is_file():
@@ -74,21 +74,17 @@ def load_file(path: str, cache_dir: str | None = None) -> Split:
         check_csv(file)
         # Words like "NA", "None" and "null" are text; only an empty field is a missing value.
         options = {"keep_default_na": False, "na_values": [""]}
-    disable_progress_bars()
-    verbosity = get_verbosity()
-    set_verbosity(CRITICAL)  # it logs the failure that is told below in the user's terms
+    if file.stat().st_size == 0:
+        raise _no_rows(path)
     try:
-        if file.stat().st_size == 0:
-            raise _no_rows(path)
-        rows = load_dataset(
-            _READERS[file.suffix],
-            data_files={"train": str(file)},
-            split="train",
-            cache_dir=cache_dir,
-            **options,
-        )
-    except DataError:
-        raise
+        with quiet():
+            rows = load_dataset(
+                _READERS[file.suffix],
+                data_files={"train": str(file)},
+                split="train",
+                cache_dir=cache_dir,
+                **options,
+            )
     except Exception as error:  # pandas', pyarrow's and datasets' own, whatever the reader is
         if "corresponds to no data" in str(error):
             raise _no_rows(path) from error
@@ -97,8 +93,6 @@ def load_file(path: str, cache_dir: str | None = None) -> Split:
             cause=f"Its content is not what the extension {file.suffix} says, or a column changes its type.",
             fix="Open the file and correct it, or save the data in another format.",
         ) from error
-    finally:
-        set_verbosity(verbosity)
     if len(rows) == 0:
         raise _no_rows(path)
 
@@ -107,6 +101,21 @@ def load_file(path: str, cache_dir: str | None = None) -> Split:
         return _row(index) if line is None else f"line {line}"
 
     return Split(rows, path, locate)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """``datasets`` without progress bars, and without a log of the failure that is told in the user's terms."""
+    from datasets import disable_progress_bars
+    from datasets.utils.logging import CRITICAL, get_verbosity, set_verbosity
+
+    disable_progress_bars()
+    verbosity = get_verbosity()
+    set_verbosity(CRITICAL)
+    try:
+        yield
+    finally:
+        set_verbosity(verbosity)
 
 
 def _no_rows(path: str) -> DataError:
@@ -243,7 +252,7 @@ def load_splits(
     validation: Split | None = None
     if (dataset_name is None) == (train_file is None):
         raise DataError(
-            "Exactly one of --dataset_name and --train_file is needed.",
+            "Exactly one of --dataset_name and --train_file (a folder of images: --train_dir) is needed.",
             cause="Neither is given." if dataset_name is None else "Both are given.",
             fix="--train_file train.csv --validation_file validation.csv",
         )

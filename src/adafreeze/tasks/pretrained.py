@@ -12,7 +12,9 @@ from ._hub import first_line, hub_reason
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Source", "load_config", "load_model", "load_tokenizer"]
+__all__ = ["Source", "load_config", "load_image_processor", "load_model", "load_tokenizer"]
+
+_FILES = {"configuration": "a complete config.json.", "preprocessor": "preprocessor_config.json too."}
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,21 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_image_processor(source: Source) -> Any:
+    """What makes pixels of an image as the model was trained on them.
+
+    Raises:
+        ModelError: as for :func:`load_model`.
+    """
+    from transformers import AutoImageProcessor
+
+    _check_folder(source.name, "--model_name_or_path")
+    try:
+        return AutoImageProcessor.from_pretrained(source.name, **source._options())
+    except Exception as error:
+        _refuse("preprocessor", source.name, error, "--model_name_or_path")
+
+
 def _check_folder(name: str, flag: str) -> None:
     # A name on the Hub is "model" or "owner/model"; anything else can only be meant as a path. Asked first,
     # because transformers answers a mistyped path with the Hub's rules for repository names.
@@ -149,7 +166,6 @@ def _refuse(what: str, name: str, error: Exception, flag: str) -> NoReturn:
         ) from error
     raise ModelError(
         f"The {what} {name} cannot be loaded: {first_line(error)}",
-        cause=f"The files there are not a {what} that transformers can use for this task.",
-        fix=f"Point {flag} to a folder with "
-        + ("a complete config.json." if what == "configuration" else "config.json, weights and tokenizer files."),
+        cause=f"The files there are no {what} that transformers can use for this task.",
+        fix=f"Point {flag} to a folder with " + _FILES.get(what, "config.json, weights and tokenizer files."),
     ) from error

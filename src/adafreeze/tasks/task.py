@@ -38,7 +38,7 @@ class Task:
     peft_task_type: ClassVar[str | None]
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
     scored_in_order: ClassVar[bool] = False
-    max_length: int | None
+    max_length: int | None = None
 
     @property
     def num_labels(self) -> int | None:
