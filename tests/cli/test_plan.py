@@ -10,6 +10,7 @@ import pytest
 
 from adafreeze.cli.main import main
 from adafreeze.journal import read_journal
+from text_cases import questions, write
 
 
 @pytest.fixture
@@ -131,3 +132,12 @@ def test_train_refuses_a_budget_that_cannot_be_met(llama, csv_file, tmp_path, ca
         error = capsys.readouterr().err
         assert code == 2, error
         assert re.search(text, error) and "Fix: " in error and "Traceback" not in error, error
+
+
+def test_a_plan_of_question_answering_is_what_a_run_holds(plan, train, bert, tmp_path):
+    _, text, _ = plan("--task", "question-answering", "--target", "cpu", "--json", model=bert)
+    file = write(tmp_path / "rows.jsonl", questions())
+    flags = ("--count_costs", "true", "--max_seq_length", "16", "--pad_to_max_length")
+    out = train("question-answering", bert, file, *flags)
+    measured = json.loads((out / "all_results.json").read_text())["train_peak_saved_bytes"]
+    assert json.loads(text)["plain"]["saved"] == measured

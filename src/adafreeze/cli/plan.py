@@ -25,9 +25,14 @@ class PlanArguments:
     _argument_group_name = "run"
 
     model_name_or_path: str = field(metadata={"help": "A name on the Hub, a folder, or a config.json."})
-    task: Literal["text-classification", "regression", "causal-lm", "seq2seq-lm", "image-classification"] = field(
-        default="causal-lm", metadata={"help": "What the model learns to do."}
-    )
+    task: Literal[
+        "text-classification",
+        "regression",
+        "question-answering",
+        "causal-lm",
+        "seq2seq-lm",
+        "image-classification",
+    ] = field(default="causal-lm", metadata={"help": "What the model learns to do."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Samples of a micro-batch."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches of an optimizer step."})
     max_seq_length: int = field(default=512, metadata={"help": "Tokens of the longest row."})

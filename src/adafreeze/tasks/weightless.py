@@ -23,6 +23,7 @@ __all__ = ["PLANNED_TASKS", "adapted", "build", "configuration", "example_inputs
 PLANNED_TASKS = {
     "text-classification": ("AutoModelForSequenceClassification", "SEQ_CLS"),
     "regression": ("AutoModelForSequenceClassification", "SEQ_CLS"),
+    "question-answering": ("AutoModelForQuestionAnswering", "QUESTION_ANS"),
     "causal-lm": ("AutoModelForCausalLM", "CAUSAL_LM"),
     "seq2seq-lm": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
     "image-classification": ("AutoModelForImageClassification", None),
@@ -146,6 +147,8 @@ def example_inputs(
         # Not all ones, which some attention paths notice.
         inputs["attention_mask"] = torch.ones_like(ids)
         inputs["attention_mask"][0, -1] = 0 if length > 1 else 1
+    if task == "question-answering":
+        return inputs | {name: torch.zeros(rows, dtype=torch.long) for name in ("start_positions", "end_positions")}
     labels = {"regression": torch.zeros(rows), "text-classification": torch.zeros(rows, dtype=torch.long)}
     return inputs | {"labels": labels.get(task, ids.clone())}
 
