@@ -49,8 +49,8 @@ def best_span(
 ) -> tuple[int, int] | None:
     """The characters [first, last) of the answer: the span with the largest start + end logit of all windows.
 
-    Of each window the ``n_best`` best starts and ends are paired; spans must run forward, over at most ``max_tokens``
-    tokens of the context.
+    Of each window the ``n_best`` best starts and ends are paired, as in transformers' run_qa; spans must be of the
+    context, run forward, and have at most ``max_tokens`` tokens.
 
     With ``null_threshold`` the answer may be none: the score of that is the smallest start + end logit of the windows'
     null tokens, and None is returned where it exceeds the best span's by more than the threshold (SQuAD v2). None is
@@ -59,8 +59,8 @@ def best_span(
     best, found = -np.inf, None
     for window in windows:
         outside = window.starts < 0
-        starts = np.argsort(np.where(outside, -np.inf, window.start_logits))[::-1][:n_best]
-        ends = np.argsort(np.where(outside, -np.inf, window.end_logits))[::-1][:n_best]
+        starts = np.argsort(window.start_logits)[::-1][:n_best]
+        ends = np.argsort(window.end_logits)[::-1][:n_best]
         scores: Any = window.start_logits[starts, None] + window.end_logits[None, ends]
         length = ends[None] - starts[:, None] + 1
         wrong = (length < 1) | (length > max_tokens) | outside[starts, None] | outside[None, ends]
