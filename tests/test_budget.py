@@ -349,10 +349,11 @@ def test_without_a_budget_the_log_says_what_that_means(caplog):
     assert "the peak of the run is the plain run's" in caplog.text
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("family", cases.FAMILIES)
-def test_every_family_under_a_budget(family):
+def test_every_family_under_a_budget(family, dropout):
     def once(budget):
-        model = cases.lora_model(family, blocks=4, dropout=0.1, lora_dropout=0.1)
+        model = cases.lora_model(family, blocks=4, dropout=dropout, lora_dropout=dropout)
         safe = Safe(model, SafeConfig(memory_budget=budget), probe=cases.batch(family, rows=8), total_steps=9)
         torch.manual_seed(4)
         loss = model(**cases.batch(family, rows=8)).loss
@@ -363,4 +364,7 @@ def test_every_family_under_a_budget(family):
     choice = safe.budget._choice((), cases.batch(family, rows=8))
     again, others, safe = once(choice.held + (choice.peak - choice.held) * 2 // 3)
     assert safe.budget.recompute.chosen and not safe.budget._failed
-    assert torch.equal(loss, again) and all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+    assert torch.equal(loss, again)
+    for a, b in zip(gradients, others, strict=True):
+        # With dropout some CPUs' kernels sum in another order, by where in memory a mask lies: measured 3e-8.
+        assert torch.equal(a, b) if dropout == 0 else torch.allclose(a, b, rtol=1e-5, atol=1e-7)

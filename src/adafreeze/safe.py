@@ -375,7 +375,7 @@ class Safe:
         self.parallel.after_freeze(self.frozen)
         self.caching.prefix_changed()
         self._observer.count_again()
-        self._guard.check_gradients = by != "resume" and "gradients" not in self.parallel.hidden
+        self._guard.check_gradients = by != "resume" and not self.parallel.clears_gradients
         self.journal.write(
             "resume" if by == "resume" else "freeze",
             step=self.steps,

@@ -73,8 +73,8 @@ def test_it_fits_whenever_it_can_and_none_of_it_could_be_left_out(blocks, excess
     assert sum(flops[name] for name in chosen) <= 2 * best + max(flops.values())  # greedy, and not far off
 
 
-def set_up(family, checkpointed=()):
-    model = cases.lora_model(family, blocks=4, dropout=0.1, lora_dropout=0.1)
+def set_up(family, checkpointed=(), dropout=0.1):
+    model = cases.lora_model(family, blocks=4, dropout=dropout, lora_dropout=dropout)
     stacks = find_stacks(model)
     for index in checkpointed:
         stacks[0].blocks[index].gradient_checkpointing = True
@@ -83,10 +83,11 @@ def set_up(family, checkpointed=()):
     return model, recompute
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("family", cases.FAMILIES)
-def test_every_choice_gives_the_same_loss_and_gradients(family):
+def test_every_choice_gives_the_same_loss_and_gradients(family, dropout):
     batch, results = cases.batch(family), []
-    model, recompute = set_up(family)
+    model, recompute = set_up(family, dropout=dropout)
     names = list(recompute.blocks)
     for chosen in ([], names, names[:2], names[1::2], names[-1:]):
         recompute.chosen = frozenset(chosen)
@@ -98,7 +99,9 @@ def test_every_choice_gives_the_same_loss_and_gradients(family):
         results.append((saved.total, loss, [p.grad for p in model.parameters() if p.requires_grad]))
     for saved, loss, gradients in results[1:]:
         assert torch.equal(loss, results[0][1]) and saved < results[0][0]
-        assert all(torch.equal(a, b) for a, b in zip(gradients, results[0][2], strict=True))
+        for a, b in zip(gradients, results[0][2], strict=True):
+            # With dropout some CPUs' kernels sum in another order, by where in memory a mask lies: measured 3e-8.
+            assert torch.equal(a, b) if dropout == 0 else torch.allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_it_takes_over_from_the_models_own_and_gives_it_back():

@@ -15,6 +15,7 @@ class Parallel:
         collective: a forward pass sends something, so all ranks must make the same passes, from end to end.
         no_cache: why there can be no prefix cache; None if there can.
         no_budget: why there can be no memory budget; None if there can.
+        clears_gradients: they are gone before the optimizer's step, where one could look at them.
         hidden: what cannot be read off the model's parameters (``"weights"``, ``"gradients"``), and why.
     """
 
@@ -23,6 +24,7 @@ class Parallel:
     no_cache: str | None = None
     no_budget: str | None = None
     hidden: Mapping[str, str] = {}
+    clears_gradients = False
 
     @property
     def extra_bytes(self) -> int:

@@ -94,6 +94,7 @@ class DeepSpeedZero(Parallel):
         self._undo: list[Callable[[], None]] = []
         if self._wrapper is not None:
             self._parts()
+            self.clears_gradients = True
             self.hidden = {"gradients": f"{self.name} takes gradients away as soon as they are there"}
             # ZeRO-3 with part of the optimizer offloaded has two of them.
             for inner in (_attribute(self._wrapper, "optimizer"), getattr(self._wrapper, "backup_optimizer", None)):

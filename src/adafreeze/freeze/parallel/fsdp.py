@@ -16,6 +16,7 @@ class FSDP2(Parallel):
     collective = True
     no_cache = "under FSDP2 a forward pass is a collective, and ranks do not miss the same samples"
     no_budget = "under FSDP2 a step cannot be rehearsed on one rank alone"
+    hidden = dict.fromkeys(("weights", "gradients"), "FSDP2 keeps them in pieces, one on each rank")
 
 
 def is_fsdp2(model: nn.Module) -> bool:
