@@ -58,7 +58,7 @@ def usable_memory(device_memory: int | str | None, target: str) -> int | None:
         )
     else:
         size = parse_size("--device_memory", device_memory, "24GiB")
-        if size < LEAST:  # a number without its unit, or a name without its family
+        if isinstance(device_memory, str) and size < LEAST:  # a number without its unit, or a name without its family
             named = [name for name in GPUS if name.split()[-1] == str(device_memory).strip()]
             fix = f"--device_memory '{named[0]}'" if named else f"--device_memory {size}GiB"
             raise ConfigError(f"--device_memory is {readable(size)}.", cause="A number alone is bytes.", fix=fix)
