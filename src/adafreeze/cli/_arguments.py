@@ -61,7 +61,15 @@ class DataArguments:
     _argument_group_name = "data"
 
     task: (
-        Literal["text-classification", "regression", "causal-lm", "question-answering", "image-classification"] | None
+        Literal[
+            "text-classification",
+            "regression",
+            "causal-lm",
+            "text-generation",
+            "question-answering",
+            "image-classification",
+        ]
+        | None
     ) = field(default=None, metadata={"help": "What the model learns to do."})
     task_name: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"] | None = field(
         default=None,
@@ -77,7 +85,7 @@ class DataArguments:
             "such as 0.1 of the training rows to hold out."
         },
     )
-    train_file: str | None = field(default=None, metadata={"help": "A .csv, .json, .jsonl or .parquet file."})
+    train_file: str | None = field(default=None, metadata={"help": "A .csv, .json, .jsonl, .parquet or .txt file."})
     validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
     train_dir: str | None = field(
         default=None, metadata={"help": "Image classification: a folder with one sub-folder of images a class."}
@@ -94,11 +102,20 @@ class DataArguments:
         },
     )
     label_column: str = field(default="label", metadata={"help": "The column of the label."})
-    prompt_column: str | None = field(default=None, metadata={"help": "Instruction tuning: what is given."})
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "Instruction tuning and text generation: what is given."}
+    )
     completion_column: str | None = field(
-        default=None, metadata={"help": "Instruction tuning: what is learnt; the loss is on this alone."}
+        default=None,
+        metadata={
+            "help": "What is learnt; the loss is on this alone. Rows of one prompt are references to choose from."
+        },
     )
     prompt_separator: str = field(default="\n", metadata={"help": "Stands between the two; default: a new line."})
+    messages_column: str | None = field(
+        default=None,
+        metadata={"help": "Conversations: lists of role and content; the loss is on what the assistant says."},
+    )
     question_column: str | None = field(default=None, metadata={"help": "Question answering; default: question."})
     context_column: str | None = field(default=None, metadata={"help": "Question answering; default: context."})
     answers_column: str | None = field(
@@ -107,7 +124,19 @@ class DataArguments:
     image_column: str | None = field(default=None, metadata={"help": "Image classification; if not given: image, img."})
     max_seq_length: int | None = field(
         default=None,
-        metadata={"help": "Tokens of a row, at most. If not given: 128, causal-lm 512, question-answering 384."},
+        metadata={
+            "help": "Tokens of a row, at most. If not given: 128, of language models 512, question-answering 384."
+        },
+    )
+    block_size: int | None = field(
+        default=None,
+        metadata={"help": "Plain text: join all rows and cut them into rows of so many tokens, as run_clm does."},
+    )
+    generation_max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Text generation: tokens written in evaluation, at most; default: 64."}
+    )
+    generation_num_beams: int | None = field(
+        default=None, metadata={"help": "Text generation: beams of the search in evaluation; default: 1, greedy."}
     )
     doc_stride: int | None = field(
         default=None,

@@ -14,6 +14,7 @@ from ..tasks import (
     QuestionAnswering,
     Regression,
     TextClassification,
+    TextGeneration,
     glue_task,
 )
 
@@ -77,20 +78,52 @@ def _glue(data: DataArguments) -> Task:
 def _causal_lm(data: DataArguments) -> Task:
     columns = data.text_column or []
     prompts = bool(data.prompt_column) + bool(data.completion_column)
-    if prompts == 1 or (prompts and columns) or len(columns) > 1:
+    if prompts == 1 or bool(columns) + bool(prompts) + bool(data.messages_column) > 1 or len(columns) > 1:
         raise ConfigError(
             "The columns do not go with --task causal-lm.",
-            cause="It needs one --text_column, or both --prompt_column and --completion_column.",
+            cause="It needs one --text_column, or both --prompt_column and --completion_column, or --messages_column.",
             fix="--prompt_column prompt --completion_column completion",
+        )
+    if data.block_size is not None and (data.block_size < 2 or data.max_seq_length or prompts or data.messages_column):
+        raise ConfigError(
+            f"--block_size {data.block_size} cannot be used here.",
+            cause="It joins plain text and cuts it into rows of so many tokens, at least two: there is no "
+            "--max_seq_length then, and prompts and conversations must stay whole.",
+            fix="--text_column text --block_size 512",
         )
     return CausalLM(
         text_column=columns[0] if columns else None,
-        prompt_column=data.prompt_column,
-        completion_column=data.completion_column,
-        prompt_separator=data.prompt_separator,
-        max_length=data.max_seq_length or 512,
-        pad_to_max_length=data.pad_to_max_length,
+        messages_column=data.messages_column,
+        group_texts=data.block_size is not None,
+        **_prompt_options(data),
     )
+
+
+def _text_generation(data: DataArguments) -> Task:
+    if not (data.prompt_column and data.completion_column):
+        raise ConfigError(
+            "The columns do not go with --task text-generation.",
+            cause="It needs both --prompt_column and --completion_column.",
+            fix="--prompt_column mr --completion_column ref",
+        )
+    given = {"max_new_tokens": data.generation_max_new_tokens, "num_beams": data.generation_num_beams}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    for name, value in options.items():
+        if value < 1:
+            raise ConfigError(
+                f"--generation_{name} is {value}.", cause="It must be at least 1.", fix=f"--generation_{name} 1"
+            )
+    return TextGeneration(**_prompt_options(data), **options)
+
+
+def _prompt_options(data: DataArguments) -> dict[str, Any]:
+    return {
+        "prompt_column": data.prompt_column,
+        "completion_column": data.completion_column,
+        "prompt_separator": data.prompt_separator,
+        "max_length": data.block_size or data.max_seq_length or 512,
+        "pad_to_max_length": data.pad_to_max_length,
+    }
 
 
 def _text(data: DataArguments) -> Task:
@@ -151,16 +184,20 @@ TASKS: dict[str, Callable[[DataArguments], Task]] = {
     "text-classification": _text,
     "regression": _text,
     "causal-lm": _causal_lm,
+    "text-generation": _text_generation,
     "question-answering": _question_answering,
     "image-classification": _image_classification,
 }
 
 # Flags that some tasks read: with others they would be ignored in silence.
-_TEXT = ("text_column", "prompt_column", "completion_column")
+_TEXT = ("text-classification", "regression", "causal-lm", *GLUE)
 _OF_QUESTIONS = ("question_column", "context_column", "answers_column", "doc_stride", "n_best_size")
 _OWN: dict[str, tuple[str, ...]] = {
     "validation_mismatched_file": ("mnli",),
-    **dict.fromkeys(_TEXT, ("text-classification", "regression", "causal-lm", *GLUE)),
+    "text_column": _TEXT,
+    **dict.fromkeys(("prompt_column", "completion_column"), (*_TEXT, "text-generation")),
+    **dict.fromkeys(("messages_column", "block_size"), ("causal-lm",)),
+    **dict.fromkeys(("generation_max_new_tokens", "generation_num_beams"), ("text-generation",)),
     **dict.fromkeys((*_OF_QUESTIONS, "max_answer_length", "null_score_diff_threshold"), ("question-answering",)),
     **dict.fromkeys(("train_dir", "validation_dir", "image_column"), ("image-classification",)),
     "max_seq_length": (*(name for name in TASKS if name != "image-classification"), *GLUE),

@@ -19,12 +19,23 @@ class MeteredTrainer(Trainer):
 
     Args:
         meter: a :class:`adafreeze.costs.meter.Meter`; None counts nothing.
+        score: ``score(model, batch_size)``, more metrics of an evaluation; None: no more.
         args, kwargs: for :class:`transformers.Trainer`.
     """
 
-    def __init__(self, *args: Any, meter: Any = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, meter: Any = None, score: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.meter = meter
+        self.score = score
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, and what ``score`` finds."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.score is not None and output.metrics is not None:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            found = self.score(self.model, self.args.eval_batch_size)
+            output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
+        return output
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Forward and backward pass of one micro-step, counted."""

@@ -100,7 +100,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     processor = task.load_processor(source)
     set_seed(training.seed)  # the new head and the adapter are drawn from it
     base = task.load_model(source)
-    _fit_length(task, base, processor, asked=data.max_seq_length)
+    _fit_length(task, base, processor, asked=data.block_size or data.max_seq_length)
     if task.peft_task_type is None and getattr(adapter, "modules_to_save", None) is None:
         adapter.modules_to_save = head_names(base)  # type: ignore[attr-defined]
     model = add_adapter(base, adapter)
@@ -130,6 +130,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
             for name, value in trainer.evaluate(rows, metric_key_prefix="eval_mm").items():
                 if name != "epoch":
                     scores[f"{name.replace('eval_mm_', 'eval_')}_mm"] = value
+        if "eval_perplexity" in scores:
+            scores["perplexity"] = scores["eval_perplexity"]  # as run_clm calls it
         trainer.log_metrics("eval", scores)
         trainer.save_metrics("eval", scores)
         metrics.update(scores)
@@ -178,6 +180,7 @@ def _make_trainer(
             preprocess_logits_for_metrics=task.preprocess_logits,
             callbacks=callbacks,
             meter=meter,
+            score=task.score,
         )
     except (ValueError, ImportError) as error:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from .adapters import adapter_names, add_adapter
 from .causal_lm import CausalLM
 from .data import Split, load_splits
+from .generation import TextGeneration
 from .glue import GLUE, GLUE_DATASET, glue_task
 from .image_classification import ImageClassification
 from .pretrained import Source, load_tokenizer
@@ -22,6 +23,7 @@ __all__ = [
     "Split",
     "Task",
     "TextClassification",
+    "TextGeneration",
     "adapter_names",
     "add_adapter",
     "glue_task",

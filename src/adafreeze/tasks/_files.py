@@ -24,6 +24,8 @@ def line_of(path: Path, index: int) -> int | None:
 
     A header counts, blank lines count, and a quoted field that spans lines counts as many as it spans.
     """
+    if path.suffix == ".txt":
+        return index + 1
     try:
         if path.suffix == ".csv":
             records = (line for line, fields in _csv_records(path) if fields)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Split", "check", "load_file", "load_hub", "load_splits", "load_validation", "quiet"]
 
-_READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
 def _row(index: int) -> str:
@@ -46,7 +46,7 @@ class Split:
 
 
 def load_file(path: str, cache_dir: str | None = None) -> Split:
-    """Read a .csv, .json, .jsonl or .parquet file.
+    """Read a .csv, .json, .jsonl or .parquet file, or the lines of a .txt file as the column ``text``.
 
     Raises:
         DataError: the file does not exist, has another extension, is empty, or holds a line that cannot be
@@ -74,6 +74,8 @@ def load_file(path: str, cache_dir: str | None = None) -> Split:
         check_csv(file)
         # Words like "NA", "None" and "null" are text; only an empty field is a missing value.
         options = {"keep_default_na": False, "na_values": [""]}
+    elif file.suffix == ".txt":
+        options = {"keep_linebreaks": True}  # as run_clm: joined lines stay lines
     if file.stat().st_size == 0:
         raise _no_rows(path)
     try:

@@ -87,3 +87,7 @@ class Task:
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """The task's scores, as :class:`transformers.Trainer` asks for them."""
         raise NotImplementedError
+
+    def score(self, model: PreTrainedModel, batch_size: int) -> dict[str, float]:
+        """Scores that need more than predictions, such as those of what the model writes; at each evaluation."""
+        return {}
