@@ -15,7 +15,7 @@ from rouge_score import rouge_scorer
 from transformers import AutoModelForCausalLM
 
 from adafreeze.cli.train import main
-from adafreeze.errors import ConfigError
+from adafreeze.errors import AdafreezeWarning, ConfigError
 from adafreeze.journal import read_journal
 from adafreeze.tasks import CausalLM, Source, TextGeneration, load_tokenizer
 from adafreeze.tasks.generation import text_scores
@@ -193,6 +193,15 @@ def test_grouped_text_is_found_in_the_cache_from_the_second_epoch_on(train, tmp_
     flags = ("--task", "causal-lm", "--block_size", "8", "--train_file", str(file), "--validation_file", str(file))
     found = json.loads((train(*flags, "--count_costs", "false", *FROZEN) / "all_results.json").read_text())
     assert found["train_samples"] == 30 * 3 // 8 and found["cache_hit_rate"] == pytest.approx(5 / 6)
+
+
+def test_blocks_longer_than_the_model_reads_are_cut_to_what_it_reads(train, tmp_path):
+    file = tmp_path / "wiki.txt"
+    file.write_text("the film was very good\n" * 26)
+    flags = ("--task", "causal-lm", "--block_size", "100", "--train_file", str(file), "--validation_file", str(file))
+    with pytest.warns(AdafreezeWarning, match=r"(?s)cut to 64 tokens, not 100.*--block_size 64"):
+        folder = train(*flags, "--method", "none", "--max_steps", "1", "--count_costs", "false")
+    assert json.loads((folder / "all_results.json").read_text())["train_samples"] == 26 * 6 // 64
 
 
 def test_perplexity_is_the_exponential_of_the_loss_of_a_token(train, llama):

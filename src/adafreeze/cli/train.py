@@ -100,7 +100,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     processor = task.load_processor(source)
     set_seed(training.seed)  # the new head and the adapter are drawn from it
     base = task.load_model(source)
-    _fit_length(task, base, processor, asked=data.block_size or data.max_seq_length)
+    _fit_length(task, base, processor, {"max_seq_length": data.max_seq_length, "block_size": data.block_size})
     if task.peft_task_type is None and getattr(adapter, "modules_to_save", None) is None:
         adapter.modules_to_save = head_names(base)  # type: ignore[attr-defined]
     model = add_adapter(base, adapter)
@@ -231,7 +231,7 @@ def _check_evaluation(training: Any, task: Task, eval_rows: Any) -> None:
         )
 
 
-def _fit_length(task: Task, model: Any, tokenizer: Any, asked: int | None) -> None:
+def _fit_length(task: Task, model: Any, tokenizer: Any, asked: dict[str, int | None]) -> None:
     """Keep rows within what the model can read, where torch would only say "index out of range"."""
     if task.max_length is None:  # no tokens
         return
@@ -246,10 +246,11 @@ def _fit_length(task: Task, model: Any, tokenizer: Any, asked: int | None) -> No
         )
     positions = getattr(model.config, "max_position_embeddings", None) or task.max_length
     limit = min(tokenizer.model_max_length, positions)
-    if asked is not None and asked > limit:
-        warn(
-            f"Rows are cut to {limit} tokens, not {asked}.",
-            cause="The model reads no more.",
-            fix=f"--max_seq_length {limit}",
-        )
+    for flag, length in asked.items():
+        if length is not None and length > limit:
+            warn(
+                f"Rows are cut to {limit} tokens, not {length}.",
+                cause="The model reads no more.",
+                fix=f"--{flag} {limit}",
+            )
     task.max_length = min(task.max_length, limit)
