@@ -154,13 +154,12 @@ def test_question_answering_freezes_and_reports_exact_match_and_f1(train, traine
         torch.testing.assert_close(loaded(**batch).start_logits, trained[0].eval()(**batch).start_logits)
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", [(), ("--dataloader_num_workers", "1", "--dataloader_persistent_workers", "true")])
 def test_images_train_freeze_and_are_found_in_the_cache(train, trained, vit, tmp_path, workers):
     folder = images(tmp_path / "images")
     flags = ("--validation_dir", folder, "--target_modules", "fc1", "fc2", "--learning_rate", "0.01")
     units = ("--method", "safe", "--freeze", *blocks_of(vit)[:1], "--num_train_epochs", "12", "--max_steps", "-1")
-    more = ("--per_device_train_batch_size", "8", "--dataloader_num_workers", workers)
-    out = train("image-classification", vit, folder, *flags, *units, *more)
+    out = train("image-classification", vit, folder, *flags, *units, "--per_device_train_batch_size", "8", *workers)
     found = results(out)
     assert found["eval_accuracy"] == 1 and "eval_f1" in found  # the classes are two colours
     assert found["frozen_units"] == 1 and found["cache_hit_rate"] > 0.5
