@@ -25,6 +25,7 @@ class History:
         total_steps: that the run was to take.
         end: the step of the last event.
         closed: the run came to its end.
+        task: that ``adafreeze train`` was given, or that of GLUE came to; None if the run was made by another script.
         settings: the flags of ``adafreeze train``; None if the run was made by another script.
 
     Raises:
@@ -35,6 +36,7 @@ class History:
         self.path = path
         events = list(read_journal(path))
         command: dict[str, Any] = next((event for event in reversed(events) if event.get("event") == "run"), {})
+        self.task: str | None = command.get("task")
         self.settings: dict[str, Any] | None = command.get("settings")
         starts = [i for i, event in enumerate(events) if event.get("event") == "start" and "units" in event]
         if not starts:

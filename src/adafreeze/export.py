@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -14,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from ._history import History
 from .errors import ConfigError, ModelError, RunError
+from .tasks.adapters import CONFIG, config_for_task, make_config, saved_config
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 __all__ = ["Export", "ExportedBlock", "export_config", "ranks_by_score"]
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,7 @@ def export_config(
     history = History.of(run)
     folder = Path(adapter_config).expanduser() if adapter_config is not None else history.path.parent
     written = adapter_config is not None or (folder / CONFIG).is_file()
-    config = copy.deepcopy(_saved_config(folder)) if written else _config_by_flags(history)
-    config.inference_mode = False  # as PEFT saves a trained adapter; loaded so, the next would not train
+    config = saved_config(folder) if written else _config_by_flags(history)
     lora = _kind(config) == "lora"
     sites = _sites(folder / WEIGHTS, history.units) if lora and (folder / WEIGHTS).is_file() else []
     kept, notes = history.kept(min_share), list(history.notes())
@@ -172,7 +171,6 @@ def ranks_by_score(
 
 def _config_by_flags(history: History) -> PeftConfig:
     """The adapter as ``adafreeze train`` makes it from the flags in the journal."""
-    from .tasks.adapters import make_config
     from .tasks.weightless import PLANNED_TASKS
 
     given: Any = history.settings
@@ -182,9 +180,12 @@ def _config_by_flags(history: History) -> PeftConfig:
             cause="The journal is of a script of your own, and does not say how its adapters were set up.",
             fix="--adapter_config FOLDER, where the trained adapter was saved",
         )
+    task_type = PLANNED_TASKS[history.task][1] if history.task is not None else None
+    if given.get("adapter_config"):
+        return config_for_task(saved_config(Path(given["adapter_config"])), task_type)
     config = make_config(
         given.get("adapter", "lora"),
-        PLANNED_TASKS.get(given["task"], (None, None))[1],
+        task_type,
         r=given.get("adapter_r"),
         alpha=given.get("adapter_alpha"),
         dropout=given.get("adapter_dropout"),
@@ -194,32 +195,6 @@ def _config_by_flags(history: History) -> PeftConfig:
     )
     config.base_model_name_or_path = given["model_name_or_path"]
     return config
-
-
-def _saved_config(folder: Path) -> PeftConfig:
-    from peft import PeftConfig
-
-    if not (folder / CONFIG).is_file():
-        raise RunError(
-            f"There is no {CONFIG} in {folder}.",
-            cause="It is not a folder that PEFT's save_pretrained wrote.",
-            fix="--adapter_config path/to/the/trained/adapter",
-        )
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise _no_peft(folder, f"{type(error).__name__}: {error}") from error
-    if config.peft_type is None or not hasattr(config, "target_modules"):
-        raise _no_peft(folder, "it names no method with weights in layers")
-    return config
-
-
-def _no_peft(folder: Path, reason: str) -> RunError:
-    return RunError(
-        f"{folder / CONFIG} is no configuration of adapters of PEFT ({reason}).",
-        cause="It is damaged, or of another library, or of a prompt method.",
-        fix="--adapter_config path/to/the/trained/adapter",
-    )
 
 
 def _kind(config: PeftConfig) -> str:

@@ -6,9 +6,12 @@ import re
 
 import pytest
 from peft import LoraConfig, PeftConfig, get_peft_model
+from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification
 
+from adafreeze import ConfigError, RunError
 from adafreeze.cli.main import main
+from text_cases import glue_rows, write
 
 
 @pytest.fixture
@@ -72,3 +75,45 @@ def test_what_is_refused(run, capsys, tmp_path):
 def test_a_run_without_scores_is_named(train, bert, csv_file, capsys):
     code, _, error = export(capsys, train("text-classification", bert, csv_file))
     assert code == 2 and "--method none" in error
+
+
+def test_train_takes_the_exported_configuration(run, train, bert, llama, csv_file, capsys, tmp_path):
+    following = tmp_path / "next"
+    assert export(capsys, run, "-o", following)[0] == 0
+    words = ("text-classification", bert, csv_file, "--overwrite_output_dir", "--adapter_config")
+    folder = train(*words, str(following))
+    found, expected = (PeftConfig.from_pretrained(str(path)) for path in (folder, following))
+    assert (found.layers_to_transform, found.rank_pattern) == ([1], expected.rank_pattern)
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape()[0] for name in file.keys() if ".lora_A." in name}  # noqa: SIM118
+    assert len(shapes) == 2 and all(".layer.1." in name and rank == 8 for name, rank in shapes.items())
+    with pytest.raises(ConfigError, match="--adapter_config and --adapter_r are both given"):
+        train(*words, str(following), "--adapter_r", "2")
+    with pytest.raises(RunError, match=r"There is no adapter_config\.json in"):
+        train(*words, str(tmp_path))
+    with pytest.raises(RunError, match="for PEFT's task SEQ_CLS, and this run is for CAUSAL_LM"):
+        train("causal-lm", llama, csv_file, "--overwrite_output_dir", "--adapter_config", str(following))
+
+
+def test_a_configuration_without_a_task_gets_that_of_the_run(train, bert, csv_file, tmp_path):
+    config = LoraConfig(r=3, target_modules=["query"])
+    config.save_pretrained(str(tmp_path / "own"))
+    folder = train("text-classification", bert, csv_file, "--adapter_config", str(tmp_path / "own/adapter_config.json"))
+    found = PeftConfig.from_pretrained(str(folder))
+    assert (found.task_type, found.r, found.modules_to_save) == ("SEQ_CLS", 3, ["classifier", "score"])
+
+
+def test_plan_and_doctor_take_a_configuration_too(bert, capsys, tmp_path):
+    LoraConfig(r=3, target_modules=["query"]).save_pretrained(str(tmp_path))
+    for words in (("plan", "--model_name_or_path", bert, "--max_seq_length", "16"), ("doctor", bert)):
+        assert main([*words, "--task", "text-classification", "--adapter_config", str(tmp_path)]) == 0
+        assert main([*words, "--adapter_config", str(tmp_path / "nowhere")]) == 2
+        assert "There is no adapter_config.json in" in capsys.readouterr().err
+
+
+def test_a_run_of_glue_is_exported_from_its_journal_alone(train, bert, capsys, tmp_path):
+    flags = ("--method", "safe", "--max_steps", "12", "--policy", "bottom_up", "--freeze_share", "0.5")
+    folder = train("sst2", bert, write(tmp_path / "sst2.csv", glue_rows("sst2")), *flags)
+    (tmp_path / "journal.jsonl").write_bytes((folder / "journal.jsonl").read_bytes())
+    assert export(capsys, tmp_path)[0] == 0
+    assert PeftConfig.from_pretrained(str(tmp_path / "next")).task_type == "SEQ_CLS"

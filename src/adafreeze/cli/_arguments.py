@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-import json
 import re
 import textwrap
 from collections.abc import Sequence
@@ -16,15 +15,14 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ..config import SafeConfig
 from ..errors import ConfigError
+from ._adapter import AdapterArguments
 from ._config_file import flags_from_file
 
 __all__ = [
-    "AdapterArguments",
     "Arguments",
     "DataArguments",
     "ModelArguments",
     "RunArguments",
-    "adapter_options",
     "parse",
     "parse_flags",
 ]
@@ -161,29 +159,6 @@ class DataArguments:
 
 
 @dataclass
-class AdapterArguments:
-    """Which adapter, from PEFT."""
-
-    _argument_group_name = "adapter"
-
-    adapter: str = field(
-        default="lora",
-        metadata={"help": "lora, dora, ia3, vera, adalora, oft, ...: any tuner of the installed PEFT."},
-    )
-    adapter_r: int | None = field(default=None, metadata={"help": "Its rank. If not given: PEFT's default."})
-    adapter_alpha: float | None = field(default=None, metadata={"help": "Its scaling. If not given: PEFT's default."})
-    adapter_dropout: float | None = field(default=None, metadata={"help": "Its dropout. If not given: PEFT's default."})
-    target_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Names of the layers to adapt, or all-linear, or one pattern. Default: PEFT's."},
-    )
-    adapter_kwargs: str | None = field(
-        default=None,
-        metadata={"help": "Any other field of the PEFT config, as JSON: '{\"use_rslora\": true}'."},
-    )
-
-
-@dataclass
 class RunArguments:
     """What is done around the training."""
 
@@ -260,7 +235,6 @@ class Arguments:
     training: TrainingArguments
     safe: SafeConfig | None
     method: str
-    adapter_options: dict[str, Any]
     resolved: dict[str, Any]
 
 
@@ -301,7 +275,6 @@ def parse(argv: Sequence[str]) -> Arguments:
     }
     safe = {"safe": SafeConfig.from_dict, "safe-paper": lambda given: SafeConfig.paper(**given)}.get(method)
     config = safe(given) if safe is not None else None
-    options = adapter_options(values["adapter_kwargs"])
     try:
         training = _build(TrainingArguments, values)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # what its __post_init__ raises
@@ -318,7 +291,6 @@ def parse(argv: Sequence[str]) -> Arguments:
         training=training,
         safe=config,
         method=method,
-        adapter_options=options,
         resolved=_resolved(parser, values),
     )
 
@@ -369,28 +341,3 @@ def _resolved(parser: _Parser, values: dict[str, Any]) -> dict[str, Any]:
         if name not in _NOT_KEPT and value is not None and value != defaults[name]:
             kept[name] = getattr(value, "value", value)
     return kept
-
-
-def adapter_options(text: str | None) -> dict[str, Any]:
-    """``--adapter_kwargs`` as a dict.
-
-    Raises:
-        ConfigError: it is no JSON object.
-    """
-    if text is None:
-        return {}
-    try:
-        options = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"--adapter_kwargs is not JSON ({error.msg}, column {error.colno}): {text}",
-            cause="Names and texts need double quotes, and the shell single quotes around the whole.",
-            fix="--adapter_kwargs '{\"use_rslora\": true}'",
-        ) from error
-    if not isinstance(options, dict):
-        raise ConfigError(
-            f"--adapter_kwargs is {text}, not an object.",
-            cause="It must name the fields of the PEFT config.",
-            fix="--adapter_kwargs '{\"use_rslora\": true}'",
-        )
-    return options

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AdafreezeError, ConfigError, ModelError, RunError
-from ._arguments import AdapterArguments, adapter_options, parse_flags
+from ._adapter import AdapterArguments, peft_config
+from ._arguments import parse_flags
 
 if TYPE_CHECKING:
     from ..doctor import Finding
@@ -72,7 +73,6 @@ def _of_model(target: str, flags: list[str]) -> list[Finding]:
     from .._stage import Stage
     from ..costs.rehearse import failing_module
     from ..doctor import examine
-    from ..tasks.adapters import make_config
     from ..tasks.weightless import PLANNED_TASKS, adapted, build, configuration, example_inputs
 
     if run.task not in PLANNED_TASKS:
@@ -82,22 +82,14 @@ def _of_model(target: str, flags: list[str]) -> list[Finding]:
             fix="--task causal-lm",
         )
     config = configuration(target, trust_remote_code=run.trust_remote_code)
-    peft_config = make_config(
-        adapter.adapter,
-        PLANNED_TASKS[run.task][1],
-        r=adapter.adapter_r,
-        alpha=adapter.adapter_alpha,
-        dropout=adapter.adapter_dropout,
-        target_modules=adapter.target_modules,
-        options=adapter_options(adapter.adapter_kwargs),
-    )
+    adapter_config = peft_config(adapter, PLANNED_TASKS[run.task][1])
 
     def batch(rows: int, module: Any) -> dict[str, Any]:
         own = next(p.dtype for p in module.parameters() if p.is_floating_point())
         return example_inputs(config, run.task, rows, 16, padded=True, dtype=own)
 
     try:
-        model = adapted(build(config, run.task), peft_config)
+        model = adapted(build(config, run.task), adapter_config)
         with Stage(model, batch, "adamw_torch", False, None, False, target="cpu", fake=True) as stage:
             return list(examine(model, stage.stacks, stage.units, stage.flows, stage.freezer.backend))
     except AdafreezeError:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from ..sizes import readable
-from ._arguments import AdapterArguments, adapter_options, parse_flags
+from ._adapter import AdapterArguments, peft_config
+from ._arguments import parse_flags
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,6 +31,7 @@ class PlanArguments:
         "regression",
         "question-answering",
         "causal-lm",
+        "text-generation",
         "seq2seq-lm",
         "image-classification",
     ] = field(default="causal-lm", metadata={"help": "What the model learns to do."})
@@ -75,21 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from transformers.utils import logging
 
     from ..plan import plan
-    from ..tasks.adapters import make_config
     from ..tasks.weightless import PLANNED_TASKS
 
     logging.set_verbosity_error()  # what it says of use_cache when checkpointing is tried is of no use here
     planned = plan(
         run.model_name_or_path,
-        make_config(
-            adapter.adapter,
-            PLANNED_TASKS[run.task][1],
-            r=adapter.adapter_r,
-            alpha=adapter.adapter_alpha,
-            dropout=adapter.adapter_dropout,
-            target_modules=adapter.target_modules,
-            options=adapter_options(adapter.adapter_kwargs),
-        ),
+        peft_config(adapter, PLANNED_TASKS[run.task][1]),
         task=run.task,
         batch_size=run.per_device_train_batch_size,
         max_length=run.max_seq_length,

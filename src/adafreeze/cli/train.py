@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, ModelError, warn
+from ._adapter import peft_config
 from ._arguments import Arguments, parse
 from ._output import JOURNAL_FILE, clear_run, find_checkpoint, prepare_folder, write_config
 from ._tasks import make_task, rows_of
@@ -36,7 +37,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
 
     from ..journal import Journal
     from ..tasks import Source, add_adapter, load_splits
-    from ..tasks.adapters import head_names, make_config, optimizer_steps
+    from ..tasks.adapters import head_names, optimizer_steps
     from ..tasks.data import load_validation
 
     model_args, data, training = arguments.model, arguments.data, arguments.training
@@ -87,16 +88,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         dtype=model_args.dtype,
         ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
     )
-    adapter = make_config(
-        arguments.adapter.adapter,
-        task.peft_task_type,
-        r=arguments.adapter.adapter_r,
-        alpha=arguments.adapter.adapter_alpha,
-        dropout=arguments.adapter.adapter_dropout,
-        target_modules=arguments.adapter.target_modules,
-        total_steps=optimizer_steps(training, len(train_rows)),
-        options=arguments.adapter_options,
-    )
+    adapter = peft_config(arguments.adapter, task.peft_task_type, optimizer_steps(training, len(train_rows)))
     processor = task.load_processor(source)
     set_seed(training.seed)  # the new head and the adapter are drawn from it
     base = task.load_model(source)

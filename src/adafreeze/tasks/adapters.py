@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftMixedModel, PeftModel
     from torch import nn
     from transformers import PreTrainedModel, TrainingArguments
 
-__all__ = ["adapter_names", "add_adapter", "head_names", "make_config", "optimizer_steps"]
+__all__ = [
+    "CONFIG",
+    "adapter_names",
+    "add_adapter",
+    "config_for_task",
+    "head_names",
+    "make_config",
+    "optimizer_steps",
+    "saved_config",
+]
+
+CONFIG = "adapter_config.json"
 
 
 def adapter_names() -> list[str]:
@@ -116,6 +129,57 @@ def make_config(
             cause=f"They were: {', '.join(f'{key}={value!r}' for key, value in values.items())}.",
             fix="Correct --adapter_r, --adapter_alpha, --adapter_dropout or --adapter_kwargs.",
         ) from error
+
+
+def saved_config(folder: Path) -> PeftConfig:
+    """The PEFT config in ``folder``, or in the file ``adapter_config.json`` itself.
+
+    Raises:
+        RunError: there is none, or one that is of no adapter with weights in layers.
+    """
+    from peft import PeftConfig
+
+    folder = folder.expanduser()
+    folder = folder.parent if folder.name == CONFIG else folder
+    if not (folder / CONFIG).is_file():
+        raise RunError(
+            f"There is no {CONFIG} in {folder}.",
+            cause="It is not a folder that PEFT's save_pretrained wrote.",
+            fix="--adapter_config path/to/the/trained/adapter",
+        )
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise _no_peft(folder, f"{type(error).__name__}: {error}") from error
+    if config.peft_type is None or not hasattr(config, "target_modules"):
+        raise _no_peft(folder, "it names no method with weights in layers")
+    config.inference_mode = False  # as PEFT saves a trained adapter; loaded so, the next would not train
+    return config
+
+
+def _no_peft(folder: Path, reason: str) -> RunError:
+    return RunError(
+        f"{folder / CONFIG} is no configuration of adapters of PEFT ({reason}).",
+        cause="It is damaged, or of another library, or of a prompt method.",
+        fix="--adapter_config path/to/the/trained/adapter",
+    )
+
+
+def config_for_task(config: PeftConfig, task_type: str | None) -> PeftConfig:
+    """``config``, for a task that PEFT calls ``task_type``: set where the config names none.
+
+    Raises:
+        RunError: it names another: PEFT would wrap the model for that, and would not train this task's head.
+    """
+    given = getattr(config.task_type, "value", config.task_type)
+    if given not in (None, task_type):
+        raise RunError(
+            f"The saved adapter is for PEFT's task {given}, and this run is for {task_type or 'one without a name'}.",
+            cause="PEFT trains the head that belongs to its task.",
+            fix=f'Another --task, or "task_type": {json.dumps(task_type)} in {CONFIG}.',
+        )
+    config.task_type = task_type
+    return config
 
 
 def _field_for(setting: str, fields: list[str]) -> str | None:

@@ -25,6 +25,7 @@ PLANNED_TASKS = {
     "regression": ("AutoModelForSequenceClassification", "SEQ_CLS"),
     "question-answering": ("AutoModelForQuestionAnswering", "QUESTION_ANS"),
     "causal-lm": ("AutoModelForCausalLM", "CAUSAL_LM"),
+    "text-generation": ("AutoModelForCausalLM", "CAUSAL_LM"),
     "seq2seq-lm": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
     "image-classification": ("AutoModelForImageClassification", None),
 }
