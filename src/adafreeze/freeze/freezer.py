@@ -9,6 +9,7 @@ from torch import nn
 
 from ..model.backends import Backend
 from ..model.units import Unit
+from .lorafa import LoraFAPairs
 
 __all__ = ["Freezer"]
 
@@ -32,18 +33,19 @@ class Freezer:
     ) -> None:
         self.units = units
         self.backend = backend
-        self.optimizer = optimizer
+        self.optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the real one
         self.frozen: frozenset[str] = frozenset()
         self._dropouts: list[tuple[nn.Module, str, nn.Module]] = []
+        self._pairs = LoraFAPairs(self.optimizer, self.parameters) if LoraFAPairs.fits(self.optimizer) else None
 
     def freeze(self, names: Iterable[str]) -> None:
         """Freeze the units ``names``; a shared parameter freezes with the last of its owners."""
         self.frozen = self.frozen | frozenset(names)
         self.backend.stop_rank_allocation()
-        held = {id(parameter) for parameter in self.parameters()}
+        live = self._live()
         for name in self.frozen:
             for site in self.units[name].sites:
-                self.backend.hold(site, held)
+                self.backend.hold(site, live)
                 for parent, key in self.backend.dropouts(site):
                     dropout = parent.get_submodule(key)
                     if not isinstance(dropout, nn.Identity):
@@ -52,16 +54,14 @@ class Freezer:
         for parameter in self.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
-            self._forget(parameter)
+            if self.optimizer is not None:
+                self.optimizer.state.pop(parameter, None)
+        if self._pairs is not None:
+            self._pairs.freeze()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters that are frozen now, each once."""
-        live = {
-            id(parameter)
-            for name, unit in self.units.items()
-            if name not in self.frozen
-            for parameter in unit.shared_parameters()
-        }
+        live = self._live()
         seen = set()
         for name in self.frozen:
             unit = self.units[name]
@@ -104,12 +104,14 @@ class Freezer:
             parameter.requires_grad_(True)
         self.backend.release(site for name in self.frozen for site in self.units[name].sites)
         self.backend.resume_rank_allocation()
+        if self._pairs is not None:
+            self._pairs.restore()
         for parent, key, dropout in reversed(self._dropouts):
             parent.set_submodule(key, dropout)
         self._dropouts.clear()
         self.frozen = frozenset()
 
-    def _forget(self, parameter: nn.Parameter) -> None:
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps the real one
-        if optimizer is not None:
-            optimizer.state.pop(parameter, None)
+    def _live(self) -> set[int]:
+        """Ids of the parameters of live units."""
+        live = [unit for name, unit in self.units.items() if name not in self.frozen]
+        return {id(parameter) for unit in live for parameter in (*unit.parameters(), *unit.shared_parameters())}

@@ -94,7 +94,7 @@ class AdapterHubBackend:
             if _is_layer(module) and hasattr(module, "merge_adapter"):
                 yield _before(module, "merge_adapter", notice)
 
-    def hold(self, site: nn.Module, frozen: set[int]) -> None:
+    def hold(self, site: nn.Module, live: set[int]) -> None:
         """Nothing: the library has no such switch."""
 
     def holds(self, site: nn.Module) -> bool:

@@ -32,8 +32,8 @@ class Backend(Protocol):
     def merges(self, block: nn.Module, notice: Callable[[], None]) -> Iterator[AbstractContextManager[None]]:
         """Contexts in which ``notice`` is called before an adapter of ``block`` is merged into its base weight."""
 
-    def hold(self, site: nn.Module, frozen: set[int]) -> None:
-        """Tell the library to keep the parameters of ``site`` whose id is in ``frozen`` frozen, if it can."""
+    def hold(self, site: nn.Module, live: set[int]) -> None:
+        """Tell the library to keep all of ``site`` frozen, if it can, but for parameters whose id is in ``live``."""
 
     def holds(self, site: nn.Module) -> bool:
         """Whether the library itself keeps what :meth:`hold` told it to."""

@@ -104,10 +104,11 @@ class PeftBackend:
         for _, site in self.sites(block):
             yield _before_merge(site, notice)
 
-    def hold(self, site: nn.Module, frozen: set[int]) -> None:
-        """Tell PEFT to keep the parameters of ``site`` whose id is in ``frozen`` frozen.
+    def hold(self, site: nn.Module, live: set[int]) -> None:
+        """Tell PEFT to keep the parameters of ``site`` frozen, but for those whose id is in ``live``.
 
-        ``set_adapter``, ``disable_adapter`` and ``enable_adapters`` re-apply this list since PEFT 0.20.
+        Those that never were to train (LoRA-FA's A) are among them. ``set_adapter``, ``disable_adapter`` and
+        ``enable_adapters`` re-apply this list since PEFT 0.20.
         """
         if not isinstance(site, BaseTunerLayer) or not hasattr(site, "_freeze_non_trainable_peft_weights"):
             return  # an older or newer PEFT: the audit before each forward pass holds the freeze instead
@@ -116,10 +117,11 @@ class PeftBackend:
             names = set(held.get(adapter, ()))
             for attribute in site.adapter_layer_names:
                 parameters = _parameters_of(getattr(site, attribute, None), adapter)
-                if parameters and all(id(parameter) in frozen for parameter in parameters):
+                if parameters and not any(id(parameter) in live for parameter in parameters):
                     names.add(attribute)
             held[adapter] = tuple(sorted(names))
         site.frozen_peft_weight_names = held
+        site._freeze_non_trainable_peft_weights(site.active_adapters)
 
     def holds(self, site: nn.Module) -> bool:
         """Whether PEFT itself keeps what :meth:`hold` told it to."""
