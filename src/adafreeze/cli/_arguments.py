@@ -226,7 +226,11 @@ class _Parser(HfArgumentParser):
 
 @dataclass(frozen=True)
 class Arguments:
-    """All of a run's settings, and ``resolved``: those that differ from the defaults, to repeat it."""
+    """All of a run's settings.
+
+    ``freezing`` are the fields of SafeConfig that were given; ``resolved`` is all that differs from the defaults, to
+    repeat it.
+    """
 
     model: ModelArguments
     data: DataArguments
@@ -234,6 +238,7 @@ class Arguments:
     run: RunArguments
     training: TrainingArguments
     safe: SafeConfig | None
+    freezing: dict[str, Any]
     method: str
     resolved: dict[str, Any]
 
@@ -290,6 +295,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         run=_build(RunArguments, values),
         training=training,
         safe=config,
+        freezing=given,
         method=method,
         resolved=_resolved(parser, values),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -45,14 +45,14 @@ class MeteredTrainer(Trainer):
             return super().training_step(model, inputs, *args, **kwargs)
 
 
-def meter_of(model: Any, safe_callback: Any) -> Meter:
-    """A Meter that knows when freezing changes what a step costs; ``safe_callback`` may be None."""
+def meter_of(model: Any, safe_callback: Any, kinds: Sequence[Callable[[], Hashable]] = ()) -> Meter:
+    """A Meter that knows when freezing, or one of ``kinds``, changes what a step costs; the callback may be None."""
 
     def now(name: str, without: Any) -> Any:
         safe = getattr(safe_callback, "safe", None)
         return without if safe is None else getattr(safe, name)
 
-    return Meter(model, lambda: now("state_key", ()), lambda: now("nested_flops", 0))
+    return Meter(model, lambda: (now("state_key", ()), *(kind() for kind in kinds)), lambda: now("nested_flops", 0))
 
 
 class JournalCallback(TrainerCallback, ExportableState):

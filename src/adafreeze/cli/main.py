@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": "memory and FLOPs of a run before it starts: will it fit?",
     "doctor": "what adafreeze finds in a model or a script, before anything is trained",
     "export-config": "what a run found out, as the PEFT configuration of the next one",
+    "compare": "SAFE, plain and rival methods on the same tasks and seeds, in one table",
     "demo": "see it work in a few minutes on the CPU",
 }
 

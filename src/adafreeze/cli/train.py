@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, ModelError, warn
@@ -14,6 +14,7 @@ from ._tasks import make_task, rows_of
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from ..methods import Method, Outcome, Setup
     from ..tasks import Task
 
 __all__ = ["main", "run"]
@@ -27,8 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(arguments: Arguments) -> dict[str, Any]:
+def run(
+    arguments: Arguments, *, method: Method | None = None, found: Mapping[str, Outcome] | None = None
+) -> dict[str, Any]:
     """Train, evaluate, save; returns all metrics.
+
+    Args:
+        arguments: all settings.
+        method: what trains, in the place of ``arguments.method``.
+        found: results of the methods that it needs, by name.
 
     Raises:
         AdafreezeError: the input cannot be used; nothing has been trained yet.
@@ -36,6 +44,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     from transformers import set_seed
 
     from ..journal import Journal
+    from ..methods import Method, Setup
     from ..tasks import Source, add_adapter, load_splits
     from ..tasks.adapters import head_names, optimizer_steps
     from ..tasks.data import load_validation
@@ -95,12 +104,18 @@ def run(arguments: Arguments) -> dict[str, Any]:
     _fit_length(task, base, processor, {"max_seq_length": data.max_seq_length, "block_size": data.block_size})
     if task.peft_task_type is None and getattr(adapter, "modules_to_save", None) is None:
         adapter.modules_to_save = head_names(base)  # type: ignore[attr-defined]
-    model = add_adapter(base, adapter)
+    method = method or Method()
+    parts: dict[str, Any] = {"training": training, "adapter": adapter, "base": base}
+    setup = Setup(arguments.safe, arguments.freezing, task.collator(processor), found=found or {}, **parts)
+    method.configure(setup)
+    model: Any = add_adapter(base, setup.adapter)
     with training.main_process_first(desc="tokenizing"):
         train_rows = task.prepare(train_rows, processor)
         if getattr(adapter, "total_step", None) is not None:  # a row may have become several
             adapter.total_step = optimizer_steps(training, len(train_rows))  # type: ignore[attr-defined]
         eval_rows = task.prepare_evaluation(eval_rows, processor) if eval_rows is not None else None
+    setup.rows = train_rows
+    method.prepare(model, setup)
 
     if is_main:
         if checkpoint is None:
@@ -109,11 +124,12 @@ def run(arguments: Arguments) -> dict[str, Any]:
         journal = Journal(folder / JOURNAL_FILE)
     else:
         journal = Journal()
-    begins = {"command": "train", "method": arguments.method, "task": task.name, "settings": arguments.resolved}
+    name = getattr(method, "name", arguments.method)
+    begins = {"command": "train", "method": name, "task": task.name, "settings": arguments.resolved}
     if checkpoint is None:
         journal.write("run", **begins)
     resumed = None if checkpoint is None else {**begins, "checkpoint": checkpoint}
-    trainer = _make_trainer(arguments, task, model, processor, train_rows, eval_rows, journal, resumed)
+    trainer = _make_trainer(setup, arguments.run.count_costs, task, model, processor, eval_rows, journal, resumed)
     metrics = _train(trainer, checkpoint)
     if eval_rows is not None:
         scores = trainer.evaluate()
@@ -135,28 +151,28 @@ def run(arguments: Arguments) -> dict[str, Any]:
 
 
 def _make_trainer(
-    arguments: Arguments,
+    setup: Setup,
+    count_costs: bool,
     task: Task,
     model: Any,
     processor: Any,
-    train_rows: Any,
     eval_rows: Any,
     journal: Any,
     resumed: dict[str, Any] | None,
 ) -> Trainer:
     from ._trainer import JournalCallback, MeteredTrainer, RankAllocationCallback, meter_of
 
-    callbacks: list[Any] = [RankAllocationCallback()]
+    callbacks: list[Any] = [RankAllocationCallback(), *setup.callbacks]
     safe_callback: Any = None
-    if arguments.safe is not None:
+    if setup.safe is not None:
         from ..integrations.transformers import SafeCallback
 
-        safe_callback = SafeCallback(arguments.safe, journal=journal)
+        safe_callback = SafeCallback(setup.safe, journal=journal)
         callbacks.append(safe_callback)
     # Behind SafeCallback, which adds to what is logged.
     callbacks.append(JournalCallback(journal, resumed, rewinds=safe_callback is None))
-    meter = meter_of(model, safe_callback) if arguments.run.count_costs else None
-    training = arguments.training
+    meter = meter_of(model, safe_callback, setup.kinds) if count_costs else None
+    training = setup.training
     if training.label_names is None:
         # Trainer cannot read them off a PeftModel, and then evaluates no metric.
         training.label_names = list(task.label_names)
@@ -164,13 +180,14 @@ def _make_trainer(
         trainer = MeteredTrainer(
             model=model,
             args=training,
-            train_dataset=train_rows,
+            train_dataset=setup.rows,
             eval_dataset=eval_rows,
             processing_class=processor,
-            data_collator=task.collator(processor),
+            data_collator=setup.collator,
             compute_metrics=task.compute_metrics,
             preprocess_logits_for_metrics=task.preprocess_logits,
             callbacks=callbacks,
+            optimizers=(setup.optimizer, None),
             meter=meter,
             score=task.score,
         )

@@ -1,0 +1,155 @@
+"""The evidence: SAFE, plain adapter-tuning and the rivals on real tasks with real pre-trained weights.
+
+    python benchmarks/paper.py [--tasks trec6 sst2 mrpc banking77 trec6-e5 e2e_nlg] [--seeds 0 1 2] [--epochs 5]
+                               [--grid main|share] [--work FOLDER] [--data ../shared/data] [-o FILE.json]
+
+Each task is a file of flags for ``adafreeze compare``, which does the work; this script draws the rows, fetches the
+weights (benchmarks/weights.py) and keeps the table. Training sets are seeded draws, every label in it as often as in
+the whole; evaluation is on the whole development set where it has at most ``EVALUATE`` rows. Cells that are done are
+kept in ``--work``: interrupted, the same command goes on, and started twice the cells are shared out between the two.
+
+``--grid main``: plain, SAFE as published, SAFE's defaults (with cache), the same number of blocks from the bottom up
+and at random, adapters on the top blocks alone, plain for as many FLOPs, GradES. ``--grid share``: SAFE with other
+``freeze_share`` and ``warmup``, from which the defaults were chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from datasets import disable_progress_bars
+from weights import fetch
+
+from adafreeze.cli.compare import main as compare
+from adafreeze.errors import AdafreezeError
+from tasks import draw
+
+MAIN = ["plain", "safe", "safe-paper", "bottom-up", "random", "top-blocks", "equal-flops", "grades"]
+EVALUATE = 1000
+SHARES = (0.2, 0.4, 0.6, 0.8)
+WARMUPS = (0.1, 0.2, 0.3)
+BERT = ["query", "key", "value", "intermediate.dense", "output.dense"]
+LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A task.
+
+    Args:
+        data: the folder of its rows.
+        model: its name in benchmarks/weights.py.
+        flags: of ``adafreeze train``.
+        train: rows drawn to train on.
+        evaluate: rows to evaluate on, or distinct prompts.
+        by: what a draw keeps in proportion; "mr": prompts with all their references.
+        learning_rate: the peak.
+    """
+
+    data: str
+    model: str
+    flags: dict[str, object]
+    train: int = 1000
+    evaluate: int = EVALUATE
+    by: str = "label"
+    learning_rate: float = 1e-3
+
+
+TEXT = {"task": "text-classification", "target_modules": BERT, "per_device_train_batch_size": 32}
+E2E = {
+    "task": "text-generation",
+    "prompt_column": "mr",
+    "completion_column": "ref",
+    "max_seq_length": 128,
+    "generation_max_new_tokens": 60,
+    "target_modules": LLAMA,
+    "per_device_train_batch_size": 8,
+}
+TASKS = {
+    "trec6": Setting("trec6", "minilm", TEXT),
+    "sst2": Setting("sst2", "minilm", {**TEXT, "task": None, "task_name": "sst2"}),
+    "mrpc": Setting("mrpc", "minilm", {**TEXT, "task": None, "task_name": "mrpc"}),
+    "banking77": Setting("banking77", "minilm", TEXT, train=1540, learning_rate=3e-3),
+    "trec6-e5": Setting("trec6", "e5-small", TEXT),
+    "sst2-e5": Setting("sst2", "e5-small", {**TEXT, "task": None, "task_name": "sst2"}),
+    "e2e_nlg": Setting("e2e_nlg", "smollm2", E2E, train=160, evaluate=16, by="mr", learning_rate=5e-4),
+}
+
+
+def task_file(name: str, setting: Setting, options: argparse.Namespace) -> Path:
+    """The rows and the flags of one task, written once.
+
+    Raises:
+        AdafreezeError: its data or its weights are not to be had.
+    """
+    folder = Path(options.work) / "tasks"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for split, source, count, by in (
+        ("train", "train", setting.train, None if setting.by == "mr" else setting.by),
+        ("validation", "dev", setting.evaluate, setting.by),
+    ):
+        file = folder / f"{name}-{split}.parquet"
+        if not file.exists():
+            rows = draw(Path(options.data) / setting.data / f"{source}.parquet", count, by, seed=0)
+            rows.to_parquet(str(file.with_suffix(".part")))
+            file.with_suffix(".part").replace(file)
+        files[f"{split}_file"] = str(file)
+    flags = {
+        **{key: value for key, value in setting.flags.items() if value is not None},
+        **files,
+        "model_name_or_path": str(fetch(setting.model)),
+        "adapter_r": 8,
+        "adapter_alpha": 16,
+        "num_train_epochs": options.epochs,
+        "learning_rate": setting.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0.06,
+        "per_device_eval_batch_size": 64,
+        "logging_steps": 20,
+        "disable_tqdm": True,
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["trec6", "sst2", "mrpc", "banking77", "trec6-e5"])
+    parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
+    parser.add_argument("--epochs", type=float, default=5)
+    parser.add_argument("--grid", choices=["main", "share"], default="main")
+    parser.add_argument("--methods", nargs="+", help="instead of the grid's")
+    parser.add_argument("--work", default="paper-runs", help="where cells are kept (default paper-runs)")
+    parser.add_argument("--data", default="../shared/data", help="the folder of the tasks (default ../shared/data)")
+    parser.add_argument("-o", "--output", help="default benchmarks/results/paper-GRID-EPOCHS.json")
+    options = parser.parse_args()
+    disable_progress_bars()
+    files = []
+    for name in options.tasks:
+        try:
+            files.append(task_file(name, TASKS[name], options))
+        except AdafreezeError as error:
+            print(f"{name} is left out: {error}")
+    shares = [f"{Path(__file__).with_name('paper_methods.py')}:Share{round(100 * s)}" for s in SHARES]
+    warmups = [f"{Path(__file__).with_name('paper_methods.py')}:Warmup{round(100 * w)}" for w in WARMUPS]
+    methods = options.methods or (MAIN if options.grid == "main" else ["plain", *shares, *warmups])
+    cells = Path(options.work) / f"epochs-{options.epochs:g}"
+    compare([*map(str, files), "--methods", *methods, "--seeds", *options.seeds, "--output_dir", str(cells)])
+    found = json.loads((cells / "compare.json").read_text())
+    for outcome in found["outcomes"]:
+        for key in ("model_name_or_path", "train_file", "validation_file"):  # folders of this machine
+            outcome["settings"][key] = Path(outcome["settings"][key]).name
+    found["settings"] = {"tasks": options.tasks, "seeds": options.seeds, "epochs": options.epochs}
+    output = Path(options.output or f"benchmarks/results/paper-{options.grid}-{options.epochs:g}.json")
+    output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"Written: {output}")
+
+
+if __name__ == "__main__":
+    main()

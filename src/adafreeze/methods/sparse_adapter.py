@@ -1,0 +1,104 @@
+"""SparseAdapter: adapters pruned before the first step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..errors import ProbeError
+from ..model.blocks import device_of
+from ..model.draw import collect, keep_random_state
+from .method import Method, Setup
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+__all__ = ["SparseAdapter"]
+
+TOKENS = 2048
+
+
+class SparseAdapter(Method):
+    """SparseAdapter (He et al. 2022), by the sensitivity of SNIP (Lee et al. 2019).
+
+    Of each adapter matrix the weights with the smallest |w · ∂loss/∂w| are set to zero and stay there. Our reading,
+    for adapters that start as the identity: where the whole product is zero it is |∂loss/∂w| that counts (LoRA's B,
+    which starts at zero), and where that is zero too, |w| (LoRA's A).
+
+    Attributes:
+        sparsity: the share of each matrix that is pruned.
+    """
+
+    name = "sparse-adapter"
+    sparsity: ClassVar[float] = 0.5
+
+    def prepare(self, model: PeftModel, setup: Setup) -> None:
+        """Prune when the training data is there."""
+        setup.callbacks.append(_Prune(self.sparsity, setup.training.seed))
+
+
+class _Prune(TrainerCallback):
+    def __init__(self, sparsity: float, seed: int) -> None:
+        self.sparsity, self.seed = sparsity, seed
+        self.handles: list[Any] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look at some samples, prune, and let no gradient reach what is pruned; random states stay."""
+        model = kwargs["model"]
+        adapters = {
+            name: p for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name
+        }
+        with keep_random_state():
+            gradients = _gradients(model, adapters, kwargs["train_dataloader"], self.seed)
+        for name, parameter in adapters.items():
+            kept = _kept(parameter.detach(), gradients[name], self.sparsity)
+            with torch.no_grad():
+                parameter.mul_(kept)
+            self.handles.append(parameter.register_hook(kept.mul))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def _gradients(model: nn.Module, adapters: dict[str, nn.Parameter], source: Any, seed: int) -> dict[str, Tensor]:
+    """Of the loss on some samples, without dropout."""
+    training, device = model.training, device_of(model)
+    model.eval()
+    sums = {name: torch.zeros_like(parameter) for name, parameter in adapters.items()}
+    try:
+        for chunk in collect(source, TOKENS, seed, getattr(model.config, "pad_token_id", None)):
+            moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in chunk.items()}
+            loss = getattr(model(**moved), "loss", None)
+            if loss is None:
+                raise ProbeError(
+                    "The model gives no loss for samples of its training data.",
+                    cause="They hold no labels that it knows, and pruning goes by the gradient of the loss.",
+                    fix="Leave out sparse-adapter.",
+                )
+            found = torch.autograd.grad(loss, list(adapters.values()), allow_unused=True)
+            for name, gradient in zip(adapters, found, strict=True):
+                if gradient is not None:
+                    sums[name] += gradient
+    finally:
+        model.train(training)
+    return sums
+
+
+def _kept(weight: Tensor, gradient: Tensor, sparsity: float) -> Tensor:
+    """1 where a weight stays, 0 where it is pruned."""
+    score = (weight * gradient).abs()
+    if not score.any():
+        score = gradient.abs() if gradient.any() else weight.abs()
+    kept = torch.zeros_like(weight).flatten()
+    most = score.flatten().topk(weight.numel() - int(sparsity * weight.numel())).indices
+    kept[most] = 1
+    return kept.view_as(weight)
