@@ -37,7 +37,10 @@ class Host:
 HOSTS = {
     "adapters": Host(  # with the older transformers that it pins
         packages=("adapters==1.3.0", "lmdb"),
-        tests=("-n", "2", "tests/adapterhub", "tests/test_safe.py", "tests/integrations/test_transformers.py"),
+        tests=(
+            *("-n", "2", "tests/adapterhub", "tests/test_safe.py", "tests/integrations/test_transformers.py"),
+            "tests/tasks/test_squad.py",  # the official metric went with transformers 5
+        ),
         constraints="constraints-adapters.txt",
     ),
     "deepspeed": Host(

@@ -134,6 +134,14 @@ def test_glue_comes_from_the_hub_where_no_file_is_given(bert, tmp_path, monkeypa
     assert set(asked) == {("nyu-mll/glue", "mnli")} and "eval_accuracy_mm" in results(tmp_path / "run")
 
 
+def test_squad_v1_is_scored_without_unanswerable_questions(train, bert, tmp_path):
+    file = tmp_path / "train-v1.1.json"
+    file.write_text(json.dumps({"data": nested(questions())["data"], "version": "1.1"}))
+    flags = ("--validation_file", str(file), "--max_seq_length", "24", "--learning_rate", "0.05", "--max_steps", "60")
+    found = results(train("question-answering", bert, str(file), *flags, "--target_modules", "all-linear"))
+    assert 0 < found["eval_exact_match"] <= found["eval_f1"] and "eval_NoAns_f1" not in found
+
+
 @pytest.mark.parametrize("name", ["squad.json", "rows.jsonl"])
 def test_question_answering_freezes_and_reports_exact_match_and_f1(train, trained, bert, tmp_path, name):
     rows, file = questions(unanswerable=True), tmp_path / name

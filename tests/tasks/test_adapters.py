@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from transformers import AutoModelForSequenceClassification, TrainingArguments
+from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, TrainingArguments
 
 from adafreeze.errors import ConfigError
 from adafreeze.tasks import adapter_names, add_adapter
@@ -37,6 +37,14 @@ def test_every_tuner_is_created_by_its_name(bert, name):
     live = [key for key, parameter in adapted.named_parameters() if parameter.requires_grad]
     shared = {"lily", "tinylora", "unilora", "vblora"}  # their weights stand beside the blocks
     assert any(".layer.0." in key for key in live) or name in shared
+
+
+@pytest.mark.parametrize("name", ["lora", "loha", "oft"])
+def test_all_linear_leaves_out_the_head_of_question_answering(bert, name):
+    config = make_config(name, "QUESTION_ANS", target_modules=["all-linear"], **SETTINGS.get(name, {}))
+    adapted = add_adapter(AutoModelForQuestionAnswering.from_pretrained(bert), config)
+    head = {key for key, parameter in adapted.named_parameters() if "qa_outputs" in key and parameter.requires_grad}
+    assert head == {f"base_model.model.qa_outputs.modules_to_save.default.{part}" for part in ("weight", "bias")}
 
 
 def test_what_peft_refuses_is_told_in_our_words(bert):

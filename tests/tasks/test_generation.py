@@ -187,12 +187,17 @@ def test_max_eval_samples_are_rows_and_beams_are_searched(train):
     assert 0 <= found["eval_bleu"] <= 100 and 0 <= found["eval_rougeL"] <= 100
 
 
-def test_grouped_text_is_found_in_the_cache_from_the_second_epoch_on(train, tmp_path):
+def test_grouped_text_is_found_in_the_cache_and_its_perplexity_is_that_of_run_clm(train, llama, tmp_path):
     file = tmp_path / "wiki.txt"
     file.write_text("\n".join(f"{first} {second}" for first in WORDS[:6] for second in WORDS[:5]))
     flags = ("--task", "causal-lm", "--block_size", "8", "--train_file", str(file), "--validation_file", str(file))
     found = json.loads((train(*flags, "--count_costs", "false", *FROZEN) / "all_results.json").read_text())
     assert found["train_samples"] == 30 * 3 // 8 and found["cache_hit_rate"] == pytest.approx(5 / 6)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), tmp_path / "run").eval()
+    joined = [token for ids in load_tokenizer(Source(llama))(file.read_text().splitlines()).input_ids for token in ids]
+    blocks = torch.tensor(joined[: len(joined) // 8 * 8]).view(-1, 8)
+    with torch.no_grad():
+        assert found["perplexity"] == pytest.approx(math.exp(loaded(blocks, labels=blocks).loss), rel=1e-5)
 
 
 def test_blocks_longer_than_the_model_reads_are_cut_to_what_it_reads(train, tmp_path):

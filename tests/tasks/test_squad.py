@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,6 +53,37 @@ def test_questions_without_answer_are_scored_and_told_apart():
     assert found["HasAns_exact"] == found["HasAns_f1"] == found["NoAns_exact"] == found["NoAns_f1"] == 50
     # An answer without words is none.
     assert score([""], [["the"]])["exact_match"] == 100
+
+
+# Predictions, answers, and what squad_evaluate of transformers 4.57.6 says of them (5 has it no more).
+STORED = [
+    ("in the old Town", ["the old town", "Town"]),
+    ("1889.", ["1889", "in 1889"]),
+    ("an engineer, Gustave", ["Gustave Eiffel", "G. Eiffel's firm"]),
+    ("", ["Paris"]),
+    ("«tour» Eiffel", ["tour Eiffel"]),
+    ("Rome", []),
+    ("", []),
+    ("The", ["a"]),
+]
+ANSWERED = {"exact_match": 20.0, "f1": 56.0}
+ALL = {
+    "exact_match": 37.5,
+    "f1": 60.0,
+    "HasAns_exact": 100 / 3,
+    "HasAns_f1": 190 / 3,
+    "NoAns_exact": 50,
+    "NoAns_f1": 50,
+}
+
+
+@pytest.mark.parametrize(("pairs", "expected"), [(STORED[:5], ANSWERED), (STORED, ALL)], ids=["v1", "v2"])
+def test_scores_of_stored_predictions_are_those_of_the_reference(pairs, expected):
+    assert score(*zip(*pairs, strict=True)) == pytest.approx(expected)
+    reference = pytest.importorskip("transformers.data.metrics.squad_metrics")
+    examples = [SimpleNamespace(qas_id=i, answers=[{"text": t} for t in golds]) for i, (_, golds) in enumerate(pairs)]
+    found = reference.squad_evaluate(examples, {i: guess for i, (guess, _) in enumerate(pairs)})
+    assert {name: found[{"exact_match": "exact"}.get(name, name)] for name in expected} == pytest.approx(expected)
 
 
 def test_both_formats_hold_the_same_rows(tmp_path):

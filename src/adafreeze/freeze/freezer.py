@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ class Freezer:
     ) -> None:
         self.units = units
         self.backend = backend
-        self.optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the real one
+        self.optimizer: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the real one
         self.frozen: frozenset[str] = frozenset()
         self._dropouts: list[tuple[nn.Module, str, nn.Module]] = []
         self._pairs = LoraFAPairs(self.optimizer, self.parameters) if LoraFAPairs.fits(self.optimizer) else None

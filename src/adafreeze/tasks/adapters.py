@@ -223,6 +223,9 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, **options: Any) -> P
 
     from ..model.backends.peft import PeftBackend
 
+    if config.target_modules == "all-linear" and config.task_type in (None, "QUESTION_ANS"):  # type: ignore[attr-defined]
+        # PEFT leaves the heads of other tasks out by itself; a head trains in full, and has no adapter.
+        config.exclude_modules = getattr(config, "exclude_modules", None) or head_names(model)  # type: ignore[attr-defined]
     try:
         with warnings.catch_warnings():
             # IA3 and others say on creation what they will do at merge time: nobody merges here.
