@@ -11,6 +11,7 @@ from .errors import (
     ProbeError,
     RunError,
 )
+from .export import Export, export_config
 from .integrations.checkpoints import last_checkpoint
 from .integrations.transformers import SafeCallback
 from .journal import Journal, read_journal
@@ -30,6 +31,9 @@ __all__ = [
     # What a run leaves.
     "Journal",
     "read_journal",
+    # For the next one.
+    "Export",
+    "export_config",
     # What can go wrong.
     "AdafreezeError",
     "AdafreezeWarning",
