@@ -39,6 +39,13 @@ def test_every_tuner_is_created_by_its_name(bert, name):
     assert any(".layer.0." in key for key in live) or name in shared
 
 
+@pytest.mark.parametrize("layers", [2, [0, 2]])
+def test_a_block_that_the_model_does_not_have_is_refused(bert, layers):
+    config = make_config("lora", "SEQ_CLS", target_modules=["query"], options={"layers_to_transform": layers})
+    with pytest.raises(ConfigError, match="names block 2, and the last of BertForSequenceClassification is 1"):
+        add_adapter(AutoModelForSequenceClassification.from_pretrained(bert), config)
+
+
 @pytest.mark.parametrize("name", ["lora", "loha", "oft"])
 def test_all_linear_leaves_out_the_head_of_question_answering(bert, name):
     config = make_config(name, "QUESTION_ANS", target_modules=["all-linear"], **SETTINGS.get(name, {}))

@@ -37,7 +37,7 @@ class Freezer:
         self.optimizer: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the real one
         self.frozen: frozenset[str] = frozenset()
         self._dropouts: list[tuple[nn.Module, str, nn.Module]] = []
-        self._pairs = LoraFAPairs(self.optimizer, self.parameters) if LoraFAPairs.fits(self.optimizer) else None
+        self._pairs = LoraFAPairs.of(self.optimizer, self.parameters)
 
     def freeze(self, names: Iterable[str]) -> None:
         """Freeze the units ``names``; a shared parameter freezes with the last of its owners."""

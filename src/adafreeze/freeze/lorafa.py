@@ -29,10 +29,11 @@ class LoraFAPairs:
         self._names: list[tuple[dict[str, Any], list[str]]] = []
         self._hooks: list[Any] = []
 
-    @staticmethod
-    def fits(optimizer: Any) -> bool:
-        """Whether ``optimizer`` is of that kind; without PEFT's module, which AdapterHub's users may not have."""
-        return any(kind.__name__ == "LoraFAOptimizer" for kind in type(optimizer).__mro__)
+    @classmethod
+    def of(cls, optimizer: Any, frozen: Callable[[], Iterable[nn.Parameter]]) -> LoraFAPairs | None:
+        """For ``optimizer``, if it is of that kind: by its name, as PEFT's module may not be there to ask."""
+        found = any(kind.__name__ == "LoraFAOptimizer" for kind in type(optimizer).__mro__)
+        return cls(optimizer, frozen) if found else None
 
     def freeze(self) -> None:
         """Free the moments of frozen pairs, which lie in ``state`` by the name up to "lora", and skip them from now."""

@@ -176,7 +176,7 @@ def config_for_task(config: PeftConfig, task_type: str | None) -> PeftConfig:
         raise RunError(
             f"The saved adapter is for PEFT's task {given}, and this run is for {task_type or 'one without a name'}.",
             cause="PEFT trains the head that belongs to its task.",
-            fix=f'Another --task, or "task_type": {json.dumps(task_type)} in {CONFIG}.',
+            fix=f'Another --task, or "task_type": {json.dumps(task_type)} and "modules_to_save": null in {CONFIG}.',
         )
     config.task_type = task_type
     return config
@@ -216,13 +216,15 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, **options: Any) -> P
     """``peft.get_peft_model`` with its ``options``, and with an error that lists what may be adapted.
 
     Raises:
-        ConfigError: ``target_modules`` matches no module, must be named for this model, or PEFT refuses it.
+        ConfigError: ``target_modules`` matches no module, must be named for this model, or PEFT refuses it; or
+            ``layers_to_transform`` names a block that the model does not have, which PEFT would pass over.
         ModelError: the adapter has no weights in the blocks.
     """
     from peft import get_peft_model
 
     from ..model.backends.peft import PeftBackend
 
+    _check_depth(model, config)
     if config.target_modules == "all-linear" and config.task_type in (None, "QUESTION_ANS"):  # type: ignore[attr-defined]
         # PEFT leaves the heads of other tasks out by itself; a head trains in full, and has no adapter.
         config.exclude_modules = getattr(config, "exclude_modules", None) or head_names(model)  # type: ignore[attr-defined]
@@ -257,6 +259,18 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, **options: Any) -> P
         ) from error
     PeftBackend(peft_model)  # refuses now, not after minutes of tokenizing, what cannot be frozen by block
     return peft_model
+
+
+def _check_depth(model: PreTrainedModel, config: PeftConfig) -> None:
+    wanted = getattr(config, "layers_to_transform", None)
+    depth = max(getattr(model.config, name, None) or 0 for name in ("num_hidden_layers", "num_decoder_layers"))
+    last = max([wanted] if isinstance(wanted, int) else wanted or [-1])
+    if depth and last >= depth:
+        raise ConfigError(
+            f"layers_to_transform names block {last}, and the last of {type(model).__name__} is {depth - 1}.",
+            cause="The settings of the adapter are for a deeper model.",
+            fix="Use those of a run of this model, or leave out layers_to_transform and layers_pattern.",
+        )
 
 
 def head_names(model: PreTrainedModel) -> list[str]:
