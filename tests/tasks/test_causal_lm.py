@@ -11,7 +11,7 @@ from transformers import EvalPrediction
 from adafreeze.errors import DataError, ModelError
 from adafreeze.tasks import CausalLM, Source, Split, load_splits, load_tokenizer
 from adafreeze.tasks.causal_lm import turns
-from text_cases import llama_tokenizer, save_llama
+from text_cases import llama_tokenizer, save_bert, save_llama
 
 
 @pytest.fixture
@@ -76,6 +76,11 @@ def test_perplexity_is_over_tokens_and_leaves_out_padding():
     assert found["perplexity"] == pytest.approx(8) and found["token_accuracy"] == 0.5
     huge = task.compute_metrics(EvalPrediction(kept.numpy() * 0 + 1000, labels.numpy()))
     assert huge["perplexity"] == math.inf
+
+
+def test_a_model_that_sees_the_next_word_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"BertLMHeadModel of .* reads in both directions"):
+        CausalLM().load_model(Source(save_bert(tmp_path)))
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):

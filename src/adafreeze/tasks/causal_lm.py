@@ -84,10 +84,22 @@ class CausalLM(Task):
         return faults
 
     def load_model(self, source: Source) -> PreTrainedModel:
-        """The model with its own language-model head."""
-        from transformers import AutoModelForCausalLM
+        """The model with its own language-model head.
 
-        return load_model(AutoModelForCausalLM, source)
+        Raises:
+            ModelError: its attention sees the words that come next, which it is to predict (BERT, RoBERTa, ...).
+        """
+        from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM
+
+        model = load_model(AutoModelForCausalLM, source)
+        config = model.config
+        if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not (config.is_decoder or getattr(config, "causal", False)):
+            raise ModelError(
+                f"{type(model).__name__} of {source.name} reads in both directions.",
+                cause="It sees the words that it is to predict: is_decoder is false in its configuration.",
+                fix="A causal model such as GPT-2 or Llama; or --task text-classification, question-answering, ...",
+            )
+        return model
 
     def prepare(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """Token ids and labels: the same ids, -100 where no loss is wanted.
