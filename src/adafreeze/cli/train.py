@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..methods import Method, Outcome, Setup
     from ..tasks import Task
 
-__all__ = ["main", "run"]
+__all__ = ["fit_length", "main", "run"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,7 +101,7 @@ def run(
     processor = task.load_processor(source)
     set_seed(training.seed)  # the new head and the adapter are drawn from it
     base = task.load_model(source)
-    _fit_length(task, base, processor, {"max_seq_length": data.max_seq_length, "block_size": data.block_size})
+    fit_length(task, base, processor, {"max_seq_length": data.max_seq_length, "block_size": data.block_size})
     if task.peft_task_type is None and getattr(adapter, "modules_to_save", None) is None:
         adapter.modules_to_save = head_names(base)  # type: ignore[attr-defined]
     method = method or Method()
@@ -240,7 +240,7 @@ def _check_evaluation(training: Any, task: Task, eval_rows: Any) -> None:
         )
 
 
-def _fit_length(task: Task, model: Any, tokenizer: Any, asked: dict[str, int | None]) -> None:
+def fit_length(task: Task, model: Any, tokenizer: Any, asked: dict[str, int | None]) -> None:
     """Keep rows within what the model can read, where torch would only say "index out of range"."""
     if task.max_length is None:  # no tokens
         return
