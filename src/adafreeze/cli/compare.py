@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import SafeConfig
 from ..errors import AdafreezeError, ConfigError, RunError
 from ._output import JOURNAL_FILE
 
@@ -99,7 +100,9 @@ class _Grid:
             for name, value in DEFAULTS.items():
                 if not any(word.split("=")[0] == f"--{name}" for word in flags):
                     words += [f"--{name}", value]
+            words += ["--method", "none"]  # what freezes is the methods' to say
             arguments = parse([*words, "--output_dir", str(self.folder)])
+            SafeConfig.from_dict(arguments.freezing)
             name = file.stem if file is not None else _name_of(arguments.data)
             if name in found:
                 raise ConfigError(

@@ -1,0 +1,256 @@
+"""What each method does to a run, by the real Trainer on a tiny BERT of four blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from adafreeze.cli._arguments import parse
+from adafreeze.cli._output import JOURNAL_FILE
+from adafreeze.cli.train import run
+from adafreeze.decide.policy import Situation
+from adafreeze.errors import ConfigError
+from adafreeze.methods import METHODS, Method, Outcome, find_method, in_order, outcome_of
+from adafreeze.methods.rivals import _Converged, calmest_prefix
+from text_cases import reviews, save_bert, write
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("methods")
+    data = write(folder / "train.csv", reviews(16))
+    return [
+        *("--task", "text-classification", "--model_name_or_path", save_bert(folder / "bert", 4)),
+        *("--train_file", data, "--validation_file", data, "--method", "none", "--adapter_r", "4"),
+        *("--num_train_epochs", "5", "--per_device_train_batch_size", "4", "--learning_rate", "0.01"),
+        *("--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true"),
+        *("--logging_steps", "1", "--pad_to_max_length", "--max_seq_length", "8"),
+    ]
+
+
+@pytest.fixture
+def trained(flags, tmp_path, monkeypatch):
+    """``trained(method, *flags, found=...)``: its outcome, its adapter weights, and what a callback saw of the run."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+
+    def go(name: str, *more: str, found=None, callback=None):
+        folder = tmp_path / name
+        method = find_method(name)
+        if callback is not None:
+            method = Watched(method, callback)
+        metrics = run(parse([*flags, *more, "--output_dir", str(folder)]), method=method, found=found)
+        outcome = outcome_of(folder / JOURNAL_FILE, metrics, task="reviews", method=name, seed=42, settings={})
+        return outcome, load_file(folder / "adapter_model.safetensors")
+
+    return go
+
+
+class Watched(Method):
+    def __init__(self, inner: Method, callback: TrainerCallback) -> None:
+        self.inner, self.callback, self.name = inner, callback, inner.name
+
+    def configure(self, setup):
+        self.inner.configure(setup)
+
+    def prepare(self, model, setup):
+        self.inner.prepare(model, setup)
+        setup.callbacks.append(self.callback)
+
+
+class Gradients(TrainerCallback):
+    """Blocks whose adapters got a gradient, step by step."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        named = kwargs["model"].named_parameters()
+        blocks = {
+            int(name.split("layer.")[1].split(".")[0]) for name, p in named if "lora" in name and p.grad is not None
+        }
+        self.seen.append(sorted(blocks))
+
+
+FROZEN = Outcome(
+    *("reviews", "safe", 42),
+    flops=5.0,
+    steps=STEPS,
+    blocks=4,
+    units=tuple(f"bert.encoder.layer.{n}" for n in range(4)),
+    freezes=((8, 1, 1), (10, 2, 2)),
+)
+
+
+def test_plain_freezes_nothing_and_safe_a_prefix(trained):
+    plain, _ = trained("plain")
+    safe, _ = trained("safe")
+    assert plain.steps == safe.steps == STEPS
+    assert plain.freezes == ()
+    assert safe.freezes
+    assert safe.blocks == 4
+    assert safe.mean_saved_bytes < plain.mean_saved_bytes == plain.peak_saved_bytes == safe.peak_saved_bytes
+    assert plain.metrics.keys() >= {"accuracy", "loss"}
+
+
+def test_adapterdrop_leaves_the_lowest_blocks_out_of_each_step_and_none_at_the_end(trained):
+    watch = Gradients()
+    outcome, _ = trained("adapterdrop", callback=watch)
+    assert all(blocks == list(range(blocks[0], 4)) for blocks in watch.seen)
+    assert {blocks[0] for blocks in watch.seen} == {0, 1, 2, 3}
+    assert outcome.freezes == ()
+    assert outcome.mean_saved_bytes < 0.8 * outcome.peak_saved_bytes
+
+
+def test_adapterdrop_draws_among_the_blocks_that_safe_leaves_live(trained):
+    watch = Gradients()
+    outcome, _ = trained("safe+adapterdrop", callback=watch)
+    step, _, depth = outcome.freezes[-1]
+    assert depth > 0
+    assert all(blocks[0] >= depth for blocks in watch.seen[step:])
+    assert all(blocks[-1] == 3 for blocks in watch.seen)
+
+
+def test_half_of_each_matrix_stays_pruned(trained):
+    _, weights = trained("sparse-adapter")
+    lora = {name: weight for name, weight in weights.items() if "lora" in name}
+    assert {float((weight == 0).float().mean()) for weight in lora.values()} == {0.5}
+
+
+def test_pruning_nothing_is_plain_training_to_the_bit(trained, monkeypatch):
+    monkeypatch.setattr(METHODS["sparse-adapter"], "sparsity", 0.0)
+    _, plain = trained("plain")
+    _, dense = trained("sparse-adapter")
+    assert all(torch.equal(weight, plain[name]) for name, weight in dense.items())
+
+
+def test_lora_fa_moves_no_a(trained):
+    class Start(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.weights = {n: p.detach().clone() for n, p in kwargs["model"].named_parameters() if "lora" in n}
+
+    start = Start()
+    _, weights = trained("safe+lora-fa", callback=start)
+    moved = {
+        name: not torch.equal(weights[name.replace(".default", "")], before) for name, before in start.weights.items()
+    }
+    assert not any(moved[name] for name in moved if "lora_A" in name)
+    assert any(moved[name] for name in moved if "lora_B" in name)
+
+
+def test_dora_has_magnitudes(trained):
+    _, weights = trained("safe+dora")
+    assert any("magnitude" in name for name in weights)
+
+
+def test_top_blocks_have_adapters_where_safe_leaves_them_live(trained):
+    _, weights = trained("top-blocks", found={"safe": FROZEN})
+    assert {int(n.split("layer.")[1].split(".")[0]) for n in weights if "lora" in n} == {2, 3}
+
+
+def test_equal_flops_takes_as_many_steps_as_safes_flops_pay_for(trained):
+    plain = Outcome("reviews", "plain", 42, flops=10.0, steps=STEPS)
+    outcome, _ = trained("equal-flops", found={"safe": FROZEN, "plain": plain})
+    assert outcome.steps == STEPS // 2
+
+
+def test_bottom_up_freezes_as_many_blocks_as_safe(trained):
+    outcome, _ = trained("bottom-up", found={"safe": FROZEN})
+    assert outcome.frozen == 2
+    assert outcome.freezes[-1][2] == 2
+
+
+def test_random_freezing_follows_safes_steps(trained):
+    outcome, _ = trained("random", found={"safe": FROZEN})
+    assert [(step, frozen) for step, frozen, _ in outcome.freezes] == [(8, 1), (10, 2)]
+
+
+@pytest.mark.parametrize("name", ["autofreeze", "grades", "safe-paper", "safe-no-cache"])
+def test_the_other_rules_run_to_the_end(trained, name):
+    outcome, _ = trained(name, "--threshold", "0.5")
+    assert outcome.steps == STEPS
+    assert outcome.freezes
+    assert not outcome.cached or name in ("autofreeze", "grades")
+
+
+def test_checkpointing_keeps_less_and_learns_the_same(trained):
+    plain, before = trained("plain")
+    outcome, weights = trained("checkpointing")
+    assert outcome.peak_saved_bytes < 0.5 * plain.peak_saved_bytes
+    assert outcome.flops > plain.flops
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, before[name])
+
+
+def test_a_budget_lies_between_plain_and_checkpointing(trained):
+    outcome, _ = trained("safe-budget", "--probe_tokens", "16", "--per_device_train_batch_size", "16")
+    plain, _ = trained("plain", "--per_device_train_batch_size", "16")
+    assert outcome.peak_saved_bytes < plain.peak_saved_bytes
+
+
+@pytest.mark.parametrize("name", ["lora-fa", "dora"])
+def test_what_needs_lora_says_so_of_other_adapters(trained, name):
+    with pytest.raises(ConfigError, match="kind of LoRA"):
+        trained(name, "--adapter", "vera")
+
+
+def chain(**scores: float) -> Situation:
+    return Situation(9, 1.0, scores, (tuple((name,) for name in scores),))
+
+
+def test_autofreeze_takes_the_calmest_from_the_bottom():
+    assert list(calmest_prefix(chain(a=0.1, b=0.2, c=0.9, d=0.8))) == ["a", "b"]
+    assert list(calmest_prefix(chain(a=0.9, b=0.1, c=0.2, d=0.3))) == []
+    assert list(calmest_prefix(Situation(9, 0.0, {"a": 0.1}, ((("a",),),)))) == []
+
+
+def test_grades_takes_what_moves_less_than_half_of_its_fastest():
+    policy = _Converged(0.5)
+    assert policy(chain(a=1.0, b=0.2)) == []
+    assert policy(chain(a=0.49, b=0.19)) == ["a"]
+    assert policy(chain(a=0.6, b=0.09)) == ["b"]
+
+
+def test_methods_stand_behind_those_they_need():
+    methods = [find_method(name) for name in ("equal-flops", "top-blocks", "safe", "plain")]
+    assert [method.name for method in in_order(methods)] == ["safe", "plain", "equal-flops", "top-blocks"]
+    with pytest.raises(ConfigError, match="needs the result of 'safe'"):
+        in_order([find_method("top-blocks")])
+    with pytest.raises(ConfigError, match="named twice"):
+        in_order([find_method("plain"), find_method("plain")])
+
+
+def test_a_method_needs_results_that_exist(trained):
+    with pytest.raises(ConfigError, match="no result of 'safe'"):
+        trained("top-blocks")
+    with pytest.raises(ConfigError, match="out of memory"):
+        trained("top-blocks", found={"safe": Outcome("reviews", "safe", 42, reason="out of memory")})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("adapter-drop", "adapterdrop"),
+        ("safe+", "no method ''"),
+        ("nowhere.py:Mine", "FileNotFoundError"),
+        ("json:dumps", "no method"),
+        ("adafreeze.methods:Nothing", "AttributeError"),
+    ],
+)
+def test_what_is_no_method_is_said(text, message):
+    with pytest.raises(ConfigError, match=message):
+        find_method(text)
+
+
+def test_a_method_of_ones_own_is_found(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from adafreeze.methods import Method\n\nclass Mine(Method):\n    name = 'mine'\n\n"
+        "class Nameless(Method):\n    pass\n"
+    )
+    assert find_method(f"{file}:Mine").name == "mine"
+    with pytest.raises(ConfigError, match="is no method"):
+        find_method(f"{file}:Nameless")
