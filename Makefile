@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
+TESTS := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2
 
 .PHONY: demo test test-all lint clean
 
@@ -10,10 +11,11 @@ demo: $(STAMP)
 	$(BIN)/adafreeze demo
 
 test: lint
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2
+	$(TESTS)
 
-# And what needs environments of its own (noxfile.py), made in .nox the first time.
+# And the slow ones, and what needs environments of its own (noxfile.py), made in .nox the first time.
 test-all: test
+	$(TESTS) -m slow
 	$(BIN)/nox
 
 lint: $(STAMP)

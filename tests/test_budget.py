@@ -88,9 +88,13 @@ def run_pair(family, blocks, share, dropout=0.0, steps=16, accumulate=1, **optio
     return (losses, plain), (*train(model, family, limit, steps, accumulate=accumulate, **options), model), limit
 
 
-@pytest.mark.parametrize("share", [0.35, 0.5, 0.75])
-@pytest.mark.parametrize("blocks", [8, 12])
-@pytest.mark.parametrize("family", ["bert", "llama"])
+BRIEF = [("bert", 8, 0.35), ("llama", 8, 0.75), ("llama", 12, 0.5)]
+REST = [(f, n, s) for f in ("bert", "llama") for n in (8, 12) for s in (0.35, 0.5, 0.75) if (f, n, s) not in BRIEF]
+
+
+@pytest.mark.parametrize(
+    ("family", "blocks", "share"), [*BRIEF, *(pytest.param(*one, marks=pytest.mark.slow) for one in REST)]
+)
 def test_the_budget_holds_from_the_first_step_to_the_last_and_nothing_else_changes(family, blocks, share):
     (losses, plain), (budgeted, peaks, safe, model), limit = run_pair(
         family, blocks, share, dropout=0.1 if blocks == 8 else 0.0
@@ -125,7 +129,7 @@ def test_with_accumulation():
     assert max(peaks) <= limit and budgeted == losses
 
 
-@pytest.mark.parametrize("cache", ["ram", "disk"])
+@pytest.mark.parametrize("cache", ["ram", pytest.param("disk", marks=pytest.mark.slow)])
 def test_with_the_cache(cache, tmp_path):
     options = {"cache": cache, "warmup": 0.2, "ramp_end": 0.3} | ({"cache_dir": tmp_path} if cache == "disk" else {})
     _, (_, peaks, safe, _), limit = run_pair("bert", 8, 0.5, **options)
@@ -133,7 +137,7 @@ def test_with_the_cache(cache, tmp_path):
     assert cache == "disk" or 0 < safe.caching.memory < limit - held_before(safe.model)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_checkpointing_that_is_on_already_is_the_ceiling(reentrant):
     def checkpointed():
         model = make("llama", 8)
@@ -349,7 +353,7 @@ def test_without_a_budget_the_log_says_what_that_means(caplog):
     assert "the peak of the run is the plain run's" in caplog.text
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", cases.FAMILIES)
 def test_every_family_under_a_budget(family, dropout):
     def once(budget):

@@ -57,7 +57,7 @@ def test_unused_parameters_looked_for(folder):
     assert checked(folder, "unused")["weights"] == found(folder, "ddp")["weights"]
 
 
-@pytest.mark.parametrize("step", [4, 8, 17])
+@pytest.mark.parametrize("step", [pytest.param(4, marks=pytest.mark.slow), 8, pytest.param(17, marks=pytest.mark.slow)])
 def test_a_rank_that_dies_leaves_a_run_that_can_be_resumed(folder, step):
     name = f"dying-{step}"
     run(folder, name, "--die", str(step), fine=False)

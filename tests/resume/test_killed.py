@@ -54,9 +54,15 @@ def assert_same_run(one, other):
     assert told(folder) == told(whole)
 
 
+CHAINS = [("bert", "off"), ("bert", "disk"), ("llama", "ram"), ("llama", "disk")]
 # Bert has dropout, Llama none. The run that was never stopped has no cache: with one it comes to the same.
-@pytest.mark.parametrize(("family", "cache"), [("bert", "off"), ("bert", "disk"), ("llama", "ram"), ("llama", "disk")])
-@pytest.mark.parametrize("host", ["trainer", "loop"])
+BRIEF = [("trainer", "bert", "off"), ("trainer", "llama", "disk"), ("loop", "bert", "disk"), ("loop", "llama", "ram")]
+REST = [(h, *one) for h in ("trainer", "loop") for one in CHAINS if (h, *one) not in BRIEF]
+
+
+@pytest.mark.parametrize(
+    ("host", "family", "cache"), [*BRIEF, *(pytest.param(*one, marks=pytest.mark.slow) for one in REST)]
+)
 def test_killed_ten_times_it_is_the_run_that_was_never_stopped(host, family, cache, forge, never_stopped, tmp_path):
     whole = never_stopped(host=host, family=family)
     freezes = {event["step"] for event in lines(whole[0]) if event["event"] == "freeze"}

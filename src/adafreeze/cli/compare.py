@@ -93,6 +93,12 @@ class _Grid:
         """Flags by task; each is parsed once, so that a typing error costs seconds and no cell."""
         from ._arguments import parse
 
+        if any(word.split("=")[0] == "--method" for word in flags):
+            raise ConfigError(
+                "--method is a flag of `adafreeze train`.",
+                cause="Here several methods are compared.",
+                fix="--methods plain safe",
+            )
         found: dict[str, list[str]] = {}
         for file in files or [None]:  # type: ignore[list-item]
             given = [] if file is None else ["--config", str(file)]

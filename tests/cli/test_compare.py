@@ -1,0 +1,153 @@
+"""The command from end to end: methods × seeds on a tiny BERT, interrupted, gone on with, and given bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from adafreeze.cli import compare
+from adafreeze.cli.main import main
+from text_cases import reviews, write
+
+OWN = """
+from adafreeze.methods import METHODS
+
+class Frugal(METHODS["safe"]):
+    name = "frugal"
+    fields = {"min_live_blocks": 2}
+
+class Broken(METHODS["plain"]):
+    name = "broken"
+
+    def configure(self, setup):
+        raise KeyboardInterrupt
+"""
+
+
+@pytest.fixture
+def task(bert, tmp_path):
+    data = write(tmp_path / "rows.csv", reviews(8))
+    lines = {
+        "task": "text-classification",
+        "model_name_or_path": bert,
+        "train_file": data,
+        "validation_file": data,
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+    }
+    path = tmp_path / "reviews.yaml"
+    path.write_text("".join(f"{name}: {value}\n" for name, value in lines.items()))
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "out"
+
+
+def test_a_table_of_methods_with_what_does_not_fit_in_it(task, folder, tmp_path, capsys):
+    (tmp_path / "own.py").write_text(OWN)
+    methods = ["top-blocks", "plain", "safe", f"{tmp_path / 'own.py'}:Frugal", "lora-fa"]
+    assert main(["compare", task, "--methods", *methods, "--seeds", "0", "1", "--output_dir", str(folder),
+                 "--adapter", "vera"]) == 0  # fmt: skip
+    found = json.loads((folder / "compare.json").read_text())
+    assert found["reference"] == "plain"
+    assert found["metrics"] == {"reviews": "accuracy"}
+    rows = {row["method"]: row for row in found["rows"]}
+    assert list(rows) == ["plain", "safe", "frugal", "lora-fa", "top-blocks"]
+    assert [rows[name]["seeds"] for name in ("plain", "safe", "frugal")] == [2, 2, 2]
+    assert rows["plain"]["difference"] is None
+    assert rows["safe"]["difference"]["count"] == 2
+    assert rows["frugal"]["frozen"] == 0  # of two blocks both stay live
+    assert "kind of LoRA" in rows["lora-fa"]["reason"]
+    assert {outcome["seed"] for outcome in found["outcomes"]} == {0, 1}
+    printed = capsys.readouterr().out
+    assert "not run, lora-fa" in printed
+    assert "frugal" in printed
+    assert (folder / "reviews" / "safe" / "seed-1" / "adapter_config.json").exists()
+
+
+def test_interrupted_it_goes_on_without_repeating_or_losing_a_cell(task, folder, tmp_path, capsys):
+    (tmp_path / "own.py").write_text(OWN)
+    call = ["compare", task, "--output_dir", str(folder), "--seeds", "0"]
+    assert main([*call, "--methods", "plain", f"{tmp_path / 'own.py'}:Broken", "safe"]) == 130
+    plain = folder / "reviews" / "plain" / "seed-0" / "outcome.json"
+    before = plain.read_bytes(), plain.stat().st_mtime_ns
+    assert not (folder / "reviews" / "safe").exists()
+    capsys.readouterr()
+    assert main([*call, "--methods", "plain", "safe"]) == 0
+    printed = capsys.readouterr().out
+    assert "[2/2] reviews · safe · seed 0" in printed
+    assert "· plain ·" not in printed
+    assert (plain.read_bytes(), plain.stat().st_mtime_ns) == before
+    assert main([*call, "--methods", "plain", "safe"]) == 0
+    assert "reviews ·" not in capsys.readouterr().out
+
+
+def test_paired_cells_see_the_same_data_in_the_same_order(task, folder):
+    main(["compare", task, "--methods", "plain", "safe", "--seeds", "3", "--output_dir", str(folder),
+          "--logging_steps", "1", "--freeze_share", "0"])  # fmt: skip
+    losses = []
+    for method in ("plain", "safe"):
+        lines = (folder / "reviews" / method / "seed-3" / "journal.jsonl").read_text().splitlines()
+        losses.append([event["loss"] for event in map(json.loads, lines) if "loss" in event])
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 8
+
+
+def test_a_cell_that_another_process_trains_is_left_to_it(task, folder):
+    options, flags = compare._parse([task, "--methods", "plain", "--seeds", "0", "--output_dir", str(folder)])
+    grid = compare._Grid(options, flags)
+    cell = folder / "reviews" / "plain" / "seed-0"
+    cell.mkdir(parents=True)
+    with FileLock(cell / ".lock"):
+        assert not grid._cell("reviews", grid.methods[0], 0, "1/1")
+    assert grid._cell("reviews", grid.methods[0], 0, "1/1")
+
+
+def test_cells_with_other_settings_are_not_mixed(task, folder, capsys):
+    call = ["compare", task, "--methods", "plain", "--seeds", "0", "--output_dir", str(folder)]
+    assert main(call) == 0
+    assert main([*call, "--learning_rate", "0.5"]) == 2
+    assert "learning_rate" in capsys.readouterr().err
+    outcome = folder / "reviews" / "plain" / "seed-0" / "outcome.json"
+    outcome.write_text(outcome.read_text()[:40])
+    assert main(call) == 2
+    assert "Remove" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--methods", "sage"], "'sage'"),
+        (["--methods", "top-blocks", "plain"], "needs the result of 'safe'"),
+        (["--methods", "plain", "--reference", "safe"], "is not compared"),
+        (["--learning_rat", "1"], "--learning_rate"),
+        (["--freeze_share", "7"], "freeze_share"),
+        (["--method", "safe"], "--methods"),
+        (["--metric", "bleu", "--methods", "plain", "--seeds", "0"], "accuracy"),
+    ],
+)
+def test_bad_flags(task, folder, flags, message, capsys):
+    assert main(["compare", task, "--output_dir", str(folder), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_task_needs_something_to_be_compared_on(task, folder, tmp_path, capsys):
+    bare = tmp_path / "bare.yaml"
+    bare.write_text(
+        "".join(f"{line}\n" for line in Path(task).read_text().splitlines() if not line.startswith("validation"))
+    )
+    assert main(["compare", str(bare), "--output_dir", str(folder)]) == 2
+    assert "--validation_split" in capsys.readouterr().err
+    (tmp_path / "twice").mkdir()
+    (tmp_path / "twice" / "reviews.yaml").write_text(Path(task).read_text())
+    assert main(["compare", task, str(tmp_path / "twice" / "reviews.yaml"), "--output_dir", str(folder)]) == 2
+    assert "Two tasks are named" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "nowhere.yaml"), "--output_dir", str(folder)]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
