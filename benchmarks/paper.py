@@ -22,6 +22,7 @@ from pathlib import Path
 
 import yaml
 from datasets import disable_progress_bars
+from paper_methods import GRID
 from weights import fetch
 
 from adafreeze.cli.compare import main as compare
@@ -30,8 +31,6 @@ from tasks import draw
 
 MAIN = ["plain", "safe", "safe-paper", "bottom-up", "random", "top-blocks", "equal-flops", "grades"]
 EVALUATE = 1000
-SHARES = (0.2, 0.4, 0.6, 0.8)
-WARMUPS = (0.1, 0.2, 0.3)
 BERT = ["query", "key", "value", "intermediate.dense", "output.dense"]
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -53,7 +52,7 @@ class Setting:
     data: str
     model: str
     flags: dict[str, object]
-    train: int = 1000
+    train: int = 2000
     evaluate: int = EVALUATE
     by: str = "label"
     learning_rate: float = 1e-3
@@ -136,9 +135,8 @@ def main() -> None:
             files.append(task_file(name, TASKS[name], options))
         except AdafreezeError as error:
             print(f"{name} is left out: {error}")
-    shares = [f"{Path(__file__).with_name('paper_methods.py')}:Share{round(100 * s)}" for s in SHARES]
-    warmups = [f"{Path(__file__).with_name('paper_methods.py')}:Warmup{round(100 * w)}" for w in WARMUPS]
-    methods = options.methods or (MAIN if options.grid == "main" else ["plain", *shares, *warmups])
+    variants = [f"{Path(__file__).with_name('paper_methods.py')}:{name}" for name in GRID]
+    methods = options.methods or (MAIN if options.grid == "main" else ["plain", *variants])
     cells = Path(options.work) / f"epochs-{options.epochs:g}"
     compare([*map(str, files), "--methods", *methods, "--seeds", *options.seeds, "--output_dir", str(cells)])
     found = json.loads((cells / "compare.json").read_text())
