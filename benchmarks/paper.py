@@ -6,7 +6,8 @@
 Each task is a file of flags for ``adafreeze compare``, which does the work; this script draws the rows, fetches the
 weights (benchmarks/weights.py) and keeps the table. Training sets are seeded draws, every label in it as often as in
 the whole; evaluation is on the whole development set where it has at most ``EVALUATE`` rows. Cells that are done are
-kept in ``--work``: interrupted, the same command goes on, and started twice the cells are shared out between the two.
+kept in ``--work`` and in the table: interrupted, the same command goes on, and started twice the cells are shared out
+between the two. A table that is there already is added to: name all its tasks and seeds, and more.
 
 ``--grid main``: plain, SAFE as published, SAFE's defaults (with cache), the same number of blocks from the bottom up
 and at random, adapters on the top blocks alone, plain for as many FLOPs, GradES. ``--grid share``: SAFE with other
@@ -19,6 +20,7 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from datasets import disable_progress_bars
@@ -27,10 +29,12 @@ from weights import fetch
 
 from adafreeze.cli.compare import main as compare
 from adafreeze.errors import AdafreezeError
+from adafreeze.methods import Outcome
 from tasks import draw
 
 MAIN = ["plain", "safe", "safe-paper", "bottom-up", "random", "top-blocks", "equal-flops", "grades"]
 EVALUATE = 1000
+PLACES = ("model_name_or_path", "train_file", "validation_file")
 BERT = ["query", "key", "value", "intermediate.dense", "output.dense"]
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -52,7 +56,7 @@ class Setting:
     data: str
     model: str
     flags: dict[str, object]
-    train: int = 2000
+    train: int = 1000
     evaluate: int = EVALUATE
     by: str = "label"
     learning_rate: float = 1e-3
@@ -117,6 +121,17 @@ def task_file(name: str, setting: Setting, options: argparse.Namespace) -> Path:
     return path
 
 
+def restore(found: dict[str, Any], cells: Path, files: list[Path]) -> None:
+    """Cells of an earlier table, as far as there are none yet in the folder ``cells``."""
+    flags = {file.stem: yaml.safe_load(file.read_text()) for file in files}
+    for outcome in found["outcomes"]:
+        path = cells / outcome["task"] / outcome["method"] / f"seed-{outcome['seed']}" / "outcome.json"
+        if outcome["task"] in flags and outcome["reason"] is None and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            own = {key: flags[outcome["task"]][key] for key in PLACES}
+            Outcome(**{**outcome, "settings": outcome["settings"] | own}).save(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["trec6", "sst2", "mrpc", "banking77", "trec6-e5"])
@@ -138,13 +153,15 @@ def main() -> None:
     variants = [f"{Path(__file__).with_name('paper_methods.py')}:{name}" for name in GRID]
     methods = options.methods or (MAIN if options.grid == "main" else ["plain", *variants])
     cells = Path(options.work) / f"epochs-{options.epochs:g}"
+    output = Path(options.output or f"benchmarks/results/paper-{options.grid}-{options.epochs:g}.json")
+    if output.exists():
+        restore(json.loads(output.read_text()), cells, files)
     compare([*map(str, files), "--methods", *methods, "--seeds", *options.seeds, "--output_dir", str(cells)])
     found = json.loads((cells / "compare.json").read_text())
     for outcome in found["outcomes"]:
-        for key in ("model_name_or_path", "train_file", "validation_file"):  # folders of this machine
+        for key in PLACES:  # folders of this machine
             outcome["settings"][key] = Path(outcome["settings"][key]).name
     found["settings"] = {"tasks": options.tasks, "seeds": options.seeds, "epochs": options.epochs}
-    output = Path(options.output or f"benchmarks/results/paper-{options.grid}-{options.epochs:g}.json")
     output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"Written: {output}")
 

@@ -116,7 +116,11 @@ def test_cells_with_other_settings_are_not_mixed(task, folder, capsys):
     assert main([*call, "--learning_rate", "0.5"]) == 2
     assert "learning_rate" in capsys.readouterr().err
     outcome = folder / "reviews" / "plain" / "seed-0" / "outcome.json"
-    outcome.write_text(outcome.read_text()[:40])
+    whole = outcome.read_text()
+    outcome.write_text(whole.replace('"SafeConfig.probe_tokens": 2048', '"SafeConfig.probe_tokens": 1024'))
+    assert main(call) == 2  # of a version with other defaults
+    assert "SafeConfig.probe_tokens was 1024, and is 2048" in capsys.readouterr().err
+    outcome.write_text(whole[:40])
     assert main(call) == 2
     assert "Remove" in capsys.readouterr().err
 

@@ -146,6 +146,8 @@ class _Grid:
             with FileLock(folder / ".lock", timeout=0):
                 arguments = parse([*self.tasks[task], "--output_dir", str(folder), "--seed", str(seed)])
                 settings = {name: value for name, value in arguments.resolved.items() if name != "output_dir"}
+                freezing = SafeConfig.from_dict(arguments.freezing).to_dict()  # another version's defaults may differ
+                settings |= {f"SafeConfig.{name}": value for name, value in freezing.items()}
                 outcome = _known(folder / OUTCOME_FILE, settings)
                 if outcome is None:
                     print(f"\n[{number}] {task} · {method.name} · seed {seed}", flush=True)
