@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from adafreeze.methods import METHODS, Method
 
 SHARES = (0.3, 0.45, 0.6)
@@ -21,3 +23,10 @@ GRID: dict[str, type[Method]] = {
     for warmup in WARMUPS
 }
 globals().update(GRID)
+
+
+class Dropout(METHODS["safe"]):  # type: ignore[misc,name-defined]
+    """The defaults, with the model's dropout on in the frozen prefix, and so without the cache."""
+
+    name = "prefix-dropout"
+    fields: ClassVar[dict[str, Any]] = {"prefix_dropout": True, "cache": "off", "cache_dir": None}
