@@ -4,29 +4,46 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from adafreeze.methods import METHODS, Method
-
-SHARES = (0.3, 0.45, 0.6)
-WARMUPS = (0.1, 0.2, 0.3)  # the ramp ends a fifth of the run later
-
-GRID: dict[str, type[Method]] = {
-    f"Share{round(100 * share)}Warmup{round(100 * warmup)}": type(
-        "Variant",
-        (METHODS["safe"],),
-        {
-            "__doc__": f"Freeze up to {share:.0%} of the total score, from {warmup:.0%} of the run on.",
-            "name": f"share-{share:g}-warmup-{warmup:g}",
-            "fields": {"freeze_share": share, "warmup": warmup, "ramp_end": round(warmup + 0.2, 2)},
-        },
-    )
-    for share in SHARES
-    for warmup in WARMUPS
-}
-globals().update(GRID)
+from adafreeze.methods import METHODS
 
 
-class Dropout(METHODS["safe"]):  # type: ignore[misc,name-defined]
-    """The defaults, with the model's dropout on in the frozen prefix, and so without the cache."""
+class _Safe(METHODS["safe"]):  # type: ignore[misc,name-defined]
+    name = "safe"
 
-    name = "prefix-dropout"
-    fields: ClassVar[dict[str, Any]] = {"prefix_dropout": True, "cache": "off", "cache_dir": None}
+
+class Early(_Safe):
+    """Two thirds of the blocks at a tenth of the run, and then no more."""
+
+    name = "early"
+    fields: ClassVar[dict[str, Any]] = {"freeze_share": 0.45, "warmup": 0.1, "ramp_end": 0.3}
+
+
+class Late(_Safe):
+    """As deep as half of the score allows, from three tenths of the run to the half."""
+
+    name = "late"
+    fields: ClassVar[dict[str, Any]] = {"freeze_share": 0.6, "warmup": 0.3, "ramp_end": 0.5}
+
+
+class Gradual(_Safe):
+    """The same depth, block by block over most of the run."""
+
+    name = "gradual"
+    fields: ClassVar[dict[str, Any]] = {"freeze_share": 0.6, "warmup": 0.1, "ramp_end": 0.9}
+
+
+class GradualDeep(_Safe):
+    """Deeper: what freezes late loses little, since the learning rate is small by then."""
+
+    name = "gradual-deep"
+    fields: ClassVar[dict[str, Any]] = {"freeze_share": 0.8, "warmup": 0.2, "ramp_end": 1.0}
+
+
+class LateDropout(Late):
+    """With the model's dropout on in the frozen prefix, and so without the cache."""
+
+    name = "late-dropout"
+    fields: ClassVar[dict[str, Any]] = {**Late.fields, "prefix_dropout": True, "cache": "off", "cache_dir": None}
+
+
+GRID = (Early, Late, Gradual, GradualDeep, LateDropout)
