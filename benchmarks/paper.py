@@ -65,7 +65,7 @@ class Setting:
     held_out: bool = False
 
 
-TEXT = {"task": "text-classification", "target_modules": BERT, "per_device_train_batch_size": 32}
+TEXT = {"task": "text-classification", "target_modules": BERT, "per_device_train_batch_size": 16}
 E2E = {
     "task": "text-generation",
     "prompt_column": "mr",

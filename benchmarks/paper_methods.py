@@ -39,6 +39,13 @@ class GradualDeep(_Safe):
     fields: ClassVar[dict[str, Any]] = {"freeze_share": 0.8, "warmup": 0.2, "ramp_end": 1.0}
 
 
+class LateShallow(_Safe):
+    """Not the last block but one."""
+
+    name = "late-shallow"
+    fields: ClassVar[dict[str, Any]] = {"freeze_share": 0.45, "warmup": 0.3, "ramp_end": 0.5}
+
+
 class LateDropout(Late):
     """With the model's dropout on in the frozen prefix, and so without the cache."""
 
@@ -46,4 +53,4 @@ class LateDropout(Late):
     fields: ClassVar[dict[str, Any]] = {**Late.fields, "prefix_dropout": True, "cache": "off", "cache_dir": None}
 
 
-GRID = (Early, Late, Gradual, GradualDeep, LateDropout)
+GRID = (Early, Late, LateShallow, Gradual, GradualDeep, LateDropout)

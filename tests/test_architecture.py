@@ -11,7 +11,7 @@ SOURCE = Path(adafreeze.__file__).parent
 # From the roof to the ground. A part may import those below it, and its own.
 FLOORS = [
     ["__init__", "cli"],
-    ["integrations", "doctor", "methods", "analysis"],
+    ["integrations", "doctor", "methods", "analysis", "report"],
     ["safe", "plan", "export"],
     ["deciding"],
     ["preflight", "scoring", "budget", "caching", "state", "_stage", "_guard", "_observe"],
@@ -34,8 +34,9 @@ WALLS = [
     ("config", {"freeze", "tasks"}),
     ("__init__", {"cli"}),
     ("methods", {"integrations", "doctor"}),
-    ("integrations", {"methods", "analysis"}),
-    *((who, {"analysis"}) for who in ("doctor", "methods")),
+    ("integrations", {"methods", "analysis", "report"}),
+    *((who, {"analysis", "report"}) for who in ("doctor", "methods")),
+    ("report", set(LEVEL) - {"report", "journal", "sizes", "errors", "_version"}),
     ("analysis", set(LEVEL) - {"analysis", "tasks", "model", "journal", "errors"}),
 ]
 OPTIONAL = {

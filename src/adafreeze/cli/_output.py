@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..errors import RunError
+from ..errors import RunError, warn
 
-__all__ = ["CONFIG_FILE", "JOURNAL_FILE", "clear_run", "find_checkpoint", "prepare_folder", "write_config"]
+__all__ = [
+    "CONFIG_FILE",
+    "JOURNAL_FILE",
+    "clear_run",
+    "find_checkpoint",
+    "prepare_folder",
+    "write_config",
+    "write_page",
+]
 
 CONFIG_FILE = "adafreeze_config.yaml"
 JOURNAL_FILE = "journal.jsonl"
+REPORT_FILE = "report.html"
 
 # What a run leaves behind: found, the folder holds a run; overwritten, all of it goes, because a journal
 # that goes on, or a checkpoint of the old run that a later --resume_from_checkpoint finds, would mix two
@@ -27,6 +36,7 @@ _TRACES = (
     "checkpoint-*",
     "*_results.json",
     "trainer_state.json",
+    REPORT_FILE,
 )
 
 
@@ -108,3 +118,17 @@ def write_config(folder: Path, values: Mapping[str, Any]) -> None:
     text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
     head = f"# adafreeze {__version__}; to repeat the run: adafreeze train --config THIS --output_dir NEW\n"
     (folder / CONFIG_FILE).write_text(head + text, encoding="utf-8")
+
+
+def write_page(folder: Path, places: Sequence[Path]) -> None:
+    """A page about what has just ended, in ``folder``. The run is done and saved: no trouble of the page's ends it."""
+    from ..report import write_report
+
+    try:
+        print(f"A page about it: {write_report(places, folder / REPORT_FILE)}")
+    except Exception as error:
+        warn(
+            f"There is no page about this run ({type(error).__name__}: {error}).",
+            cause="Only the page failed: everything else is in its place.",
+            fix=f"adafreeze report {' '.join(map(str, places))}",
+        )

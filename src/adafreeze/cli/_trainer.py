@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -64,12 +65,23 @@ class JournalCallback(TrainerCallback, ExportableState):
         journal: of the run.
         resumed: fields of the ``resume`` event; None for a run that starts anew.
         rewinds: whether to cut it here; SafeCallback does it where there is one, in front of this one.
+        meter: of the run. A log of training then also says what its micro-steps cost: ``saved_bytes``, their mean.
     """
 
-    def __init__(self, journal: Journal, resumed: Mapping[str, Any] | None = None, *, rewinds: bool = True) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        resumed: Mapping[str, Any] | None = None,
+        *,
+        rewinds: bool = True,
+        meter: Meter | None = None,
+    ) -> None:
         self.journal = journal
         self.resumed = resumed
         self.rewinds = rewinds
+        self.meter = meter
+        self._steps = self._seconds = self._begun = 0.0
+        self._metered = 0
 
     def state(self) -> dict[str, Any]:
         """What the Trainer keeps in ``trainer_state.json``."""
@@ -86,6 +98,30 @@ class JournalCallback(TrainerCallback, ExportableState):
                 self.journal.rewind(entry["attributes"]["mark"])
             self.journal.write("resume", step=state.global_step, **self.resumed)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The clock of a step, which loading data and evaluating are no part of."""
+        self._begun = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """What it took."""
+        self._seconds += time.perf_counter() - self._begun
+        self._steps += 1
+
+    def _costs(self) -> dict[str, float]:
+        """Of the steps since the last log, on average: seconds and FLOPs of a step, saved bytes of a micro-step."""
+        if not self._steps:
+            return {}
+        found = {"seconds_per_step": self._seconds / self._steps}
+        if self.meter is not None:
+            series = self.meter.series(self._metered)
+            self._metered += len(series)
+            found["flops_per_step"] = sum(cost.flops for cost in series) / self._steps
+            found["saved_bytes"] = sum(cost.saved_bytes for cost in series) / max(1, len(series))
+        self._steps = self._seconds = 0.0
+        return found
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -96,7 +132,8 @@ class JournalCallback(TrainerCallback, ExportableState):
     ) -> None:
         """One event a log."""
         if state.is_world_process_zero:
-            self.journal.write("log", **{"step": state.global_step, **(logs or {})})
+            costs = self._costs() if "loss" in (logs or {}) else {}
+            self.journal.write("log", **{"step": state.global_step, **(logs or {}), **costs})
 
 
 class RankAllocationCallback(TrainerCallback):

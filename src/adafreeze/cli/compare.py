@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import SafeConfig
 from ..errors import AdafreezeError, ConfigError, RunError
-from ._output import JOURNAL_FILE
+from ._output import JOURNAL_FILE, write_page
 
 if TYPE_CHECKING:
     from ..methods import Method, Outcome, Row
@@ -222,6 +222,7 @@ class _Grid:
         path.write_text(json.dumps(_finite(summary), indent=2) + "\n", encoding="utf-8")
         _print(rows, metrics, self.reference)
         print(f"All numbers: {path}")
+        write_page(self.folder, [self.folder])
         return 0
 
 

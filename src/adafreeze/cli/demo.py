@@ -14,6 +14,7 @@ from typing import Any
 from ..env import environment
 from ..errors import RunError
 from ._demo_data import Sentences, model_folder, sentences
+from ._output import JOURNAL_FILE, write_page
 
 __all__ = ["main"]
 
@@ -59,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             fix="--overwrite_output_dir, or another --output_dir",
         )
     try:
-        (output / "safe").mkdir(parents=True, exist_ok=True)
-        (output / "safe" / "journal.jsonl").unlink(missing_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
+        for journal in output.glob(f"*/{JOURNAL_FILE}"):
+            journal.unlink()
     except OSError as error:
         raise RunError(
             f"The output folder {output} cannot be written ({error.strerror}).",
@@ -86,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     results["theory"] = dict(zip(("saved_bytes_ratio", "flops_ratio"), safe.theory, strict=True))
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"Journal: {output / 'safe' / 'journal.jsonl'}\nNumbers: {output / 'results.json'}")
+    print(f"Journal: {output / 'safe' / JOURNAL_FILE}\nNumbers: {output / 'results.json'}")
+    write_page(output, [output / _folder_of(arm.name) for arm in (plain, safe, top)])
     return 0
 
 
@@ -100,6 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite_output_dir", action="store_true", help="write over an earlier demo run")
     parser.add_argument("--smoke", action="store_true", help="a tiny version that only shows that it runs")
     return parser
+
+
+def _folder_of(name: str) -> str:
+    return name.replace(" ", "-")
 
 
 class _Runs:
@@ -133,7 +140,8 @@ class _Runs:
         )
 
         from ..integrations.transformers import SafeCallback
-        from ._trainer import MeteredTrainer, meter_of
+        from ..journal import Journal
+        from ._trainer import JournalCallback, MeteredTrainer, meter_of
 
         options = self.options
         print(f"\n{name}")
@@ -144,12 +152,16 @@ class _Runs:
         lora = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=TARGETS, layers_to_transform=top)
         model = get_peft_model(model, lora)
         set_seed(options.seed)
-        callback = SafeCallback(journal=self.output / "safe" / "journal.jsonl") if name == "safe" else None
+        folder = self.output / _folder_of(name)
+        journal = Journal(folder / JOURNAL_FILE)
+        journal.write("run", command="demo", method=name, settings={})
+        callback = SafeCallback(journal=journal) if name == "safe" else None
         meter = meter_of(model, callback)
+        logged = JournalCallback(journal, rewinds=callback is None, meter=meter)
         trainer = MeteredTrainer(
             model=model,
             args=TrainingArguments(
-                output_dir=str(self.output / name.replace(" ", "-")),
+                output_dir=str(folder),
                 per_device_train_batch_size=32,
                 per_device_eval_batch_size=64,
                 num_train_epochs=options.epochs,
@@ -167,17 +179,22 @@ class _Runs:
             # Few different shapes, so that few steps need counting.
             data_collator=DataCollatorWithPadding(self.tokenizer, pad_to_multiple_of=8),
             compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
-            callbacks=[callback] if callback else [],
+            callbacks=[callback, logged] if callback else [logged],
             meter=meter,
         )
         seconds = trainer.train().metrics["train_runtime"]
         trainer.save_model()
         costs = meter.summary()
         safe = callback.safe if callback else None
-        events = safe.journal.events if safe else []
+        events = journal.events
+        scores = trainer.evaluate()
+        counted = {"train_runtime": seconds, **{f"train_{key}": value for key, value in costs.items()}}
+        journal.write("done", step=trainer.state.global_step, score_flops=safe.flops_spent if safe else 0, **counted,
+                      **scores)  # fmt: skip
+        journal.close()
         return Arm(
             name=name,
-            accuracy=trainer.evaluate()["eval_accuracy"],
+            accuracy=scores["eval_accuracy"],
             peak_saved_bytes=costs["peak_saved_bytes"],
             mean_saved_bytes=costs["mean_saved_bytes"],
             flops=costs["flops"] + (safe.flops_spent if safe else 0),

@@ -20,6 +20,7 @@ COMMANDS = {
     "export-config": "what a run found out, as the PEFT configuration of the next one",
     "compare": "SAFE, plain and rival methods on the same tasks and seeds, in one table",
     "analyze": "are the minima flatter? Hessian, sharpness and loss slices of finished runs",
+    "report": "one page about runs: what was saved, scores, the stack over time, curves",
     "demo": "see it work in a few minutes on the CPU",
 }
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, ModelError, warn
 from ._adapter import peft_config
 from ._arguments import Arguments, parse
-from ._output import JOURNAL_FILE, clear_run, find_checkpoint, prepare_folder, write_config
+from ._output import JOURNAL_FILE, clear_run, find_checkpoint, prepare_folder, write_config, write_page
 from ._tasks import make_task, rows_of
 
 if TYPE_CHECKING:
@@ -24,7 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse and run."""
     import sys
 
-    run(parse(list(sys.argv[1:] if argv is None else argv)))
+    arguments = parse(list(sys.argv[1:] if argv is None else argv))
+    run(arguments)
+    if arguments.training.process_index == 0:
+        folder = Path(str(arguments.training.output_dir)).expanduser()
+        write_page(folder, [folder])
     return 0
 
 
@@ -169,9 +174,9 @@ def _make_trainer(
 
         safe_callback = SafeCallback(setup.safe, journal=journal)
         callbacks.append(safe_callback)
-    # Behind SafeCallback, which adds to what is logged.
-    callbacks.append(JournalCallback(journal, resumed, rewinds=safe_callback is None))
     meter = meter_of(model, safe_callback, setup.kinds) if count_costs else None
+    # Behind SafeCallback, which adds to what is logged.
+    callbacks.append(JournalCallback(journal, resumed, rewinds=safe_callback is None, meter=meter))
     training = setup.training
     if training.label_names is None:
         # Trainer cannot read them off a PeftModel, and then evaluates no metric.

@@ -73,11 +73,11 @@ class Meter:
         self.kinds.append(kind)
         self.nested.append(nested)
 
-    def series(self) -> list[StepCost]:
-        """The cost of each micro-step, in order."""
+    def series(self, start: int = 0) -> list[StepCost]:
+        """The cost of each micro-step from ``start`` on, in order."""
         return [
             StepCost(self.costs[kind].flops + nested, self.costs[kind].saved_bytes)
-            for kind, nested in zip(self.kinds, self.nested, strict=True)
+            for kind, nested in zip(self.kinds[start:], self.nested[start:], strict=True)
         ]
 
     def summary(self) -> dict[str, float]:

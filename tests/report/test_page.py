@@ -1,0 +1,137 @@
+import json
+import re
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from adafreeze.errors import ConfigError, RunError
+from adafreeze.journal import Journal
+from adafreeze.report import write_report
+from report_cases import write_run
+
+
+class Reader(HTMLParser):
+    """Elements by id, and every address that a browser would fetch or follow."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.figures, self.addresses, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        if tag == "figure":
+            self.figures.append(given["id"])
+        self.addresses += [given[name] for name in ("src", "href", "srcset", "action") if name in given]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def page_of(*places, tmp_path):
+    text = write_report(places, tmp_path / "page.html").read_text()
+    reader = Reader(text)
+    return text, reader, " ".join(" ".join(reader.words).split())
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return write_run(tmp_path / "mine"), write_run(tmp_path / "other", "plain")
+
+
+def test_the_page_says_what_was_saved_against_the_plain_run(runs, tmp_path):
+    _, reader, words = page_of(*runs, tmp_path=tmp_path)
+    assert "From step 20 of 40 on blocks froze, 2 of 4 by the end: against other, mean saved bytes -50 %, " in words
+    assert "FLOPs -50 %, time -50 %, accuracy 0.8 for 0.8." in words
+    assert reader.figures == ["scores-mine", "stack-mine", "loss", "saved-bytes", "seconds", "rate"]
+    assert "70 of 80 samples were then looked up" in words
+
+
+def test_one_run_alone(runs, tmp_path):
+    _, _, words = page_of(runs[0], tmp_path=tmp_path)
+    assert "2 of 4 by the end." in words
+    _, _, words = page_of(runs[1], tmp_path=tmp_path)
+    assert "Nothing froze in 40 steps." in words
+
+
+def test_nothing_leaves_the_page(runs, tmp_path):
+    text, reader, _ = page_of(*runs, tmp_path=tmp_path)
+    assert reader.addresses
+    assert all(address.startswith(("data:", "#")) for address in reader.addresses)
+    assert not re.search(r"https?://|url\(|@import", text)
+    assert "default-src 'none'" in text
+
+
+def test_names_and_values_of_a_journal_are_text_and_nothing_else(tmp_path):
+    evil = '<script>alert("x")</script>'
+    folder = tmp_path / "evil"
+    journal = Journal(folder / "journal.jsonl")
+    journal.write("run", method=evil, settings={evil: evil})
+    journal.write("start", step=0, total_steps=4, stacks={evil: 2}, units=[f"{evil}.0", f"{evil}.1"], config={})
+    journal.write("measure", step=1, scores={f"{evil}.0": 0.1, f"{evil}.1": 0.2})
+    journal.write("log", step=1, **{f"eval_{evil}": 1.0})
+    journal.write("log", step=2, **{f"eval_{evil}": 2.0})
+    journal.close()
+    text, _, _ = page_of(folder, tmp_path=tmp_path)
+    assert "<script>alert" not in text
+    assert text.count("<script") == 1
+
+
+def test_a_run_that_was_killed_has_a_page_too(runs, tmp_path):
+    path = runs[0] / "journal.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[:9]) + '\n{"event": "lo')
+    _, _, words = page_of(runs[0], tmp_path=tmp_path)
+    assert "The journal ends at step" in words
+
+
+def test_a_journal_of_200_000_lines_gives_a_small_page(tmp_path):
+    folder = write_run(tmp_path / "long", steps=803_000, every=6)
+    assert sum(1 for _ in (folder / "journal.jsonl").open()) > 200_000
+    assert write_report([folder], tmp_path / "page.html").stat().st_size < 3_000_000
+
+
+def test_of_a_folder_of_compare_the_table_and_the_runs_of_the_first_seed(tmp_path):
+    rows = []
+    for method in ("plain", "safe"):
+        for seed in (0, 1):
+            write_run(tmp_path / "out" / "task" / method / f"seed-{seed}", method)
+        rows.append({"task": "task", "method": method, "seeds": 2, "score": 80.0, "sd": None, "difference": None,
+                     "ratios": None, "frozen": 2.0, "units": 4, "theory": None, "reason": None})  # fmt: skip
+    rows[1]["difference"] = {"mean": -0.5, "low": None, "high": None, "count": 1}
+    rows.append({**rows[0], "method": "odd", "reason": "It does not <fit>."})
+    outcomes = [{"task": "task", "method": m, "seed": s} for m in ("plain", "safe", "odd") for s in (0, 1)]
+    (tmp_path / "out" / "compare.json").write_text(json.dumps({"rows": rows, "outcomes": outcomes}))
+    _, reader, words = page_of(tmp_path / "out", tmp_path=tmp_path)
+    assert "-0.50" in words
+    assert "not run: It does not <fit>." in words
+    assert "against plain" in words
+    assert "stack-safe" in reader.figures
+
+
+def test_landscape_and_spectrum_where_they_were_computed(runs, tmp_path):
+    found = {"loss": 0.3, "line": [0.5, 0.3, 0.6], "eigenvalues": [3.0, 1.0], "trace": 5.0}
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "analysis.json").write_text(json.dumps({"steps": [-1, 0, 1], "runs": {"a": found}}))
+    _, reader, words = page_of(runs[0], tmp_path / "flat", tmp_path=tmp_path)
+    assert reader.figures[-2:] == ["landscape", "spectrum"]
+    assert "largest 3, trace 5" in words
+
+
+@pytest.mark.parametrize("name", ["compare.json", "analysis.json"])
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"rows": 1}'])
+def test_a_damaged_summary_is_refused(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(RunError, match=name):
+        write_report([tmp_path], tmp_path / "page.html")
+
+
+def test_where_the_page_cannot_be_written(runs, tmp_path):
+    with pytest.raises(RunError, match="cannot be written"):
+        write_report(runs, runs[0] / "journal.jsonl" / "page.html")
+
+
+def test_without_jinja2_the_extra_is_named(runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ConfigError, match=r"adafreeze\[report\]"):
+        write_report(runs, tmp_path / "page.html")
