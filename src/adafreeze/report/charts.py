@@ -12,7 +12,7 @@ from html import escape
 
 __all__ = ["Caption", "Chart", "Curve", "bands", "heat_map", "lines"]
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 64, 12, 10, 34
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 84, 16, 16, 48
 POINTS = 400  # of a curve, at most
 CELLS = 6000  # of a heat map, at most; and no more columns than can be seen
 COLUMNS = 160
@@ -143,9 +143,9 @@ def heat_map(
             at = LEFT + place * wide
             parts.append(f'<line class="freeze" x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{top + tall - 1}"/>')
     for place in sorted({0, len(kept) // 2, len(kept) - 1}):
-        parts.append(f'<text class="tick" x="{LEFT + (place + 0.5) * wide:.1f}" y="{height - BOTTOM + 16}" '
+        parts.append(f'<text class="tick" x="{LEFT + (place + 0.5) * wide:.1f}" y="{height - BOTTOM + 20}" '
                      f'text-anchor="middle">{columns[kept[place]]:g}</text>')  # fmt: skip
-    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{height - 3}" text-anchor="end">step</text>')
+    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{height - 4}" text-anchor="end">step</text>')
     data = [(label, columns[i], row[i]) for label, row in zip(rows, values, strict=True) for i in kept]
     return Chart(caption, _svg(parts, height, caption.title), _csv(("unit", "step", "score"), data))
 
@@ -179,9 +179,9 @@ def bands(
             for a, b, kind in row
         ]
     for tick in _ticks(0, end):
-        parts.append(f'<text class="tick" x="{across(tick):.1f}" y="{height - BOTTOM + 16}" text-anchor="middle">'
+        parts.append(f'<text class="tick" x="{across(tick):.1f}" y="{height - BOTTOM + 20}" text-anchor="middle">'
                      f"{tick:g}</text>")  # fmt: skip
-    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{height - 3}" text-anchor="end">step</text>')
+    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{height - 4}" text-anchor="end">step</text>')
     data = [(label, a, b, kind) for label, row in zip(rows, spans, strict=True) for a, b, kind in row]
     shown = {kind for row in spans for _, _, kind in row}
     legend = tuple((kind, colour[kind]) for kind in kinds if kind in shown)
@@ -237,9 +237,9 @@ def _axes(across, down, xs, ys, height: int, x: str) -> str:  # type: ignore[no-
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{number_text(tick)}</text>')
     for tick in _ticks(*xs):
-        parts.append(f'<text class="tick" x="{across(tick):.1f}" y="{height - BOTTOM + 16}" text-anchor="middle">'
+        parts.append(f'<text class="tick" x="{across(tick):.1f}" y="{height - BOTTOM + 20}" text-anchor="middle">'
                      f"{number_text(tick)}</text>")  # fmt: skip
-    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{height - 3}" text-anchor="end">{escape(x)}</text>')
+    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{height - 4}" text-anchor="end">{escape(x)}</text>')
     return "".join(parts)
 
 
