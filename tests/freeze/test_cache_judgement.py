@@ -202,12 +202,12 @@ def test_a_decoder_whose_batch_alone_is_padded_says_nothing_of_the_encoder():
     assert cached[2].caching.cache.examiner.padding_known == {0, 1}
 
 
-def test_neftune_noise():
+def test_neftune_noise(tmp_path):
     def run(cache):
         torch.manual_seed(0)
         model = lora_model("bert", BLOCKS)
         arguments = TrainingArguments(
-            output_dir="unused", num_train_epochs=2, per_device_train_batch_size=4, report_to=[], save_strategy="no",
+            output_dir=str(tmp_path), num_train_epochs=2, per_device_train_batch_size=4, report_to=[], save_strategy="no",
             disable_tqdm=True, neftune_noise_alpha=5, logging_steps=1, use_cpu=True,
         )  # fmt: skip
         callback = SafeCallback(config({1: 2}, cache=cache))
