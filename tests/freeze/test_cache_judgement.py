@@ -207,8 +207,8 @@ def test_neftune_noise(tmp_path):
         torch.manual_seed(0)
         model = lora_model("bert", BLOCKS)
         arguments = TrainingArguments(
-            output_dir=str(tmp_path), num_train_epochs=2, per_device_train_batch_size=4, report_to=[], save_strategy="no",
-            disable_tqdm=True, neftune_noise_alpha=5, logging_steps=1, use_cpu=True,
+            output_dir=str(tmp_path), num_train_epochs=2, per_device_train_batch_size=4, report_to=[],
+            save_strategy="no", disable_tqdm=True, neftune_noise_alpha=5, logging_steps=1, use_cpu=True,
         )  # fmt: skip
         callback = SafeCallback(config({1: 2}, cache=cache))
         trainer = Trainer(

@@ -203,12 +203,33 @@ def _make_trainer(
             fix="Change the flag that it names; `adafreeze train --help` lists all flags.",
         ) from error
     trainer.safe_callback = safe_callback  # type: ignore[attr-defined]
+    trainer.view = _watch(trainer)  # type: ignore[attr-defined]
     return trainer
+
+
+def _watch(trainer: Any) -> Any:
+    """A live view in the place of the progress bar and its lines, where somebody watches; None elsewhere."""
+    from rich.console import Console
+    from transformers import ProgressCallback
+
+    from ._live import LiveView, is_watched
+
+    console = Console()
+    if trainer.args.disable_tqdm or not is_watched(console):
+        return None
+    trainer.remove_callback(ProgressCallback)
+    view = LiveView(lambda: getattr(trainer.safe_callback, "safe", None), console)
+    trainer.add_callback(view)
+    return view
 
 
 def _train(trainer: Any, checkpoint: str | None) -> dict[str, Any]:
     """Train and save: adapter, tokenizer, and metrics under the names that transformers' scripts use."""
-    metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+    try:
+        metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+    finally:
+        if trainer.view is not None:
+            trainer.view.close()
     metrics["train_samples"] = len(trainer.train_dataset)
     if trainer.meter is not None:
         metrics.update({f"train_{name}": value for name, value in trainer.meter.summary().items()})
