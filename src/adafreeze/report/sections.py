@@ -45,10 +45,10 @@ def headline(history: History, plain: History | None) -> str:
     if not ratios:
         return f"{said}.{ended}"
     parts = [f"{word} {100 * (ratio - 1):+.0f} %" for word, ratio in ratios.items()]
-    ours, theirs = history.metrics(), plain.metrics()
-    score = next((name for name in ours if name in theirs and name != "loss"), "loss")
-    if score in ours and score in theirs:
-        parts.append(f"{score} {number_text(ours[score])} for {number_text(theirs[score])}")
+    scores, others = history.metrics(), plain.metrics()
+    score = next((name for name in scores if name in others and name != "loss"), "loss")
+    if score in scores and score in others:
+        parts.append(f"{score} {number_text(scores[score])} for {number_text(others[score])}")
     return f"{said}: against {plain.name}, {', '.join(parts)}.{ended}"
 
 
