@@ -55,6 +55,22 @@ def test_one_run_alone(runs, tmp_path):
     assert "Nothing froze in 40 steps." in words
 
 
+def test_two_stacks_and_units_smaller_than_blocks_are_told_apart(tmp_path):
+    stacks = {"model.encoder.block": 1, "model.decoder.block": 1}
+    units = [f"model.{side}.block.0.layer.{k}.q_proj" for side in ("encoder", "decoder") for k in (0, 1)]
+    journal = Journal(tmp_path / "t5" / "journal.jsonl")
+    journal.write("start", step=0, total_steps=9, stacks=stacks, units=units)
+    journal.write("measure", step=3, scores=dict.fromkeys(units, 0.5))
+    journal.write("recompute", blocks=["model.decoder.block.0"])
+    journal.write("log", step=9, loss=1.0)
+    journal.close()
+    text, _, _ = page_of(tmp_path / "t5", tmp_path=tmp_path)
+    assert {"enc 0 q_proj, step 3: 0.5", "dec 0 q_proj, step 3: 0.5"} <= set(re.findall('data-tip="([^"]*)"', text))
+    assert "enc 0: trains, steps 0 to 9" in text
+    assert "dec 0: trains, steps 0 to 3" in text
+    assert "dec 0: trains, recomputes, steps 3 to 9" in text
+
+
 def test_nothing_leaves_the_page(runs, tmp_path):
     text, reader, _ = page_of(*runs, tmp_path=tmp_path)
     assert reader.addresses

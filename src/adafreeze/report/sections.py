@@ -110,7 +110,7 @@ def _scores(history: History) -> Chart:
         f"{order[0]} ({number_text(last[order[0]])}), the most important {order[-1]} ({number_text(last[order[-1]])}). "
         + "".join(f"{len(names)} froze at step {step}. " for step, names, _ in history.freezes)
     )
-    labels = _short(history.units)
+    labels = _short(history.units, history.stacks)
     title = "Importance of each unit: 1 − CKA with what it was, darker is more; a line where it froze"
     caption = Caption(f"scores-{_slug(history.name)}", title, text.strip())
     return heat_map(caption, labels, steps, values, [froze.get(unit) for unit in history.units])
@@ -118,11 +118,12 @@ def _scores(history: History) -> Chart:
 
 def _stack(history: History) -> Chart:
     end = max(1, history.steps)
+    names = _stack_names(history.stacks)
     rows: list[str] = []
     spans: list[list[tuple[float, float, str]]] = []
     for path, blocks in history.stacks.items():
         for index in range(blocks):
-            rows.append(str(index) if len(history.stacks) == 1 else f"{path.rpartition('.')[2]} {index}")
+            rows.append(f"{names[path]}{index}")
             spans.append(list(_spans(history, path, index, end)))
     counts = [(step, sum(prefixes.values())) for step, _, prefixes in history.freezes]
     text = f"{len(rows)} blocks. " + "".join(f"From step {step} on {depth} are frozen. " for step, depth in counts)
@@ -176,12 +177,24 @@ def costs(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
     return shown
 
 
-def _short(names: Sequence[str]) -> list[str]:
-    """What tells names apart, without the beginning and the end that all of them share."""
-    split = [name.split(".") for name in names]
-    most = min(map(len, split)) - 1
-    start = next((i for i in range(most) if len({parts[i] for parts in split}) > 1), most)
-    return [".".join(parts[start:])[-9:] for parts in split]
+def _stack_names(stacks: Mapping[str, int]) -> dict[str, str]:
+    """What tells stacks apart, in three letters: enc, dec; nothing where there is one."""
+    if len(stacks) < 2:
+        return dict.fromkeys(stacks, "")
+    split = {path: path.split(".") for path in stacks}
+    place = next((i for i, parts in enumerate(zip(*split.values(), strict=False)) if len(set(parts)) > 1), 0)
+    return {path: f"{parts[place][:3]} " for path, parts in split.items()}
+
+
+def _short(units: Sequence[str], stacks: Mapping[str, int]) -> list[str]:
+    """The number of the block, and of a smaller unit the last of its name."""
+    names = _stack_names(stacks)
+    labels = []
+    for unit in units:
+        path = max((path for path in stacks if unit.startswith(f"{path}.")), key=len, default="")
+        index, *rest = unit.removeprefix(f"{path}.").split(".")
+        labels.append(f"{names.get(path, '')}{index}" + (f" {rest[-1][:6]}" if rest else ""))
+    return labels
 
 
 def _slug(name: str) -> str:
