@@ -46,14 +46,16 @@ def write_report(places: Sequence[str | os.PathLike[str]], output: str | os.Path
         ) from error
     histories, table, analysis = _gather([Path(place).expanduser() for place in places])
     plain = next((h for h in histories if h.method in ("plain", "none") or (h.done and not h.freezes)), None)
-    shown = [history for history in histories if history is not plain] or histories
+    shown = [history for history in histories if history.freezes] or histories[:1]
     charts = [chart for history in histories for chart in run_charts(history)]
     charts += curves_of(histories)
     charts += analysis_charts(analysis) if analysis is not None else []
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = page.from_string(files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")).render(
         histories=histories,
-        headlines=[("" if len(shown) == 1 else f"{history.name}: ") + headline(history, plain) for history in shown],
+        headlines=[
+            ("" if len(histories) == 1 else f"{history.name}: ") + headline(history, plain) for history in shown
+        ],
         costs=costs(histories),
         charts=charts,
         table=table,

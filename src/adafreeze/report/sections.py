@@ -44,12 +44,12 @@ def headline(history: History, plain: History | None) -> str:
     }
     if not ratios:
         return f"{said}.{ended}"
-    parts = [f"{word} {100 * (ratio - 1):+.0f} %" for word, ratio in ratios.items()]
+    parts = [f"{word} {100 * (ratio - 1):+.0f} %".replace("-", "−") for word, ratio in ratios.items()]
     scores, others = history.metrics(), plain.metrics()
     score = next((name for name in scores if name in others and name != "loss"), "loss")
     if score in scores and score in others:
         parts.append(f"{score} {number_text(scores[score])} for {number_text(others[score])}")
-    return f"{said}: against {plain.name}, {', '.join(parts)}.{ended}"
+    return f"{said}; against {plain.name}, {', '.join(parts)}.{ended}"
 
 
 def run_charts(history: History) -> Iterator[Chart]:
