@@ -48,6 +48,23 @@ def test_the_page_says_what_was_saved_against_the_plain_run(runs, tmp_path):
     assert "70 of 80 samples were then looked up" in words
 
 
+def test_the_plain_run_is_what_others_are_held_against_wherever_it_stands(runs, tmp_path):
+    nothing = write_run(tmp_path / "nothing", "safe-paper-that-froze-nothing")
+    _, _, words = page_of(nothing, *runs, tmp_path=tmp_path)
+    assert "against other" in words
+
+
+def test_a_run_that_diverged_has_a_page(tmp_path):
+    folder = write_run(tmp_path / "run")
+    path = folder / "journal.jsonl"
+    path.write_text(re.sub(r'"scores": \{[^}]*\}', '"scores": {"encoder.layer.0": "nan"}', path.read_text()))
+    with path.open("a") as file:
+        file.write('{"event": "log", "step": 41, "loss": 1e999}\n')
+    _, reader, _ = page_of(folder, tmp_path=tmp_path)
+    assert "stack-run" in reader.figures
+    assert "scores-run" not in reader.figures
+
+
 def test_one_run_alone(runs, tmp_path):
     _, _, words = page_of(runs[0], tmp_path=tmp_path)
     assert "2 of 4 by the end." in words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -112,7 +113,7 @@ def read_history(run: str | os.PathLike[str], name: str | None = None) -> Histor
             _check_version(path, event.get("version"))
         try:
             _take(history, kind, event)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise RunError(
                 f"The journal {path} has a damaged {kind!r} event ({type(error).__name__}: {error}).",
                 cause="It was edited, or something else writes into it.",
@@ -195,4 +196,6 @@ def _tidy(history: History) -> None:
 
 def _number(value: Any) -> float | None:
     """NaN and infinities, which a journal holds as texts, are no numbers to draw."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        return None
+    return float(value)

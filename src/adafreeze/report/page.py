@@ -45,7 +45,8 @@ def write_report(places: Sequence[str | os.PathLike[str]], output: str | os.Path
             fix='pip install "adafreeze[report]"',
         ) from error
     histories, table, analysis = _gather([Path(place).expanduser() for place in places])
-    plain = next((h for h in histories if h.method in ("plain", "none") or (h.done and not h.freezes)), None)
+    plain = next((h for h in histories if h.method in ("plain", "none")), None)
+    plain = plain or next((h for h in histories if h.done and not h.freezes), None)
     shown = [history for history in histories if history.freezes] or histories[:1]
     charts = [chart for history in histories for chart in run_charts(history)]
     charts += curves_of(histories)

@@ -54,7 +54,7 @@ def headline(history: History, plain: History | None) -> str:
 
 def run_charts(history: History) -> Iterator[Chart]:
     """Scores and stack of one run, where it has any."""
-    if history.scores and history.units:
+    if history.units and any(scores for _, scores in history.scores):
         yield _scores(history)
     if history.stacks:
         yield _stack(history)
@@ -111,7 +111,7 @@ def _scores(history: History) -> Chart:
         + "".join(f"{len(names)} froze at step {step}. " for step, names, _ in history.freezes)
     )
     labels = _short(history.units, history.stacks)
-    title = "Importance of each unit: 1 − CKA with what it was, darker is more; a line where it froze"
+    title = "Importance of each unit: 1 − CKA with what it was, stronger is more; a line where it froze"
     caption = Caption(f"scores-{_slug(history.name)}", title, text.strip())
     return heat_map(caption, labels, steps, values, [froze.get(unit) for unit in history.units])
 
