@@ -110,8 +110,8 @@ def task_file(name: str, setting: Setting, options: argparse.Namespace) -> Path:
     folder = Path(options.work) / "tasks"
     folder.mkdir(parents=True, exist_ok=True)
     files = {f"{split}_file": str(folder / f"{name}-{split}.parquet") for split in ("train", "validation")}
-    for file, rows in zip(files.values(), split_rows(setting, Path(options.data) / setting.data), strict=True):
-        if not Path(file).exists():
+    if not all(Path(file).exists() for file in files.values()):
+        for file, rows in zip(files.values(), split_rows(setting, Path(options.data) / setting.data), strict=True):
             rows.to_parquet(f"{file}.part")
             Path(f"{file}.part").replace(file)
     flags = {

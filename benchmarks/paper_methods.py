@@ -4,42 +4,38 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from adafreeze.methods import METHODS
+from adafreeze.methods.safe import Safe
 
 
-class _Safe(METHODS["safe"]):  # type: ignore[misc,name-defined]
-    name = "safe"
-
-
-class Early(_Safe):
+class Early(Safe):
     """Two thirds of the blocks at a tenth of the run, and then no more."""
 
     name = "early"
     fields: ClassVar[dict[str, Any]] = {"freeze_share": 0.45, "warmup": 0.1, "ramp_end": 0.3}
 
 
-class Late(_Safe):
+class Late(Safe):
     """As deep as half of the score allows, from three tenths of the run to the half."""
 
     name = "late"
     fields: ClassVar[dict[str, Any]] = {"freeze_share": 0.6, "warmup": 0.3, "ramp_end": 0.5}
 
 
-class Gradual(_Safe):
+class Gradual(Safe):
     """The same depth, block by block over most of the run."""
 
     name = "gradual"
     fields: ClassVar[dict[str, Any]] = {"freeze_share": 0.6, "warmup": 0.1, "ramp_end": 0.9}
 
 
-class GradualDeep(_Safe):
+class GradualDeep(Safe):
     """Deeper: what freezes late loses little, since the learning rate is small by then."""
 
     name = "gradual-deep"
     fields: ClassVar[dict[str, Any]] = {"freeze_share": 0.8, "warmup": 0.2, "ramp_end": 1.0}
 
 
-class LateShallow(_Safe):
+class LateShallow(Safe):
     """Not the last block but one."""
 
     name = "late-shallow"

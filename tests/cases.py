@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
@@ -24,6 +25,11 @@ VOCABULARY = 64
 TEXT = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
 FAMILIES = ("bert", "roberta", "gpt2", "llama", "qwen3", "t5", "vit")
 ENCODERS = ("bert", "roberta", "vit")
+
+
+def slow_but(brief: list, every: list) -> list:
+    """``every`` case as parameters of a test, those that are not in ``brief`` marked slow."""
+    return [case if case in brief else pytest.param(*case, marks=pytest.mark.slow) for case in every]
 
 
 def base_model(family: str, blocks: int = 4, dropout: float | None = None) -> torch.nn.Module:

@@ -89,12 +89,10 @@ def run_pair(family, blocks, share, dropout=0.0, steps=16, accumulate=1, **optio
 
 
 BRIEF = [("bert", 8, 0.35), ("llama", 8, 0.75), ("llama", 12, 0.5)]
-REST = [(f, n, s) for f in ("bert", "llama") for n in (8, 12) for s in (0.35, 0.5, 0.75) if (f, n, s) not in BRIEF]
+EVERY = [(f, n, s) for f in ("bert", "llama") for n in (8, 12) for s in (0.35, 0.5, 0.75)]
 
 
-@pytest.mark.parametrize(
-    ("family", "blocks", "share"), [*BRIEF, *(pytest.param(*one, marks=pytest.mark.slow) for one in REST)]
-)
+@pytest.mark.parametrize(("family", "blocks", "share"), cases.slow_but(BRIEF, EVERY))
 def test_the_budget_holds_from_the_first_step_to_the_last_and_nothing_else_changes(family, blocks, share):
     (losses, plain), (budgeted, peaks, safe, model), limit = run_pair(
         family, blocks, share, dropout=0.1 if blocks == 8 else 0.0

@@ -102,10 +102,10 @@ def measured(family, depths, kind="lora", dropout=0.0, dtype=torch.float32, chec
 BRIEF = [("llama", way) for way in WAYS] + [
     (f, "lora-bf16-dropout-checkpointed") for f in cases.FAMILIES if f != "llama"
 ]
-REST = [(family, way) for family in cases.FAMILIES for way in WAYS if (family, way) not in BRIEF]
+EVERY = [(family, way) for family in cases.FAMILIES for way in WAYS]
 
 
-@pytest.mark.parametrize(("family", "way"), [*BRIEF, *(pytest.param(*one, marks=pytest.mark.slow) for one in REST)])
+@pytest.mark.parametrize(("family", "way"), cases.slow_but(BRIEF, EVERY))
 def test_a_plan_is_what_the_run_measures_at_every_depth(family, way):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

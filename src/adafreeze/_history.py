@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, RunError
-from .journal import read_journal
+from .journal import find_journal, read_journal
 
 __all__ = ["History"]
-
-JOURNAL = "journal.jsonl"
 
 
 class History:
@@ -66,15 +64,7 @@ class History:
     @classmethod
     def of(cls, run: str | os.PathLike[str]) -> History:
         """Of the output folder of ``adafreeze train``, or of a journal."""
-        path = Path(run).expanduser()
-        found = path / JOURNAL if path.is_dir() else path
-        if not found.is_file():
-            raise RunError(
-                f"There is no journal {found}.",
-                cause="A run is the output folder of `adafreeze train`, or what SafeCallback(journal=...) wrote.",
-                fix="adafreeze export-config path/to/journal.jsonl",
-            )
-        return cls(found)
+        return cls(find_journal(run, fix="adafreeze export-config path/to/journal.jsonl"))
 
     def _check(self, measured: Mapping[str, float]) -> None:
         if self.config.get("granularity") == "site":

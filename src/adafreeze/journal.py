@@ -14,9 +14,10 @@ from typing import Any
 
 from .errors import RunError, warn
 
-__all__ = ["FORMAT_VERSION", "Journal", "read_journal"]
+__all__ = ["FORMAT_VERSION", "JOURNAL_FILE", "Journal", "find_journal", "read_journal"]
 
 FORMAT_VERSION = 1
+JOURNAL_FILE = "journal.jsonl"
 
 
 class Journal:
@@ -119,6 +120,23 @@ def _is_cut_off(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read(1) != b"\n"
+
+
+def find_journal(run: str | os.PathLike[str], *, fix: str) -> Path:
+    """The journal of a run, which is named by its output folder or by the file itself.
+
+    Raises:
+        RunError: there is none that can be read.
+    """
+    path = Path(run).expanduser()
+    found = path / JOURNAL_FILE if path.is_dir() else path
+    if not (found.is_file() and os.access(found, os.R_OK)):
+        raise RunError(
+            f"There is no journal {found}.",
+            cause="A run is the output folder of `adafreeze train`, or what SafeCallback(journal=...) wrote.",
+            fix=fix,
+        )
+    return found
 
 
 def read_journal(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,8 @@ import json
 import pytest
 from forge import KILLED, Forge, assert_alike, lines, moments, told
 
+import cases
+
 RAMP_END = 21  # of 30 steps, see killed.config
 
 
@@ -57,12 +59,10 @@ def assert_same_run(one, other):
 CHAINS = [("bert", "off"), ("bert", "disk"), ("llama", "ram"), ("llama", "disk")]
 # Bert has dropout, Llama none. The run that was never stopped has no cache: with one it comes to the same.
 BRIEF = [("trainer", "bert", "off"), ("trainer", "llama", "disk"), ("loop", "bert", "disk"), ("loop", "llama", "ram")]
-REST = [(h, *one) for h in ("trainer", "loop") for one in CHAINS if (h, *one) not in BRIEF]
+EVERY = [(host, *chain) for host in ("trainer", "loop") for chain in CHAINS]
 
 
-@pytest.mark.parametrize(
-    ("host", "family", "cache"), [*BRIEF, *(pytest.param(*one, marks=pytest.mark.slow) for one in REST)]
-)
+@pytest.mark.parametrize(("host", "family", "cache"), cases.slow_but(BRIEF, EVERY))
 def test_killed_ten_times_it_is_the_run_that_was_never_stopped(host, family, cache, forge, never_stopped, tmp_path):
     whole = never_stopped(host=host, family=family)
     freezes = {event["step"] for event in lines(whole[0]) if event["event"] == "freeze"}

@@ -48,13 +48,8 @@ class LiveView(TrainerCallback):
         """Take the lowest lines of the terminal; what others print scrolls above them."""
         if state.is_world_process_zero:
             self._begun, self._from = time.monotonic(), state.global_step
-            self._live = Live(self.lines(state), console=self.console, refresh_per_second=4)
+            self._live = Live(get_renderable=lambda: self.lines(state), console=self.console)  # 4 times a second
             self._live.start()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Show where it is."""
-        if self._live is not None:
-            self._live.update(self.lines(state))
 
     def on_log(
         self,

@@ -10,6 +10,7 @@ from typing import Any
 
 from .._version import __version__
 from ..errors import RunError, warn
+from ..journal import JOURNAL_FILE
 
 __all__ = [
     "CONFIG_FILE",
@@ -22,7 +23,6 @@ __all__ = [
 ]
 
 CONFIG_FILE = "adafreeze_config.yaml"
-JOURNAL_FILE = "journal.jsonl"
 REPORT_FILE = "report.html"
 
 # What a run leaves behind: found, the folder holds a run; overwritten, all of it goes, because a journal

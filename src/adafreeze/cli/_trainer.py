@@ -65,7 +65,7 @@ class JournalCallback(TrainerCallback, ExportableState):
         journal: of the run.
         resumed: fields of the ``resume`` event; None for a run that starts anew.
         rewinds: whether to cut it here; SafeCallback does it where there is one, in front of this one.
-        meter: of the run. A log of training then also says what its micro-steps cost: ``saved_bytes``, their mean.
+        meter: of the run. A log of training, which says how long a step took, then also says what it cost.
     """
 
     def __init__(

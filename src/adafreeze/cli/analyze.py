@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError, ModelError, RunError, note
 from ..journal import read_journal
+from ..report.page import ANALYSIS_FILE
 from ._arguments import Arguments, parse, parse_flags
 from ._output import CONFIG_FILE, JOURNAL_FILE
 from ._tasks import make_task, rows_of
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         note(f"Run {number} of {len(runs)}: {run.name}, {loss.size:,} parameters.")
         found[run.name] = measure(loss, settings)
     groups = _grouped(runs)
-    _write(output / "analysis.json", given, settings, runs, found, groups)
+    _write(output / ANALYSIS_FILE, given, settings, runs, found, groups)
     _show(groups, runs, found, settings)
     print(f"Written to {output / 'analysis.json'}.")
     picture = output / "analysis.png"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import SafeConfig
 from ..errors import AdafreezeError, ConfigError, RunError
+from ..report.page import SUMMARY_FILE
 from ._output import JOURNAL_FILE, write_page
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-OUTCOME_FILE, SUMMARY_FILE = "outcome.json", "compare.json"
+OUTCOME_FILE = "outcome.json"
 DEFAULTS = {"save_strategy": "no", "report_to": "none"}
 USAGE = "adafreeze compare [TASK.yaml ...] --output_dir FOLDER [--methods NAME ...] [--seeds N ...] [flags of train]"
 

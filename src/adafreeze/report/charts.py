@@ -121,12 +121,9 @@ def heat_map(
     height = TOP + tall * len(rows) + BOTTOM
     wide = (WIDTH - LEFT - RIGHT) / len(kept)
     most = max((v for row in values for v in row if math.isfinite(v)), default=0.0) or 1.0
-    parts = []
+    parts = _labels(rows, tall)
     for number, (label, row, stop) in enumerate(zip(rows, values, frozen_at, strict=True)):
         top = TOP + tall * (len(rows) - 1 - number)
-        if number % max(1, math.ceil(14 / tall)) == 0:
-            parts.append(f'<text class="tick" x="{LEFT - 6}" y="{top + tall / 2 + 4:.1f}" text-anchor="end">'
-                         f"{escape(label)}</text>")  # fmt: skip
         for place, column in enumerate(kept):
             value, left = row[column], LEFT + place * wide
             is_frozen = stop is not None and columns[column] >= stop
@@ -142,10 +139,10 @@ def heat_map(
             place = next((i for i, column in enumerate(kept) if columns[column] >= stop), len(kept))
             at = LEFT + place * wide
             parts.append(f'<line class="freeze" x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{top + tall - 1}"/>')
-    for place in sorted({0, len(kept) // 2, len(kept) - 1}):
-        parts.append(f'<text class="tick" x="{LEFT + (place + 0.5) * wide:.1f}" y="{height - BOTTOM + 20}" '
-                     f'text-anchor="middle">{columns[kept[place]]:g}</text>')  # fmt: skip
-    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{height - 4}" text-anchor="end">step</text>')
+    shown = sorted({0, len(kept) // 2, len(kept) - 1})
+    parts.append(
+        _below([(LEFT + (place + 0.5) * wide, f"{columns[kept[place]]:g}") for place in shown], height, "step")
+    )
     data = [(label, columns[i], row[i]) for label, row in zip(rows, values, strict=True) for i in kept]
     return Chart(caption, _svg(parts, height, caption.title), _csv(("unit", "step", "score"), data))
 
@@ -167,21 +164,15 @@ def bands(
     height = TOP + tall * len(rows) + BOTTOM
     across = _scale(0, end, LEFT, WIDTH - RIGHT)
     colour = dict(zip(kinds, COLOURS, strict=False))
-    parts = []
+    parts = _labels(rows, tall)
     for number, (label, row) in enumerate(zip(rows, spans, strict=True)):
         top = TOP + tall * (len(rows) - 1 - number)
-        if number % max(1, math.ceil(14 / tall)) == 0:
-            parts.append(f'<text class="tick" x="{LEFT - 6}" y="{top + tall / 2 + 4:.1f}" text-anchor="end">'
-                         f"{escape(label)}</text>")  # fmt: skip
         parts += [
             f'<rect x="{across(a):.1f}" y="{top}" width="{max(0.0, across(b) - across(a)):.1f}" height="{tall - 1}" '
             f'fill="{colour[kind]}" data-tip="{escape(label)}: {escape(kind)}, steps {a:g} to {b:g}"/>'
             for a, b, kind in row
         ]
-    for tick in _ticks(0, end):
-        parts.append(f'<text class="tick" x="{across(tick):.1f}" y="{height - BOTTOM + 20}" text-anchor="middle">'
-                     f"{tick:g}</text>")  # fmt: skip
-    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{height - 4}" text-anchor="end">step</text>')
+    parts.append(_below([(across(tick), f"{tick:g}") for tick in _ticks(0, end)], height, "step"))
     data = [(label, a, b, kind) for label, row in zip(rows, spans, strict=True) for a, b, kind in row]
     shown = {kind for row in spans for _, _, kind in row}
     legend = tuple((kind, colour[kind]) for kind in kinds if kind in shown)
@@ -230,16 +221,31 @@ def _ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(i * size, 12) for i in range(first, math.floor(high / size + 1e-9) + 1)]
 
 
+def _labels(rows: Sequence[str], tall: int) -> list[str]:
+    """To the left of rows that stand bottom up, as many as there is room for."""
+    every = max(1, math.ceil(14 / tall))
+    return [
+        f'<text class="tick" x="{LEFT - 6}" y="{TOP + tall * (len(rows) - number - 0.5) + 4:.1f}" text-anchor="end">'
+        f"{escape(rows[number])}</text>"
+        for number in range(0, len(rows), every)
+    ]
+
+
+def _below(ticks: Sequence[tuple[float, str]], height: int, what: str) -> str:
+    """Under the drawing: (place, label) of each tick, and what is counted."""
+    parts = [f'<text class="tick" x="{at:.1f}" y="{height - BOTTOM + 20}" text-anchor="middle">{label}</text>'
+             for at, label in ticks]  # fmt: skip
+    named = f'<text class="tick" x="{WIDTH - RIGHT}" y="{height - 4}" text-anchor="end">{escape(what)}</text>'
+    return "".join([*parts, named])
+
+
 def _axes(across, down, xs, ys, height: int, x: str) -> str:  # type: ignore[no-untyped-def]
     parts = []
     for tick in _ticks(*ys):
         at = down(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{number_text(tick)}</text>')
-    for tick in _ticks(*xs):
-        parts.append(f'<text class="tick" x="{across(tick):.1f}" y="{height - BOTTOM + 20}" text-anchor="middle">'
-                     f"{number_text(tick)}</text>")  # fmt: skip
-    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{height - 4}" text-anchor="end">{escape(x)}</text>')
+    parts.append(_below([(across(tick), number_text(tick)) for tick in _ticks(*xs)], height, x))
     return "".join(parts)
 
 

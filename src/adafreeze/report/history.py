@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import RunError
-from ..journal import FORMAT_VERSION, read_journal
+from ..journal import FORMAT_VERSION, find_journal, read_journal
 
-__all__ = ["History", "read_history"]
+__all__ = ["History", "is_score", "read_history"]
 
-JOURNAL_FILE = "journal.jsonl"
 Series = list[tuple[float, float]]
 
 
@@ -60,11 +59,6 @@ class History:
     cache_off: tuple[int, str] | None = None
     done: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def frozen(self) -> list[str]:
-        """Units that were frozen at the end, in the order in which they froze."""
-        return [name for _, names, _ in self.freezes for name in names]
-
     def cost(self, name: str) -> float | None:
         """``flops`` (those of measuring included), ``mean_saved_bytes``, ``peak_saved_bytes`` or ``seconds``."""
         key = {"seconds": "train_runtime"}.get(name, f"train_{name}")
@@ -75,13 +69,17 @@ class History:
 
     def metrics(self) -> dict[str, float]:
         """Of the last evaluation, without ``eval_`` and without its speed."""
-        found = {name: values[-1][1] for name, values in self.logs.items() if name.startswith("eval_") and values}
-        found |= {name: value for name, value in self.done.items() if name.startswith("eval_")}
+        found = {name: values[-1][1] for name, values in self.logs.items()} | self.done
         return {
             name.removeprefix("eval_"): value
             for name, given in found.items()
-            if (value := _number(given)) is not None and not name.endswith(("_runtime", "_per_second"))
+            if is_score(name) and (value := _number(given)) is not None
         }
+
+
+def is_score(name: str) -> bool:
+    """Whether a logged name is of an evaluation, and not of its speed."""
+    return name.startswith("eval_") and not name.endswith(("_runtime", "_per_second"))
 
 
 def read_history(run: str | os.PathLike[str], name: str | None = None) -> History:
@@ -96,11 +94,10 @@ def read_history(run: str | os.PathLike[str], name: str | None = None) -> Histor
     Raises:
         RunError: there is no journal, it is empty, of a newer version, or no journal at all.
     """
-    path = Path(run).expanduser()
-    path = path / JOURNAL_FILE if path.is_dir() else path
+    path = find_journal(run, fix="Name the folder of a run, or use SafeCallback(journal=...) in a script of your own.")
     history = History(name or path.absolute().parent.name, path)
     known = False
-    for event in _events(path):
+    for event in read_journal(path):
         kind = event.get("event")
         if not known and kind != "journal":
             raise RunError(
@@ -127,17 +124,6 @@ def read_history(run: str | os.PathLike[str], name: str | None = None) -> Histor
         )
     _tidy(history)
     return history
-
-
-def _events(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        yield from read_journal(path)
-    except OSError as error:
-        raise RunError(
-            f"There is no journal {path} ({error.strerror}).",
-            cause="`adafreeze train` writes it into the output folder; SafeCallback and Safe only where they are told.",
-            fix='Give the folder of a run of `adafreeze train`, or use SafeCallback(journal="journal.jsonl").',
-        ) from error
 
 
 def _check_version(path: Path, version: Any) -> None:

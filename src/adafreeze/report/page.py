@@ -11,8 +11,9 @@ from typing import Any
 
 from .._version import __version__
 from ..errors import ConfigError, RunError
+from ..journal import JOURNAL_FILE
 from .charts import number_text
-from .history import JOURNAL_FILE, History, read_history
+from .history import History, read_history
 from .sections import analysis_charts, costs, curves_of, headline, run_charts
 
 __all__ = ["write_report"]
@@ -82,20 +83,19 @@ def _gather(places: Sequence[Path]) -> tuple[list[History], list[dict[str, Any]]
     runs: list[tuple[Path, str | None]] = []
     table = analysis = None
     for place in places:
-        if (place / SUMMARY_FILE).is_file():
-            summary = _json(place / SUMMARY_FILE)
+        compared, analyzed = (place / SUMMARY_FILE).is_file(), (place / ANALYSIS_FILE).is_file()
+        if compared:
+            summary = _json(place / SUMMARY_FILE, "compare")
             try:
                 table = [_row(row) for row in summary["rows"]]
                 runs += _cells(place, summary["outcomes"])
             except (KeyError, TypeError) as error:
                 raise _foreign(place / SUMMARY_FILE, "compare") from error
-        if (place / ANALYSIS_FILE).is_file():
-            analysis = _json(place / ANALYSIS_FILE)
+        if analyzed:
+            analysis = _json(place / ANALYSIS_FILE, "analyze")
             if not {"runs", "steps"} <= analysis.keys():
                 raise _foreign(place / ANALYSIS_FILE, "analyze")
-        if (not (place / SUMMARY_FILE).is_file() and not (place / ANALYSIS_FILE).is_file()) or (
-            place / JOURNAL_FILE
-        ).is_file():
+        if not (compared or analyzed) or (place / JOURNAL_FILE).is_file():
             runs.append((place, None))
     histories = [read_history(place, name) for place, name in runs[:MOST_RUNS]]
     seen: dict[str, int] = {}
@@ -142,7 +142,7 @@ def _differences(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
     return sorted(rows.items(), key=lambda row: len(set(row[1])) == 1)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, command: str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -150,7 +150,7 @@ def _json(path: Path) -> dict[str, Any]:
             f"{path} cannot be read ({error}).", cause="It was cut off or edited.", fix="Run the command again."
         ) from error
     if not isinstance(found, dict):
-        raise _foreign(path, "compare")
+        raise _foreign(path, command)
     return found
 
 

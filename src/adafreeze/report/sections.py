@@ -9,19 +9,19 @@ from typing import Any
 
 from ..sizes import readable
 from .charts import Caption, Chart, Curve, bands, heat_map, lines, number_text
-from .history import History
+from .history import History, is_score
 
 __all__ = ["analysis_charts", "curves_of", "headline", "run_charts"]
 
 TRAINS, RECOMPUTES, FROZEN, LOOKED_UP = "trains", "trains, recomputes", "frozen, computed", "frozen, looked up"
-# (log name, place on the page, title, factor): whatever else a host logs is in the data of the run.
+# (log name, place on the page, title, factor).
 LOGGED = (
     ("loss", "loss", "Training loss", 1.0),
     ("saved_bytes", "saved-bytes", "Saved bytes of a micro-step, MiB", 2.0**-20),
     ("flops_per_step", "flops", "FLOPs of a step, GFLOP", 1e-9),
     ("seconds_per_step", "seconds", "Seconds of a step", 1.0),
     ("safe/allocated_peak_mib", "allocator", "Allocator peak, MiB", 1.0),
-    ("safe/cache_hit_rate", "hits", "Samples found in the prefix cache, share since the first freeze", 1.0),
+    ("safe/cache_hit_rate", "hits", "Samples found in the prefix cache, share since the log before", 1.0),
     ("learning_rate", "rate", "Learning rate", 1.0),
 )
 
@@ -63,10 +63,7 @@ def run_charts(history: History) -> Iterator[Chart]:
 def curves_of(histories: Sequence[History]) -> Iterator[Chart]:
     """Every series that is logged, of all runs over each other; the freezes of the first that froze are marked."""
     marks = next(([step for step, _, _ in h.freezes] for h in histories if h.freezes), [])
-    evaluations = sorted(
-        {name for h in histories for name in h.logs if name.startswith("eval_") and not name.endswith("_per_second")}
-        - {"eval_runtime"}
-    )
+    evaluations = sorted({name for h in histories for name in h.logs if is_score(name)})
     chosen = [*LOGGED, *((name, name.replace("_", "-"), name.removeprefix("eval_") + ", held out", 1.0)
                          for name in evaluations)]  # fmt: skip
     for name, place, title, factor in chosen:
