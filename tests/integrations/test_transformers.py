@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import cases
 from adafreeze import RunError, SafeCallback, SafeConfig
@@ -64,6 +65,24 @@ def test_one_line_freezes_in_every_family(family, tmp_path):
     assert history[-1]["safe/frozen_prefix"] == sum(callback.safe.prefixes.values())
     assert history[-1]["safe/saved_mib"] < history[0]["safe/saved_mib"]
     assert all(p.requires_grad for n, p in trainer.model.named_parameters() if "lora_" in n), "left as it was"
+
+
+def test_trackers_get_the_scalars(tmp_path, monkeypatch):
+    seen = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "notebook", Tracker)
+    callback = SafeCallback(SafeConfig(freeze_share=0.6))
+    trainer = run("bert", tmp_path, callback, report_to=["notebook"])
+    steps = [logs for logs in seen if "loss" in logs]
+    assert steps and all({"safe/frozen_units", "safe/frozen_prefix", "safe/ramp"} <= logs.keys() for logs in steps)
+    assert steps[-1]["safe/frozen_units"] == len(callback.safe.frozen) > 0
+    assert all(isinstance(value, int | float | str) for logs in steps for value in logs.values())
+    assert trainer.callback_handler.callbacks[0] is callback
+    assert len(trainer.callback_handler.callbacks) == len({type(c) for c in trainer.callback_handler.callbacks})
 
 
 def test_the_adapter_gives_the_same_logits_where_adafreeze_never_was(tmp_path):

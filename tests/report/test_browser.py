@@ -31,7 +31,7 @@ for (const text of document.querySelectorAll("svg text")) {
     said.push("clipped: " + text.textContent);
   }
 }
-for (const drawing of document.querySelectorAll("svg")) {
+for (const drawing of document.querySelectorAll("svg[role=img]")) {
   if (drawing.getBoundingClientRect().height < 40) said.push("flat: " + drawing.getAttribute("aria-label"));
 }
 if (document.documentElement.scrollWidth > window.innerWidth) said.push("wider than the window");

@@ -21,7 +21,7 @@ def test_every_point_of_a_curve_is_drawn_said_and_given_away():
     assert sum(line.get("class") == "mark" for line in shapes(chart, "line")) == 1
     data = base64.b64decode(chart.link.partition(",")[2]).decode().splitlines()
     assert data[:2] == ["curve,step,value", "a,0,1.0"]
-    assert len({colour for _, colour in chart.legend}) == 2
+    assert len({colour for _, colour, _ in chart.legend}) == 2
 
 
 def test_points_lie_where_their_values_are():
@@ -61,6 +61,26 @@ def test_a_heat_map_is_darker_where_scores_are_higher_and_marks_freezes():
     assert sum(line.get("class") == "freeze" for line in shapes(chart, "line")) == 1
 
 
+def test_a_heat_map_of_many_measurements_keeps_its_peaks():
+    row = [0.1] * 1000
+    row[777] = 0.9
+    chart = heat_map(WORDS, ["a"], list(range(1000)), [row], [998])
+    cells = shapes(chart, "rect")
+    assert len(cells) == 160
+    peak = next(cell for cell in cells if cell.get("fill-opacity") == "1.000")
+    assert peak.get("data-tip") == "a, step 777: 0.9"
+    assert "a,777,0.9" in chart.csv
+    freeze = next(line for line in shapes(chart, "line") if line.get("class") == "freeze")
+    assert float(freeze.get("x1")) == float(cells[-1].get("x"))  # the stretch that holds step 998
+
+
+def test_no_two_of_twelve_curves_look_alike():
+    chart = lines(WORDS, [Curve(str(i), [(0, i), (1, i)]) for i in range(12)])
+    assert len({(colour, dash) for _, colour, dash in chart.legend}) == 12
+    drawn = [(line.get("stroke"), line.get("stroke-dasharray")) for line in shapes(chart, "polyline")]
+    assert drawn == [(colour, dash) for _, colour, dash in chart.legend]
+
+
 def test_a_heat_map_of_many_units_stays_small():
     rows = [f"u{i}" for i in range(500)]
     chart = heat_map(WORDS, rows, list(range(1000)), [[0.5] * 1000] * 500, [None] * 500)
@@ -70,7 +90,7 @@ def test_a_heat_map_of_many_units_stays_small():
 def test_bands_have_a_colour_for_each_state():
     spans = [[(0, 10, "trains"), (10, 40, "frozen")], [(0, 40, "trains")]]
     chart = bands(WORDS, ["0", "1"], spans, ("trains", "frozen", "never"), 40)
-    assert [label for label, _ in chart.legend] == ["trains", "frozen"]
+    assert [(label, dash) for label, _, dash in chart.legend] == [("trains", None), ("frozen", None)]
     first, second, third = shapes(chart, "rect")
     assert math.isclose(3 * float(first.get("width")), float(second.get("width")), rel_tol=0.01)
     assert first.get("fill") == third.get("fill") != second.get("fill")

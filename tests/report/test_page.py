@@ -142,6 +142,19 @@ def test_of_a_folder_of_compare_the_table_and_the_runs_of_the_first_seed(tmp_pat
     assert "stack-safe" in reader.figures
 
 
+def test_runs_that_a_page_has_no_room_for_are_named(tmp_path):
+    folders = [write_run(tmp_path / f"run-{number}") for number in range(14)]
+    _, reader, words = page_of(*folders, tmp_path=tmp_path)
+    assert sum(name.startswith("stack-") for name in reader.figures) == 12
+    assert f"for 12 runs fill a page: {folders[12]}, {folders[13]}." in words
+
+
+def test_runs_whose_names_differ_in_a_sign_have_places_of_their_own(tmp_path):
+    folders = [write_run(tmp_path / name) for name in ("a b", "a-b")]
+    _, reader, _ = page_of(*folders, tmp_path=tmp_path)
+    assert len(set(reader.figures)) == len(reader.figures)
+
+
 def test_landscape_and_spectrum_where_they_were_computed(runs, tmp_path):
     found = {"loss": 0.3, "line": [0.5, 0.3, 0.6], "eigenvalues": [3.0, 1.0], "trace": 5.0}
     (tmp_path / "flat").mkdir()
@@ -152,7 +165,19 @@ def test_landscape_and_spectrum_where_they_were_computed(runs, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["compare.json", "analysis.json"])
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"rows": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        '{"rows": 1}',
+        '{"rows": [1], "outcomes": [1]}',
+        '{"steps": [0], "runs": 1}',
+        '{"steps": [0], "runs": {"a": {"line": [1], "loss": 1, "trace": 1, "eigenvalues": []}}}',
+        '{"steps": [0], "runs": {"a": {"line": ["x"], "loss": 1, "trace": 1, "eigenvalues": [1]}}}',
+    ],
+)
 def test_a_damaged_summary_is_refused(name, text, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(RunError, match=name):

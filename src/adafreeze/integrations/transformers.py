@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from ..config import SafeConfig
 from ..errors import AdafreezeError, ProbeError, RunError, note
@@ -30,9 +31,9 @@ class SafeCallback(TrainerCallback, ExportableState):
 
     The probe is drawn from the train dataloader's dataset; where that holds something else than the model gets (TRL's
     GRPO and RLOO generate it), from what the model gets in the first step. ``safe/...`` scalars appear in the Trainer's
-    logs. The adapter is saved by the Trainer, in PEFT's own format. At the end of training the model is as it was,
-    but for the trained weights. Checkpoints carry the state of the freezing; ``resume_from_checkpoint`` takes it
-    up again.
+    logs and in every tracker of ``report_to``. The adapter is saved by the Trainer, in PEFT's own format. At the end of
+    training the model is as it was, but for the trained weights. Checkpoints carry the state of the freezing;
+    ``resume_from_checkpoint`` takes it up again.
 
     Args:
         config: settings; the defaults need no tuning.
@@ -74,6 +75,7 @@ class SafeCallback(TrainerCallback, ExportableState):
                 cause="Its replicas share Python objects with the original, which a frozen prefix changes.",
                 fix="CUDA_VISIBLE_DEVICES=0 python ...",
             )
+        self._go_first()
         self._start = partial(
             Safe,
             kwargs["model"],
@@ -145,6 +147,20 @@ class SafeCallback(TrainerCallback, ExportableState):
             self._seen.remove()
         if self.safe is not None:
             self.safe.close()
+
+    def _go_first(self) -> None:
+        """Before the trackers, so that they get what is added to the logs.
+
+        Callbacks are called in the order in which they were given, those of ``report_to`` before a script's own, and
+        no event is given the list: it is read off the caller.
+        """
+        frame = inspect.currentframe()
+        while frame is not None:
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, CallbackHandler):
+                caller.callbacks.sort(key=lambda callback: callback is not self)
+                return
+            frame = frame.f_back
 
     def _draw(self, model: nn.Module, dataloader: Any) -> None:
         """Start with a probe from the dataloader; where it holds something else than the model gets, later."""

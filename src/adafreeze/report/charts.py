@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 __all__ = ["Caption", "Chart", "Curve", "bands", "heat_map", "lines"]
 
@@ -45,13 +46,13 @@ class Chart:
         caption: its words.
         svg: the drawing; values in ``data-tip``.
         csv: its data.
-        legend: (label, colour) by entry.
+        legend: (label, colour, dashes of the line or None where it is no line) by entry.
     """
 
     caption: Caption
     svg: str
     csv: str
-    legend: tuple[tuple[str, str], ...] = ()
+    legend: tuple[tuple[str, str, str | None], ...] = ()
 
     @property
     def link(self) -> str:
@@ -85,8 +86,8 @@ def lines(caption: Caption, curves: Sequence[Curve], *, x: str = "step", marks: 
     parts = [_axes(across, down, (min(xs), max(xs)), (low, high), height, x)]
     parts += [f'<line class="mark" x1="{across(m):.1f}" x2="{across(m):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>'
               for m in marks if min(xs) <= m <= max(xs)]  # fmt: skip
-    for number, curve in enumerate(curves):
-        colour, dash = COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
+    styles = [_style(number) for number in range(len(curves))]
+    for curve, (colour, dash) in zip(curves, styles, strict=True):
         points = thin(curve.points)
         path = " ".join(f"{across(a):.1f},{down(b):.1f}" for a, b in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" '
@@ -98,7 +99,7 @@ def lines(caption: Caption, curves: Sequence[Curve], *, x: str = "step", marks: 
             for a, b in points
         ]
     rows = [(curve.label, a, b) for curve in curves for a, b in thin(curve.points, ROWS)]
-    legend = tuple((curve.label, COLOURS[number % len(COLOURS)]) for number, curve in enumerate(curves))
+    legend = tuple((curve.label, *style) for curve, style in zip(curves, styles, strict=True))
     return Chart(caption, _svg(parts, height, caption.title), _csv(("curve", x, "value"), rows), legend)
 
 
@@ -108,6 +109,8 @@ def heat_map(
 ) -> Chart:  # fmt: skip
     """A cell for each row and column, darker where the square root of its share of the largest is; rows bottom up.
 
+    Of more columns than can be seen, each cell stands for a stretch of them, and shows the largest value in it.
+
     Args:
         caption: its words.
         rows: labels, the lowest first.
@@ -116,15 +119,19 @@ def heat_map(
         frozen_at: the column from which on the row is frozen, or None.
     """
     count = max(1, min(len(columns), COLUMNS, CELLS // max(1, len(rows))))
-    kept = sorted({round(i * (len(columns) - 1) / max(1, count - 1)) for i in range(count)})
+    bounds = [round(i * len(columns) / count) for i in range(count + 1)]
+    stretches = [range(a, b) for a, b in pairwise(bounds)]
     tall = max(8, min(26, 520 // max(1, len(rows))))
     height = TOP + tall * len(rows) + BOTTOM
-    wide = (WIDTH - LEFT - RIGHT) / len(kept)
+    wide = (WIDTH - LEFT - RIGHT) / count
     most = max((v for row in values for v in row if math.isfinite(v)), default=0.0) or 1.0
     parts = _labels(rows, tall)
+    data: list[tuple[str, float, float]] = []
     for number, (label, row, stop) in enumerate(zip(rows, values, frozen_at, strict=True)):
         top = TOP + tall * (len(rows) - 1 - number)
-        for place, column in enumerate(kept):
+        for place, stretch in enumerate(stretches):
+            column = _largest(row, stretch)
+            data.append((label, columns[column], row[column]))
             value, left = row[column], LEFT + place * wide
             is_frozen = stop is not None and columns[column] >= stop
             said = f"{number_text(value)}" if math.isfinite(value) else "not measured"
@@ -136,14 +143,12 @@ def heat_map(
                 f'{", frozen" if is_frozen else ""}"/>'
             )
         if stop is not None:
-            place = next((i for i, column in enumerate(kept) if columns[column] >= stop), len(kept))
+            place = next((i for i, stretch in enumerate(stretches) if columns[stretch[-1]] >= stop), count)
             at = LEFT + place * wide
             parts.append(f'<line class="freeze" x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{top + tall - 1}"/>')
-    shown = sorted({0, len(kept) // 2, len(kept) - 1})
-    parts.append(
-        _below([(LEFT + (place + 0.5) * wide, f"{columns[kept[place]]:g}") for place in shown], height, "step")
-    )
-    data = [(label, columns[i], row[i]) for label, row in zip(rows, values, strict=True) for i in kept]
+    shown = sorted({0, count // 2, count - 1})
+    ticks = [(LEFT + (place + 0.5) * wide, f"{columns[stretches[place][0]]:g}") for place in shown]
+    parts.append(_below(ticks, height, "step"))
     return Chart(caption, _svg(parts, height, caption.title), _csv(("unit", "step", "score"), data))
 
 
@@ -175,7 +180,7 @@ def bands(
     parts.append(_below([(across(tick), f"{tick:g}") for tick in _ticks(0, end)], height, "step"))
     data = [(label, a, b, kind) for label, row in zip(rows, spans, strict=True) for a, b, kind in row]
     shown = {kind for row in spans for _, _, kind in row}
-    legend = tuple((kind, colour[kind]) for kind in kinds if kind in shown)
+    legend = tuple((kind, colour[kind], None) for kind in kinds if kind in shown)
     return Chart(caption, _svg(parts, height, caption.title), _csv(("block", "from", "to", "state"), data), legend)
 
 
@@ -219,6 +224,16 @@ def _ticks(low: float, high: float, count: int = 5) -> list[float]:
     size = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
     first = math.ceil(low / size - 1e-9)
     return [round(i * size, 12) for i in range(first, math.floor(high / size + 1e-9) + 1)]
+
+
+def _style(number: int) -> tuple[str, str]:
+    """Colour and dashes of a curve, another pair for each of the first 36."""
+    return COLOURS[number % len(COLOURS)], DASHES[(number + number // len(COLOURS)) % len(DASHES)]
+
+
+def _largest(row: Sequence[float], stretch: range) -> int:
+    """Where in the stretch the largest value is; its start where none was measured."""
+    return max(stretch, key=lambda column: row[column] if math.isfinite(row[column]) else -math.inf)
 
 
 def _labels(rows: Sequence[str], tall: int) -> list[str]:

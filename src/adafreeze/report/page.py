@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 from .._version import __version__
 from ..errors import ConfigError, RunError
 from ..journal import JOURNAL_FILE
-from .charts import number_text
+from .charts import Chart, number_text
 from .history import History, read_history
-from .sections import analysis_charts, costs, curves_of, headline, run_charts
+from .sections import analysis_charts, costs, curves_of, headline, run_charts, slug
 
 __all__ = ["write_report"]
 
@@ -27,7 +28,7 @@ def write_report(places: Sequence[str | os.PathLike[str]], output: str | os.Path
 
     Args:
         places: output folders of ``adafreeze train``, ``demo``, ``compare`` or ``analyze``, or journals. The runs
-            of a folder of ``compare`` are those of its first seed.
+            of a folder of ``compare`` are those of its first seed. The first twelve are drawn, the others named.
         output: the file.
 
     Returns:
@@ -45,19 +46,19 @@ def write_report(places: Sequence[str | os.PathLike[str]], output: str | os.Path
             cause="It is part of the extra `report`.",
             fix='pip install "adafreeze[report]"',
         ) from error
-    histories, table, analysis = _gather([Path(place).expanduser() for place in places])
+    histories, left_out, table, landscape = _gather([Path(place).expanduser() for place in places])
     plain = next((h for h in histories if h.method in ("plain", "none")), None)
     plain = plain or next((h for h in histories if h.done and not h.freezes), None)
     shown = [history for history in histories if history.freezes] or histories[:1]
     charts = [chart for history in histories for chart in run_charts(history)]
-    charts += curves_of(histories)
-    charts += analysis_charts(analysis) if analysis is not None else []
+    charts += [*curves_of(histories), *landscape]
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = page.from_string(files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")).render(
         histories=histories,
         headlines=[
             ("" if len(histories) == 1 else f"{history.name}: ") + headline(history, plain) for history in shown
         ],
+        left_out=left_out,
         costs=costs(histories),
         charts=charts,
         table=table,
@@ -79,31 +80,31 @@ def write_report(places: Sequence[str | os.PathLike[str]], output: str | os.Path
     return path
 
 
-def _gather(places: Sequence[Path]) -> tuple[list[History], list[dict[str, Any]] | None, dict[str, Any] | None]:
+def _gather(
+    places: Sequence[Path],
+) -> tuple[list[History], list[str], list[dict[str, Any]] | None, list[Chart]]:
+    """Runs that are drawn, names of those that are not, rows of a comparison, landscape and spectrum."""
     runs: list[tuple[Path, str | None]] = []
-    table = analysis = None
+    table, landscape = None, []
     for place in places:
         compared, analyzed = (place / SUMMARY_FILE).is_file(), (place / ANALYSIS_FILE).is_file()
         if compared:
-            summary = _json(place / SUMMARY_FILE, "compare")
-            try:
+            with _of(place / SUMMARY_FILE, "compare") as summary:
                 table = [_row(row) for row in summary["rows"]]
                 runs += _cells(place, summary["outcomes"])
-            except (KeyError, TypeError) as error:
-                raise _foreign(place / SUMMARY_FILE, "compare") from error
         if analyzed:
-            analysis = _json(place / ANALYSIS_FILE, "analyze")
-            if not {"runs", "steps"} <= analysis.keys():
-                raise _foreign(place / ANALYSIS_FILE, "analyze")
+            with _of(place / ANALYSIS_FILE, "analyze") as found:
+                landscape = list(analysis_charts(found))
         if not (compared or analyzed) or (place / JOURNAL_FILE).is_file():
             runs.append((place, None))
     histories = [read_history(place, name) for place, name in runs[:MOST_RUNS]]
     seen: dict[str, int] = {}
     for history in histories:
-        seen[history.name] = seen.get(history.name, 0) + 1
-        if seen[history.name] > 1:
-            history.name += f" ({seen[history.name]})"
-    return histories, table, analysis
+        place_on_page = slug(history.name)
+        seen[place_on_page] = seen.get(place_on_page, 0) + 1
+        if seen[place_on_page] > 1:
+            history.name += f" ({seen[place_on_page]})"
+    return histories, [name or str(place) for place, name in runs[MOST_RUNS:]], table, landscape
 
 
 def _cells(folder: Path, outcomes: Sequence[dict[str, Any]]) -> list[tuple[Path, str | None]]:
@@ -142,21 +143,24 @@ def _differences(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
     return sorted(rows.items(), key=lambda row: len(set(row[1])) == 1)
 
 
-def _json(path: Path, command: str) -> dict[str, Any]:
+@contextmanager
+def _of(path: Path, command: str) -> Iterator[dict[str, Any]]:
+    """What a command has written, in whose form the body of the ``with`` can rely.
+
+    Raises:
+        RunError: the file cannot be read, or the body finds it in another form.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(
             f"{path} cannot be read ({error}).", cause="It was cut off or edited.", fix="Run the command again."
         ) from error
-    if not isinstance(found, dict):
-        raise _foreign(path, command)
-    return found
-
-
-def _foreign(path: Path, command: str) -> RunError:
-    return RunError(
-        f"{path} is not what `adafreeze {command}` writes.",
-        cause="It was edited, or another version wrote it.",
-        fix=f"Run `adafreeze {command}` again.",
-    )
+    try:
+        yield found
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{path} is not what `adafreeze {command}` writes.",
+            cause="It was edited, or another version wrote it.",
+            fix=f"Run `adafreeze {command}` again.",
+        ) from error

@@ -11,7 +11,7 @@ from ..sizes import readable
 from .charts import Caption, Chart, Curve, bands, heat_map, lines, number_text
 from .history import History, is_score
 
-__all__ = ["analysis_charts", "curves_of", "headline", "run_charts"]
+__all__ = ["analysis_charts", "curves_of", "headline", "run_charts", "slug"]
 
 TRAINS, RECOMPUTES, FROZEN, LOOKED_UP = "trains", "trains, recomputes", "frozen, computed", "frozen, looked up"
 # (log name, place on the page, title, factor).
@@ -109,7 +109,7 @@ def _scores(history: History) -> Chart:
     )
     labels = _short(history.units, history.stacks)
     title = "Importance of each unit: 1 − CKA with what it was, stronger is more; a line where it froze"
-    caption = Caption(f"scores-{_slug(history.name)}", title, text.strip())
+    caption = Caption(f"scores-{slug(history.name)}", title, text.strip())
     return heat_map(caption, labels, steps, values, [froze.get(unit) for unit in history.units])
 
 
@@ -128,7 +128,7 @@ def _stack(history: History) -> Chart:
         found = history.cache.get("hits", 0) + history.cache.get("advanced", 0)
         text += f"{found:,} of {found + history.cache.get('misses', 0):,} samples were then looked up."
     kinds = (TRAINS, FROZEN, LOOKED_UP, RECOMPUTES)
-    return bands(Caption(f"stack-{_slug(history.name)}", "What each block does", text.strip()), rows, spans, kinds, end)
+    return bands(Caption(f"stack-{slug(history.name)}", "What each block does", text.strip()), rows, spans, kinds, end)
 
 
 def _spans(history: History, path: str, index: int, end: int) -> Iterator[tuple[float, float, str]]:
@@ -194,5 +194,6 @@ def _short(units: Sequence[str], stacks: Mapping[str, int]) -> list[str]:
     return labels
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """A run's name as part of a place on the page."""
     return "".join(c if c.isalnum() else "-" for c in name).strip("-") or "run"
