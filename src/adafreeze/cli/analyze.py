@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     groups = _grouped(runs)
     _write(output / ANALYSIS_FILE, given, settings, runs, found, groups)
     _show(groups, runs, found, settings)
-    print(f"Written to {output / 'analysis.json'}.")
+    print(f"Written to {output / ANALYSIS_FILE}.")
     picture = output / "analysis.png"
     draw({name: [found[run] for run in members] for name, members in groups.items()}, settings, picture)
     print(f"The picture is {picture}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
@@ -98,12 +99,11 @@ def _gather(
         if not (compared or analyzed) or (place / JOURNAL_FILE).is_file():
             runs.append((place, None))
     histories = [read_history(place, name) for place, name in runs[:MOST_RUNS]]
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     for history in histories:
-        place_on_page = slug(history.name)
-        seen[place_on_page] = seen.get(place_on_page, 0) + 1
-        if seen[place_on_page] > 1:
-            history.name += f" ({seen[place_on_page]})"
+        seen[key := slug(history.name)] += 1
+        if seen[key] > 1:
+            history.name += f" ({seen[key]})"
     return histories, [name or str(place) for place, name in runs[MOST_RUNS:]], table, landscape
 
 
