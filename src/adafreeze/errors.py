@@ -1,9 +1,10 @@
-"""Errors and warnings: each says the fact, its cause, and the fix as something that can be typed."""
+"""Errors and warnings: each says the fact, its cause, the fix as something that can be typed, and where to read more."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 
 __all__ = [
@@ -19,8 +20,22 @@ __all__ = [
 ]
 
 
-def _compose(fact: str, cause: str, fix: str) -> str:
-    return f"{fact}\n  Cause: {cause}\n  Fix:   {fix}"
+HELP = "docs/messages.md"  # of this repository; docs/messages.py writes it from all that the code can say
+
+
+def _compose(fact: str, cause: str, fix: str, place: str | None) -> str:
+    more = f"\n  More:  {HELP}#{place}" if place else ""
+    return f"{fact}\n  Cause: {cause}\n  Fix:   {fix}{more}"
+
+
+def _place() -> str | None:
+    """Who speaks, as ``module.function`` below adafreeze: the name of the entry in HELP. None of others' code."""
+    frame = sys._getframe(1)
+    # A comprehension or a lambda speaks for the function that holds it.
+    while frame.f_back and (frame.f_globals.get("__name__") == __name__ or frame.f_code.co_name.startswith("<")):
+        frame = frame.f_back
+    root, _, module = frame.f_globals.get("__name__", "").partition(".")
+    return f"{module}.{frame.f_code.co_name}" if root == "adafreeze" and module else None
 
 
 class AdafreezeError(Exception):
@@ -31,6 +46,8 @@ class AdafreezeError(Exception):
         cause: why that cannot work.
         fix: what to change, where possible as a line to paste.
 
+    The message ends with its entry in the list of all messages, if adafreeze's own code raised it.
+
     >>> print(AdafreezeError("The model has no adapters.", cause="Nothing trains.", fix="get_peft_model(...)"))
     The model has no adapters.
       Cause: Nothing trains.
@@ -38,15 +55,21 @@ class AdafreezeError(Exception):
     """
 
     def __init__(self, fact: str, *, cause: str, fix: str) -> None:
-        super().__init__(_compose(fact, cause, fix))
+        super().__init__(fact)
         self.fact, self.cause, self.fix = fact, cause, fix
+        self.place = _place()
+
+    def __str__(self) -> str:
+        return _compose(self.fact, self.cause, self.fix, self.place)
 
     def __reduce__(self) -> tuple:
-        return _rebuild, (type(self), self.fact, self.cause, self.fix)
+        return _rebuild, (type(self), self.fact, self.cause, self.fix, self.place)
 
 
-def _rebuild(kind: type[AdafreezeError], fact: str, cause: str, fix: str) -> AdafreezeError:
-    return kind(fact, cause=cause, fix=fix)
+def _rebuild(kind: type[AdafreezeError], fact: str, cause: str, fix: str, place: str | None) -> AdafreezeError:
+    error = kind(fact, cause=cause, fix=fix)
+    error.place = place
+    return error
 
 
 class ConfigError(AdafreezeError, ValueError):
@@ -75,7 +98,7 @@ class AdafreezeWarning(UserWarning):
 
 def warn(fact: str, *, cause: str, fix: str, stacklevel: int = 3) -> None:
     """Issue an :class:`AdafreezeWarning` in the same three parts as an error."""
-    warnings.warn(_compose(fact, cause, fix), AdafreezeWarning, stacklevel=stacklevel)
+    warnings.warn(_compose(fact, cause, fix, _place()), AdafreezeWarning, stacklevel=stacklevel)
 
 
 def note(text: str) -> None:

@@ -114,16 +114,18 @@ def _device() -> torch.device:
     return torch.device(torch.accelerator.current_accelerator() or "cpu")
 
 
-def _told(error: Exception) -> dict[str, str]:
+def _told(error: Exception) -> dict[str, str | None]:
     if isinstance(error, AdafreezeError):
-        return {"kind": type(error).__name__, "fact": error.fact, "cause": error.cause, "fix": error.fix}
+        return {"kind": type(error).__name__, **vars(error)}
     return {"kind": "", "fact": f"{type(error).__name__}: {error}"}
 
 
-def _as_raised(told: Mapping[str, str]) -> AdafreezeError:
+def _as_raised(told: Mapping[str, Any]) -> AdafreezeError:
     if told["kind"]:
-        kind = getattr(errors, told["kind"], RunError)
-        return kind(told["fact"], cause=told["cause"], fix=told["fix"])  # type: ignore[no-any-return]
+        kind: type[AdafreezeError] = getattr(errors, told["kind"], RunError)
+        error = kind(told["fact"], cause=told["cause"], fix=told["fix"])
+        error.place = told["place"]
+        return error
     return RunError(
         f"Rank 0 failed: {told['fact']}",
         cause="What it decides, all ranks do; here it could not.",
