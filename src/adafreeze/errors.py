@@ -1,4 +1,4 @@
-"""Errors and warnings: each says the fact, its cause, the fix as something that can be typed, and where to read more."""
+"""Errors and warnings: each says the fact, its cause, the fix as something to type, and where it is listed."""
 
 from __future__ import annotations
 
