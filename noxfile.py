@@ -55,7 +55,10 @@ HOSTS = {
         tests=("tests/distributed/test_deepspeed.py", "tests/distributed/test_zero_trainer.py"),
         environment={"DS_ACCELERATOR": "cpu"},
     ),
-    "lightning": Host(packages=("lightning==2.6.6",), tests=("tests/integrations/test_lightning.py",)),
+    "lightning": Host(
+        packages=("lightning==2.6.6",),
+        tests=("tests/integrations/test_lightning.py", "tests/test_examples.py", "-k", "lightning"),
+    ),
 }
 ALWAYS = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -69,6 +72,15 @@ def run(session: nox.Session) -> None:
     if host.without:
         session.run("python", "-m", "pip", "uninstall", "-q", "-y", *host.without)
     session.run("pytest", "-q", "--durations=5", *host.tests, *session.posargs, env=ALWAYS | host.environment)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site into site/; a dead link or a name that is not there fails. adafreeze is read, not imported."""
+    session.install(
+        "-c", "constraints.txt", *nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["docs"]
+    )
+    session.run("mkdocs", "build", "--strict", "--quiet")
 
 
 for name in HOSTS:

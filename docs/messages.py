@@ -37,8 +37,8 @@ HEAD = """# All messages
 <!-- Written by `python docs/messages.py` from the source. -->
 
 Every error and warning ends with a line `More:` that names its entry here. ‹…› stands for what is filled in; where a
-part depends on the case, ` / ` stands between the choices. Notes are single lines that cost you nothing. Symptoms without
-a message: [troubleshooting](troubleshooting.md).
+part depends on the case, ` / ` stands between the choices. Notes are single lines that cost you nothing. Symptoms
+without a message: [troubleshooting](troubleshooting.md).
 """
 
 

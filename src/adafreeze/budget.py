@@ -122,7 +122,7 @@ class Budget:
         return {"limit": self.limit, "ratio": self.ratio, "ratios": list(self._ratios), "choices": choices}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state_dict` wrote; ``"auto"`` stays what it was, unless less is free now."""
+        """Take up what ``state_dict`` wrote; ``"auto"`` stays what it was, unless less is free now."""
         self.ratio, self._ratios = state["ratio"], list(state["ratios"])
         limit = state.get("limit", 0)
         if self._auto and limit:
@@ -345,11 +345,11 @@ class Budget:
 
 
 def open_budget(limit: int | float | str | None, probe: Probe, rows: int, *parts: Any) -> Budget | None:
-    """A :class:`Budget`, checked before the run; or one line that says what having none means.
+    """A ``Budget``, checked before the run; or one line that says what having none means.
 
     Args:
         limit: None for no budget.
-        probe: as for :meth:`Budget.check`.
+        probe: as for ``Budget.check``.
         rows: of one micro-batch.
         parts: the other arguments of Budget.
 

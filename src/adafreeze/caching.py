@@ -190,7 +190,7 @@ class Caching:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state_dict` wrote, before the prefix changes."""
+        """Take up what ``state_dict`` wrote, before the prefix changes."""
         self._folder, self._resumed = state["folder"], state["cache"]
         self._said = state.get("announced", True)
         if self.cache is not None and self._resumed is not None:  # units that were frozen by hand have opened it

@@ -28,7 +28,7 @@ class SafeConfig:
         policy: which units freeze next. ``"share"`` (default) freezes the longest prefix whose scores sum to at
             most ``freeze_share`` of the total; ``"threshold"`` is the paper's: every unit whose score is below
             τ(t); ``"bottom_up"`` freezes ``freeze_share`` of the blocks from the bottom, whatever they score; or a
-            function of a :class:`~adafreeze.decide.policy.Situation` that returns unit names.
+            function of a ``Situation`` that returns unit names.
         score: how a unit's importance is measured: ``"cka"`` (default), ``"cka_debiased"``, ``"local_cka"``,
             ``"grad_norm"``, ``"weight_change"``, ``"random"``, or a function of two tensors of shape
             (tokens, features): the unit's representation before (pre-trained) and now.

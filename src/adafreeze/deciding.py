@@ -106,7 +106,7 @@ class Decider:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Take up what :meth:`state_dict` wrote on rank 0; takes the pre-trained representations again, if need be."""
+        """Take up what ``state_dict`` wrote on rank 0; takes the pre-trained representations again, if need be."""
         self._settling.load_state_dict(state["settling"])
         self.scores, self.warmup_end = dict(state["scores"]), state["warmup_end"]
         self.plan, self.scorer = None, None

@@ -97,7 +97,7 @@ class AdafreezeWarning(UserWarning):
 
 
 def warn(fact: str, *, cause: str, fix: str, stacklevel: int = 3) -> None:
-    """Issue an :class:`AdafreezeWarning` in the same three parts as an error."""
+    """Issue an ``AdafreezeWarning`` in the same three parts as an error."""
     warnings.warn(_compose(fact, cause, fix, _place()), AdafreezeWarning, stacklevel=stacklevel)
 
 

@@ -76,7 +76,7 @@ def export_config(
     ``target_modules``, a method without ``layers_to_transform``), by a pattern as ``target_modules``. Adapters outside
     the blocks are carried on only if all blocks are.
 
-    Ranks, for LoRA and DoRA: by :func:`ranks_by_score`, in ``rank_pattern``, with as many parameters as the run had in
+    Ranks, for LoRA and DoRA: by ``ranks_by_score``, in ``rank_pattern``, with as many parameters as the run had in
     all its blocks; ``alpha_pattern`` keeps α/r (α/√r with ``use_rslora``) what it was. A rank of block b costs
     c_b = Σ (d_in + d_out) parameters over its adapted layers, and is at most the smallest d of them: both are read off
     the saved adapter. Without one, all blocks are taken to cost the same.

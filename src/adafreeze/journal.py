@@ -78,7 +78,7 @@ class Journal:
             )
 
     def mark(self) -> dict[str, Any] | None:
-        """Where the file ends now, for :meth:`rewind` of whoever resumes from here; None in memory."""
+        """Where the file ends now, for ``rewind`` of whoever resumes from here; None in memory."""
         if self._file is None:
             return None
         return {"run": self._run, "bytes": self._file.seek(0, os.SEEK_END)}

@@ -90,7 +90,7 @@ def plan(
     Args:
         model: a name on the Hub, a folder, the path of a config.json, a configuration, or a module (with its adapters
             in it, or none yet; it is left as it was).
-        adapter: for :func:`peft.get_peft_model`; None if the module has its adapters.
+        adapter: for ``peft.get_peft_model``; None if the module has its adapters.
         task: one of ``"text-classification"``, ``"regression"``, ``"causal-lm"``, ``"seq2seq-lm"``,
             ``"image-classification"``; not for a module with ``inputs``.
         batch_size: samples of one micro-batch.
@@ -106,7 +106,7 @@ def plan(
         accumulate: over several micro-batches, so that gradients are there from the start.
         autocast_adapter_dtype: PEFT's own switch: float32 adapters in a model of half precision.
         target: where the run will be, ``"cuda"`` or ``"cpu"``: their attention kernels keep different tensors.
-        device_memory: of the device: bytes, a text such as ``"24GiB"``, or a name in :data:`GPUS`. Of CUDA memory
+        device_memory: of the device: bytes, a text such as ``"24GiB"``, or a name in ``GPUS``. Of CUDA memory
             1 GiB is left for the context, workspaces and fragments.
         hub: ``revision``, ``cache_dir``, ``token`` and ``trust_remote_code`` for the configuration.
 

@@ -35,9 +35,7 @@ __all__ = ["Safe"]
 
 
 class Safe:
-    """Selective adapter freezing of a model that trains.
-
-    ::
+    """Selective adapter freezing of a model that trains:
 
         safe = Safe(model, optimizer=optimizer, probe=train_dataloader, total_steps=len(train_dataloader) * epochs)
         for batch in train_dataloader:
@@ -48,7 +46,7 @@ class Safe:
         safe.close()
 
     Nothing about the run changes before the first freeze: no random state advances, no batch is taken, losses
-    are the same to the last bit. In a run of several processes every rank makes a Safe and calls :meth:`step`; rank 0
+    are the same to the last bit. In a run of several processes every rank makes a Safe and calls ``step``; rank 0
     decides, and all ranks freeze the same units at the same step.
 
     Args:
@@ -134,7 +132,7 @@ class Safe:
 
     @property
     def frozen(self) -> frozenset[str]:
-        """Names of the frozen units; after :meth:`close`, of those that were frozen then."""
+        """Names of the frozen units; after ``close``, of those that were frozen then."""
         return self.freezer.frozen if self._at_close is None else self._at_close[0]
 
     @property
@@ -250,7 +248,7 @@ class Safe:
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a run where :meth:`state_dict` was written; freezes its units at once.
+        """Take up a run where ``state_dict`` was written; freezes its units at once.
 
         To be called last, when model, optimizer and scheduler have theirs: a random state that was kept is put back
         here. What the journal holds of later steps is cut off: they come again.

@@ -32,8 +32,8 @@ LEAST_SAMPLES = 2
 class Scorer:
     """Scores of all units, measured on one probe.
 
-    :meth:`prepare` fixes how large the probe is and how many measurements the run affords, from counted FLOPs
-    alone, so that freeze steps do not depend on the machine's speed::
+    ``prepare`` fixes how large the probe is and how many measurements the run affords, from counted FLOPs
+    alone, so that freeze steps do not depend on the machine's speed:
 
         cost(S, N) = (1 + N)·P(S)·f + N·Σ_units cka_flops(n(S), d) + floor  ≤  overhead · 2·f·R
 
@@ -141,7 +141,7 @@ class Scorer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, measures_again: bool = True) -> None:
-        """Take up what :meth:`state_dict` wrote, on the same probe.
+        """Take up what ``state_dict`` wrote, on the same probe.
 
         Takes the pre-trained representations again, unless nothing is to be measured any more.
         """

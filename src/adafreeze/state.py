@@ -35,7 +35,7 @@ def opened(state: Any, units: Collection[str]) -> dict[str, Any]:
     """The content of ``state``, if it is whole and belongs to this run.
 
     Args:
-        state: what :func:`sealed` returned, through whatever the host wrote it to.
+        state: what ``sealed`` returned, through whatever the host wrote it to.
         units: names of the model's units.
 
     Raises:
@@ -89,7 +89,7 @@ def packed_random_state() -> dict[str, Any]:
 
 
 def restore_random_state(packed: Mapping[str, Any]) -> None:
-    """Put back what :func:`packed_random_state` found."""
+    """Put back what ``packed_random_state`` found."""
     version, numbers, gauss = packed["python"]
     set_random_state(
         {

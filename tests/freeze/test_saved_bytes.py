@@ -68,6 +68,25 @@ def test_half_the_blocks_frozen_is_about_half_the_bytes(family, arrange, count):
     assert count(model, family) == plain
 
 
+@pytest.mark.parametrize(
+    ("name", "frozen", "low", "high"),
+    [
+        ("the lower half", range(4), 0.45, 0.55),
+        ("the upper half", range(4, 8), 0.8, 0.99),
+        ("every second", range(1, 8, 2), 0.8, 0.99),
+    ],
+)
+def test_only_a_prefix_pays(name, frozen, low, high):
+    model = cases.lora_model("llama", blocks=8)
+    plain = saved(model, "llama")
+    names = [f"model.layers.{index}" for index in frozen]
+    safe = Safe(model, SafeConfig(freeze=names), probe=cases.loader("llama"), total_steps=10)
+    assert set(safe.frozen) == set(names)
+    ratio = saved(model, "llama") / plain
+    print(f"llama, frozen {name}: {ratio:.3f}")
+    assert low < ratio < high
+
+
 def saved_by_part(model, family):
     """Bytes before the bottom block, in each block, and above the top one."""
     blocks = next(module for module in model.modules() if isinstance(module, ModuleList))

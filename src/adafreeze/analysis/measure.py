@@ -60,8 +60,8 @@ class Finding:
         sharpness: SAM's, with ρ = 0.05.
         adaptive_sharpness: in units of the weights, with ρ = 0.5.
         norms: of the weights, by block.
-        line: the 1-D slice at :meth:`Settings.steps`.
-        plane: the 2-D slice at :meth:`Settings.plane_steps`, a row for each step across.
+        line: the 1-D slice at ``Settings.steps``.
+        plane: the 2-D slice at ``Settings.plane_steps``, a row for each step across.
         products: with the Hessian, that it took.
     """
 

@@ -31,7 +31,7 @@ class LiveView(TrainerCallback):
     """Progress, the stack (which blocks train, which are frozen), loss and costs.
 
     Args:
-        safe: the run's :class:`~adafreeze.Safe`, once there is one; None of a plain run.
+        safe: the run's ``Safe``, once there is one; None of a plain run.
         console: where to.
     """
 

@@ -45,7 +45,7 @@ def prepare_folder(path: str, *, overwrite: bool = False, resume: str | None = N
 
     Args:
         path: the folder.
-        overwrite: a run that it holds may be removed (by :func:`clear_run`, once the input has proved good).
+        overwrite: a run that it holds may be removed (by ``clear_run``, once the input has proved good).
         resume: what was given to ``--resume_from_checkpoint``: the folder is expected to hold that run.
 
     Raises:

@@ -55,7 +55,7 @@ def make_task(data: DataArguments) -> Task:
 
 
 def rows_of(data: DataArguments) -> dict[str, Any]:
-    """Where the rows come from, as :func:`adafreeze.tasks.load_splits` wants it: for GLUE the Hub, if not said."""
+    """Where the rows come from, as ``adafreeze.tasks.load_splits`` wants it: for GLUE the Hub, if not said."""
     found = {
         "dataset_name": data.dataset_name,
         "dataset_config_name": data.dataset_config_name,

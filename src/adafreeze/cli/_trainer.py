@@ -19,9 +19,9 @@ class MeteredTrainer(Trainer):
     """A Trainer whose every micro-step runs inside ``meter.step(inputs)``.
 
     Args:
-        meter: a :class:`adafreeze.costs.meter.Meter`; None counts nothing.
+        meter: a ``adafreeze.costs.meter.Meter``; None counts nothing.
         score: ``score(model, batch_size)``, more metrics of an evaluation; None: no more.
-        args, kwargs: for :class:`transformers.Trainer`.
+        args, kwargs: for ``transformers.Trainer``.
     """
 
     def __init__(self, *args: Any, meter: Any = None, score: Any = None, **kwargs: Any) -> None:

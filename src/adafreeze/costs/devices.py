@@ -34,7 +34,7 @@ def usable_memory(device_memory: int | str | None, target: str) -> int | None:
     """Bytes that a run can have on a device; None for None.
 
     Args:
-        device_memory: bytes, a text such as ``"24GiB"``, or a name in :data:`GPUS`, however it is spelt.
+        device_memory: bytes, a text such as ``"24GiB"``, or a name in ``GPUS``, however it is spelt.
         target: on ``"cuda"`` 1 GiB is left for the context, workspaces and fragments.
 
     Raises:

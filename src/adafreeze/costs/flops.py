@@ -27,7 +27,7 @@ _FORMULAS = {
 
 
 class CountFlops(TorchDispatchMode):
-    """Counts floating-point operations (multiply and add are two) of all matrix products within the block::
+    """Counts floating-point operations (multiply and add are two) of all matrix products within the block:
 
         with CountFlops() as count:
             model(**batch).loss.backward()

@@ -20,7 +20,7 @@ _counting: list[SavedBytes] = []
 
 
 class SavedBytes:
-    """Counts the activation bytes that autograd saves within the block, on any device::
+    """Counts the activation bytes that autograd saves within the block, on any device:
 
         with SavedBytes(model) as saved:
             loss = model(**batch).loss
@@ -83,7 +83,7 @@ def uncounted() -> Iterator[None]:
 
 
 class StorageTracker(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, and their peak, within the block, on any device::
+    """Counts the bytes of all storages that are alive, and their peak, within the block, on any device:
 
         with StorageTracker() as tracker:
             tracker.hold(*model.parameters(), *model.buffers())
@@ -98,7 +98,7 @@ class StorageTracker(TorchDispatchMode):
 
     Attributes:
         now: bytes alive.
-        peak: the most there were since the start, or since :meth:`reset_peak`.
+        peak: the most there were since the start, or since ``reset_peak``.
     """
 
     def __init__(self, rounding: int = 1) -> None:

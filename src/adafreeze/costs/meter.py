@@ -25,7 +25,7 @@ class StepCost:
 
 
 class Meter:
-    """Adds up what a run costs::
+    """Adds up what a run costs:
 
         meter = Meter(model, state_key=lambda: safe.state_key)
         with meter.step(batch):

@@ -70,7 +70,7 @@ class CKAReference:
     Args:
         before: (n, d).
         debiased: use the unbiased estimator.
-        normalize_rows: apply :func:`unit_rows` to both sides first.
+        normalize_rows: apply ``unit_rows`` to both sides first.
 
     Raises:
         ProbeError: fewer than 2 rows (debiased: 4).
@@ -107,7 +107,7 @@ class CKAReference:
         return self._kept.nbytes
 
     def cka(self, after: Tensor) -> float:
-        """CKA with ``after`` (n, any width); see :func:`linear_cka`."""
+        """CKA with ``after`` (n, any width); see ``linear_cka``."""
         if len(after) != self._n:
             raise ProbeError(
                 f"CKA was asked for between {self._n} and {len(after)} tokens.",

@@ -19,7 +19,7 @@ class Situation:
 
     Attributes:
         step: optimizer steps done.
-        ramp: 0 at the end of the warm-up, 1 from ``ramp_end`` on (:func:`~adafreeze.decide.schedule.cubic_ramp`).
+        ramp: 0 at the end of the warm-up, 1 from ``ramp_end`` on (``cubic_ramp``).
         scores: the latest score of each unit; one that was never measured is missing.
         chains: for each independent chain of stacks (a T5 encoder and its decoder are one), for each block from
             bottom to top, the names of its units; ``()`` for a block without any.

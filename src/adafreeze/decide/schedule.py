@@ -75,6 +75,6 @@ class Settling:
         return {"calm": self._calm, "scores": self._scores, "choice": choice}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up where :meth:`state_dict` was written."""
+        """Take up where ``state_dict`` was written."""
         self._calm, self._scores = state["calm"], dict(state["scores"])
         self._choice = None if state["choice"] is None else frozenset(state["choice"])

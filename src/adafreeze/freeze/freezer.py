@@ -16,7 +16,7 @@ __all__ = ["Freezer"]
 
 
 class Freezer:
-    """Freezes units of a model, for good, until :meth:`restore`.
+    """Freezes units of a model, for good, until ``restore``.
 
     A frozen parameter has ``requires_grad=False``, no gradient (AdamW moves a parameter whose gradient is zero,
     by momentum and decay, and leaves one alone whose gradient is None) and no optimizer state. It stays in its
@@ -79,7 +79,7 @@ class Freezer:
         return [p for p in self.parameters() if p.requires_grad or p.grad is not None]
 
     def audit(self) -> list[str]:
-        """Freeze again what is :meth:`loose`, and name the units it happened to."""
+        """Freeze again what is ``loose``, and name the units it happened to."""
         loose = self.loose()
         for parameter in loose:
             parameter.requires_grad_(False)

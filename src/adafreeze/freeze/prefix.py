@@ -56,7 +56,7 @@ class Prefix:
 
     Attributes:
         look_up: asked before each training pass of the model, with its arguments, where to start: stack path to
-            :class:`Start`. Stacks that it leaves out run their prefix.
+            ``Start``. Stacks that it leaves out run their prefix.
         watch_boundary: called with a stack's path and the hidden states at its boundary in a training pass.
         autocast: (dtype or None) that was in force in the last training pass; "unknown" before the first.
     """

@@ -65,7 +65,7 @@ class Recompute:
         self._undo = ExitStack()
 
     def install(self) -> None:
-        """Take over from the model's own checkpointing, until :meth:`restore`."""
+        """Take over from the model's own checkpointing, until ``restore``."""
         for name, block in self.blocks.items():
             self._undo.enter_context(held_attribute(block, "gradient_checkpointing", False))
             self._undo.enter_context(patched_forward(block, self._forward(name, block)))

@@ -17,7 +17,7 @@ __all__ = ["AcceleratedSafe"]
 
 
 class AcceleratedSafe(Safe):
-    """Safe that steps, and is saved, as Accelerate's own optimizers and schedulers are::
+    """Safe that steps, and is saved, as Accelerate's own optimizers and schedulers are:
 
         model, optimizer, train_dataloader = accelerator.prepare(model, optimizer, train_dataloader)
         safe = AcceleratedSafe(accelerator, model, optimizer, train_dataloader, total_steps=max_train_steps)
@@ -29,7 +29,7 @@ class AcceleratedSafe(Safe):
                 safe.step()
         safe.close()
 
-    Inside ``accelerator.accumulate`` :meth:`step` counts only where the optimizer steps. ``accelerator.save_state()``
+    Inside ``accelerator.accumulate`` ``step`` counts only where the optimizer steps. ``accelerator.save_state()``
     and ``load_state()`` keep its state with all others, and random states as they always do. ``accelerator.log(
     safe.logs(), step=safe.steps)`` writes its scalars to the trackers.
 

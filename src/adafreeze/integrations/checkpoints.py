@@ -14,7 +14,7 @@ __all__ = ["check_checkpoint", "last_checkpoint"]
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest whole checkpoint in a Trainer's output folder; None if there is none::
+    """The newest whole checkpoint in a Trainer's output folder; None if there is none:
 
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
 

@@ -21,7 +21,7 @@ __all__ = ["AdapterFreezing"]
 
 
 class _Hooks:
-    """Selective adapter freezing in a Lightning Trainer::
+    """Selective adapter freezing in a Lightning Trainer:
 
         from adafreeze.integrations.lightning import AdapterFreezing
 
@@ -58,7 +58,7 @@ class _Hooks:
         return {} if self.safe is None else self.safe.state_dict(random_state=self.safe.ranks.size == 1)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep it for :meth:`on_train_start`: Lightning gives it before there is an optimizer."""
+        """Keep it for ``on_train_start``: Lightning gives it before there is an optimizer."""
         self._loaded = state
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -147,7 +147,7 @@ def _adapted(module: nn.Module) -> Any:
 if TYPE_CHECKING:
 
     class AdapterFreezing(_Hooks):
-        """See :class:`_Hooks`."""
+        """See ``_Hooks``."""
 
 
 def __getattr__(name: str) -> Any:

@@ -25,7 +25,7 @@ __all__ = ["SafeCallback"]
 
 
 class SafeCallback(TrainerCallback, ExportableState):
-    """Selective adapter freezing in a Trainer::
+    """Selective adapter freezing in a Trainer:
 
         trainer = Trainer(model=peft_model, ..., callbacks=[SafeCallback()])
 
@@ -189,6 +189,6 @@ class SafeCallback(TrainerCallback, ExportableState):
 
 
 def _attributes(entry: Any) -> Mapping[str, Any]:
-    """What :meth:`SafeCallback.state` kept; nothing if somebody has changed the entry."""
+    """What ``SafeCallback.state`` kept; nothing if somebody has changed the entry."""
     attributes = entry.get("attributes") if isinstance(entry, Mapping) else None
     return attributes if isinstance(attributes, Mapping) else {}

@@ -35,7 +35,7 @@ def find_method(text: str) -> Method:
     """The method that ``text`` names.
 
     Args:
-        text: a name in :data:`METHODS`; ``"a+b"``, both in one run; ``"file.py:Class"`` or ``"package.module:Class"``.
+        text: a name in ``METHODS``; ``"a+b"``, both in one run; ``"file.py:Class"`` or ``"package.module:Class"``.
 
     Raises:
         ConfigError: there is none.

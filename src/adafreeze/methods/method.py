@@ -90,7 +90,7 @@ class Method:
         """
 
     def prepare(self, model: PeftModel, setup: Setup) -> None:
-        """With the adapters in, before there is a Trainer; raises as :meth:`configure`."""
+        """With the adapters in, before there is a Trainer; raises as ``configure``."""
 
 
 class Combined(Method):

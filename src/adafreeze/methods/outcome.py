@@ -74,7 +74,7 @@ class Outcome:
 
     @classmethod
     def load(cls, path: Path) -> Outcome:
-        """What :meth:`save` wrote.
+        """What ``save`` wrote.
 
         Raises:
             ValueError: it is something else.

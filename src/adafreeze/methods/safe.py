@@ -46,7 +46,7 @@ class SafePaper(Safe):
 class SafeBudget(Safe):
     """Under a memory budget from step 0: half-way between plain training and checkpointing every block.
 
-    The two are what :func:`adafreeze.plan` counts for a batch of the longest rows.
+    The two are what ``adafreeze.plan`` counts for a batch of the longest rows.
     """
 
     name = "safe-budget"

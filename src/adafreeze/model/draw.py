@@ -217,7 +217,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what :func:`random_state` found; of accelerators, on as many as there are."""
+    """Put back what ``random_state`` found; of accelerators, on as many as there are."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["cpu"])

@@ -32,7 +32,7 @@ def packed(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def unpacked(state: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What :func:`packed` was given."""
+    """What ``packed`` was given."""
     from safetensors.torch import load
 
     batches = [dict(batch) for batch in state["rest"]]

@@ -81,7 +81,7 @@ class Rows:
         return self._widths[side]
 
     def spans(self, side: int) -> Sequence[Span]:
-        """Each sample's unpadded part, of :meth:`width` positions."""
+        """Each sample's unpadded part, of ``width`` positions."""
         return self._spans[side]
 
     def is_padded(self, side: int) -> bool:

@@ -232,7 +232,7 @@ def turns(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) ->
     included. What follows the last answer is left out.
 
     Raises:
-        ModelError: see :meth:`CausalLM.prepare`.
+        ModelError: see ``CausalLM.prepare``.
     """
     if tokenizer.chat_template is None:
         raise ModelError(

@@ -25,16 +25,16 @@ __all__ = ["Classification"]
 class Classification(Task):
     """Predict ``label_column``.
 
-    Labels may be whole numbers, text, true/false, or a ``ClassLabel`` of ``datasets``; :meth:`fit` gives
+    Labels may be whole numbers, text, true/false, or a ``ClassLabel`` of ``datasets``; ``fit`` gives
     them ids 0 … n−1 in sorted order (``ClassLabel``: in its own). Metrics are accuracy, ``f1_macro`` and,
     with two labels, ``f1`` of the label with id 1.
 
     Args:
         label_column: where the label stands.
         classes: the names of the labels by id, where the task fixes them; a row may hold name or id.
-        metrics: other metrics, names of :data:`adafreeze.tasks.metrics.METRICS`.
-        names: the labels' names by id; set by :meth:`fit`.
-        ids: the id of every label that a row may hold; set by :meth:`fit`.
+        metrics: other metrics, names of ``adafreeze.tasks.metrics.METRICS``.
+        names: the labels' names by id; set by ``fit``.
+        ids: the id of every label that a row may hold; set by ``fit``.
     """
 
     label_column: str = "label"
@@ -54,7 +54,7 @@ class Classification(Task):
         return dict(enumerate(self.names))
 
     def label_faults(self, split: Split) -> dict[int, str]:
-        """Rows without label, or (after :meth:`fit`) with a label not seen in training."""
+        """Rows without label, or (after ``fit``) with a label not seen in training."""
         faults: dict[int, str] = {}
         for index, label in enumerate(_labels(split.rows, self.label_column)):
             if label is None:
@@ -102,7 +102,7 @@ class Classification(Task):
         return [self.ids[label] for label in _labels(rows, self.label_column)]
 
     def load_head(self, auto_class: Any, source: Source) -> PreTrainedModel:
-        """The model of ``auto_class`` with a classification head of :attr:`num_labels` outputs."""
+        """The model of ``auto_class`` with a classification head of ``num_labels`` outputs."""
         return load_model(
             auto_class,
             source,

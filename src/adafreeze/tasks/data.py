@@ -137,7 +137,7 @@ def load_hub(
         name: such as ``"nyu-mll/glue"``.
         config: such as ``"mrpc"``.
         trust_remote_code: run code that comes with the dataset (before datasets 4).
-        options: for :func:`datasets.load_dataset`: ``cache_dir``, ``token``.
+        options: for ``datasets.load_dataset``: ``cache_dir``, ``token``.
 
     Raises:
         DataError: the Hub cannot be reached or does not have it, or a ``config`` must be chosen.
@@ -228,7 +228,7 @@ def load_splits(
     """Load, check, and fit ``task`` to the training data.
 
     Args:
-        task: what the rows are for; :meth:`Task.fit` is called on the training rows.
+        task: what the rows are for; ``Task.fit`` is called on the training rows.
         dataset_name: a dataset on the Hub; or ``train_file``.
         dataset_config_name: its configuration.
         train_file: a local file; or ``dataset_name``.
@@ -236,7 +236,7 @@ def load_splits(
         train_split: the split of the Hub dataset to train on.
         validation_split: the split to evaluate on (default: ``"validation"`` where there is one), or a share
             such as ``"0.1"``: that part of the training rows is held out instead.
-        skip_bad_rows: see :func:`check`.
+        skip_bad_rows: see ``check``.
         max_train_samples: train on the first rows only.
         max_eval_samples: evaluate on the first rows only.
         seed: draws the rows that are held out.
@@ -248,7 +248,7 @@ def load_splits(
         Training rows and, where there are any, validation rows.
 
     Raises:
-        DataError: see :func:`load_file`, :func:`load_hub`, :func:`check`.
+        DataError: see ``load_file``, ``load_hub``, ``check``.
     """
     share = _share(validation_split)
     validation: Split | None = None
@@ -308,7 +308,7 @@ def load_validation(
     max_samples: int | None = None,
     **options: Any,
 ) -> Dataset | None:
-    """More rows to evaluate on, for a task that :func:`load_splits` has fitted; None where there are none.
+    """More rows to evaluate on, for a task that ``load_splits`` has fitted; None where there are none.
 
     Args:
         task: what the rows are for.
@@ -316,12 +316,12 @@ def load_validation(
         path: a local file instead.
         dataset_name: on the Hub.
         dataset_config_name: its configuration.
-        skip_bad_rows: see :func:`check`.
+        skip_bad_rows: see ``check``.
         max_samples: the first rows only.
-        options: for :func:`load_hub`.
+        options: for ``load_hub``.
 
     Raises:
-        DataError: see :func:`load_file`, :func:`load_hub`, :func:`check`.
+        DataError: see ``load_file``, ``load_hub``, ``check``.
     """
     found: Split | None = None
     if path is not None:

@@ -24,8 +24,8 @@ __all__ = ["TextGeneration", "text_scores"]
 class TextGeneration(CausalLM):
     """Write a completion for a prompt.
 
-    It trains as :class:`CausalLM` does on prompt and completion. To the loss, ``perplexity`` and
-    ``token_accuracy`` of an evaluation come the :func:`text_scores` of what the model writes for each distinct
+    It trains as ``CausalLM`` does on prompt and completion. To the loss, ``perplexity`` and
+    ``token_accuracy`` of an evaluation come the ``text_scores`` of what the model writes for each distinct
     prompt: completions of rows that share their prompt are its references.
 
     Args:
@@ -57,7 +57,7 @@ class TextGeneration(CausalLM):
         return model
 
     def prepare_evaluation(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """As :meth:`prepare`, and the references of each prompt are remembered."""
+        """As ``prepare``, and the references of each prompt are remembered."""
         _scorers()  # before the training, not after it
         assert self.prompt_column is not None and self.completion_column is not None
         self.references, self.tokenizer = {}, tokenizer
@@ -66,7 +66,7 @@ class TextGeneration(CausalLM):
         return self.prepare(rows, tokenizer)
 
     def score(self, model: Any, batch_size: int) -> dict[str, float]:
-        """The :func:`text_scores` of what the model writes for the prompts of the evaluation."""
+        """The ``text_scores`` of what the model writes for the prompts of the evaluation."""
         return text_scores(self.write(model, list(self.references), batch_size), list(self.references.values()))
 
     def write(self, model: Any, prompts: list[str], batch_size: int) -> list[str]:

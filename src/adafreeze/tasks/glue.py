@@ -50,7 +50,7 @@ GLUE = {
 
 
 def glue_task(name: str, text_columns: tuple[str, ...] = (), **options: Any) -> TextClassification | Regression:
-    """The task ``name`` of :data:`GLUE`; ``options`` as those of its class.
+    """The task ``name`` of ``GLUE``; ``options`` as those of its class.
 
     >>> glue_task("mrpc").text_columns, glue_task("stsb").name
     (('sentence1', 'sentence2'), 'regression')

@@ -76,7 +76,7 @@ def load_config(source: Source) -> PretrainedConfig:
     """The configuration of a model, without its weights.
 
     Raises:
-        ModelError: as for :func:`load_model`.
+        ModelError: as for ``load_model``.
     """
     from transformers import AutoConfig
 
@@ -91,7 +91,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer, with a padding token: where it has none (Llama, GPT-2) the end-of-text token pads.
 
     Raises:
-        ModelError: as for :func:`load_model`, or there is neither a padding nor an end-of-text token.
+        ModelError: as for ``load_model``, or there is neither a padding nor an end-of-text token.
     """
     from transformers import AutoTokenizer
 
@@ -119,7 +119,7 @@ def load_image_processor(source: Source) -> Any:
     """What makes pixels of an image as the model was trained on them.
 
     Raises:
-        ModelError: as for :func:`load_model`.
+        ModelError: as for ``load_model``.
     """
     from transformers import AutoImageProcessor
 

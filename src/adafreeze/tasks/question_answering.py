@@ -147,7 +147,7 @@ class QuestionAnswering(Task):
         return self._cut(rows, tokenizer).remove_columns(list(_OF_WINDOWS))
 
     def prepare_evaluation(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """The same; :meth:`compute_metrics` scores these rows from then on."""
+        """The same; ``compute_metrics`` scores these rows from then on."""
         windows = self._cut(rows, tokenizer)
         self._rows, self._windows = rows, windows.select_columns(list(_OF_WINDOWS)).with_format("numpy")
         return windows.remove_columns(list(_OF_WINDOWS))

@@ -33,7 +33,7 @@ class Regression(Task):
         label_column: where the number stands.
         max_length: tokens of a row, at most; longer rows are cut.
         pad_to_max_length: pad every row to ``max_length`` (default: to the longest of its batch).
-        metrics: names of :data:`adafreeze.tasks.metrics.METRICS`.
+        metrics: names of ``adafreeze.tasks.metrics.METRICS``.
     """
 
     text_columns: tuple[str, ...] = ()

@@ -21,7 +21,7 @@ class Task:
 
     The order of use is ``read`` → ``columns`` → ``faults(train)`` → ``fit(train)`` → ``faults(validation)`` →
     ``load_processor`` → ``load_model`` → ``prepare``, ``prepare_evaluation`` → ``collator``; see
-    :func:`adafreeze.tasks.data.load_splits`, which does the first five. A processor is what turns raw input into
+    ``adafreeze.tasks.data.load_splits``, which does the first five. A processor is what turns raw input into
     the model's: a tokenizer, for images an image processor.
 
     Attributes:
@@ -29,9 +29,9 @@ class Task:
         peft_task_type: PEFT's word for it (``"SEQ_CLS"``, ``"CAUSAL_LM"``); None where it has none, and the head
             that trains beside the adapters must be named to it.
         label_names: the keys of a batch that hold what is to be predicted.
-        scored_in_order: whether :meth:`compute_metrics` needs the predictions in the order of the prepared rows.
+        scored_in_order: whether ``compute_metrics`` needs the predictions in the order of the prepared rows.
         max_length: tokens of a row, at most; None where there are no tokens.
-        num_labels: outputs of the head, known after :meth:`fit`; None where the model brings its own head.
+        num_labels: outputs of the head, known after ``fit``; None where the model brings its own head.
     """
 
     name: ClassVar[str]
@@ -42,7 +42,7 @@ class Task:
 
     @property
     def num_labels(self) -> int | None:
-        """Outputs of the head, known after :meth:`fit`."""
+        """Outputs of the head, known after ``fit``."""
         return None
 
     def read(self, path: str, cache_dir: str | None = None) -> Split:
@@ -81,11 +81,11 @@ class Task:
         raise NotImplementedError
 
     def preprocess_logits(self, logits: Any, labels: torch.Tensor) -> Any:
-        """What to keep of the logits for :meth:`compute_metrics`, so that a vocabulary is never gathered."""
+        """What to keep of the logits for ``compute_metrics``, so that a vocabulary is never gathered."""
         raise NotImplementedError
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """The task's scores, as :class:`transformers.Trainer` asks for them."""
+        """The task's scores, as ``transformers.Trainer`` asks for them."""
         raise NotImplementedError
 
     def score(self, model: PreTrainedModel, batch_size: int) -> dict[str, float]:

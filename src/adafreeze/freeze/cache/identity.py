@@ -65,7 +65,7 @@ class Identity:
         return digest.digest()
 
     def watch(self, depths: Sequence[int]) -> None:
-        """Take the weights of these prefixes, as they are now, for what :meth:`changed` compares with."""
+        """Take the weights of these prefixes, as they are now, for what ``changed`` compares with."""
         blocks = [block for stack, depth in zip(self._stacks, depths, strict=True) for block in stack.blocks[:depth]]
         inside = [tensor for block in blocks for _, tensor in _named_tensors(block)]
         self._watched = [*(tensor for _, tensor in self._outside()), *inside]
@@ -76,7 +76,7 @@ class Identity:
         return _versions(self._watched) != self._seen
 
     def forget(self) -> None:
-        """Hash anew at the next :meth:`of`."""
+        """Hash anew at the next ``of``."""
         for chain in self._chains:
             chain.clear()
 

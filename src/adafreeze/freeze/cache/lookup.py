@@ -45,15 +45,15 @@ class PrefixCache:
 
     Before each training pass the batch is taken apart into samples. Key of a sample: 128 bits of its unpadded inputs
     and of the autocast state. Value: its unpadded hidden states at the boundary, with the identity of the prefix
-    that gave them (:class:`~.identity.Identity`). What is not held is computed by a nested pass over those rows
+    that gave them (``Identity``). What is not held is computed by a nested pass over those rows
     alone, which ends at the boundary; what is held at a smaller depth goes through the new blocks alone. Then the
     training pass starts at the boundary, with the hidden states that running the prefix would give: to the bit at
     fixed padding, up to rounding where a sample comes at another width.
 
     Passes without gradients, in evaluation mode, with other adapters on than the trained ones, or that ask for all
     hidden states, run the model as if there were no cache. The first passes are watched before anything is looked
-    up (:class:`~.checks.Examiner`). Where the length of an epoch is not known, no states are held before samples are
-    seen to come again (:class:`~.worth.Repeats`). A failure of the cache ends the cache, and never the run.
+    up (``Examiner``). Where the length of an epoch is not known, no states are held before samples are
+    seen to come again (``Repeats``). A failure of the cache ends the cache, and never the run.
 
     Args:
         prefix: whose output is held; the cache sets its ``look_up``.
@@ -184,7 +184,7 @@ class PrefixCache:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state_dict` wrote."""
+        """Take up what ``state_dict`` wrote."""
         self.examiner.whole_rows, self.examiner.padding_known = state["whole_rows"], set(state["padding_known"])
         self.repeats.found = state.get("repeats", False)
         if state["off"] is not None:

@@ -331,7 +331,7 @@ def entry_depths(depths: Sequence[int]) -> bytes:
 
 
 def decode(key: bytes, value: bytes) -> Entry:
-    """The reverse of :func:`encode`.
+    """The reverse of ``encode``.
 
     Raises:
         ValueError: the checksum is another: a byte has changed, or the value belongs to another key; or it is the right

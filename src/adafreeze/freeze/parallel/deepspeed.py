@@ -62,7 +62,7 @@ class DeepSpeedZero(Parallel):
     loads, frozen units look trainable, or their weights would be left out.
 
     Args:
-        engine: DeepSpeed's, as ``deepspeed.initialize`` returns it or :func:`engine_of` finds it.
+        engine: DeepSpeed's, as ``deepspeed.initialize`` returns it or ``engine_of`` finds it.
         optimizer: of the run, to be named where there is no engine.
         units: by name.
 

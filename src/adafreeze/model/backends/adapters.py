@@ -98,7 +98,7 @@ class AdapterHubBackend:
         """Nothing: the library has no such switch."""
 
     def holds(self, site: nn.Module) -> bool:
-        """False: see :meth:`hold`."""
+        """False: see ``hold``."""
         return False
 
     def release(self, sites: Iterable[nn.Module]) -> None:

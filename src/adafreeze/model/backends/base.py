@@ -36,10 +36,10 @@ class Backend(Protocol):
         """Tell the library to keep all of ``site`` frozen, if it can, but for parameters whose id is in ``live``."""
 
     def holds(self, site: nn.Module) -> bool:
-        """Whether the library itself keeps what :meth:`hold` told it to."""
+        """Whether the library itself keeps what ``hold`` told it to."""
 
     def release(self, sites: Iterable[nn.Module]) -> None:
-        """Undo :meth:`hold`."""
+        """Undo ``hold``."""
 
     def active(self, site: nn.Module) -> tuple[str, ...]:
         """Names of the adapters that are active at ``site``."""
@@ -51,4 +51,4 @@ class Backend(Protocol):
         """End whatever rewrites adapters across layers in mid-run."""
 
     def resume_rank_allocation(self) -> None:
-        """Undo :meth:`stop_rank_allocation`."""
+        """Undo ``stop_rank_allocation``."""

@@ -124,7 +124,7 @@ class PeftBackend:
         site._freeze_non_trainable_peft_weights(site.active_adapters)
 
     def holds(self, site: nn.Module) -> bool:
-        """Whether PEFT itself keeps what :meth:`hold` told it to."""
+        """Whether PEFT itself keeps what ``hold`` told it to."""
         return "frozen_peft_weight_names" in site.__dict__
 
     def active(self, site: nn.Module) -> tuple[str, ...]:
@@ -132,7 +132,7 @@ class PeftBackend:
         return tuple(site.active_adapters)  # type: ignore[arg-type]
 
     def release(self, sites: Iterable[nn.Module]) -> None:
-        """Undo :meth:`hold`."""
+        """Undo ``hold``."""
         for site in sites:
             site.__dict__.pop("frozen_peft_weight_names", None)
 
@@ -157,7 +157,7 @@ class PeftBackend:
                 )
 
     def resume_rank_allocation(self) -> None:
-        """Undo :meth:`stop_rank_allocation`."""
+        """Undo ``stop_rank_allocation``."""
         for module in self._allocators:
             module.__dict__.pop("update_and_allocate", None)
 
