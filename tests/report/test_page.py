@@ -155,6 +155,14 @@ def test_runs_whose_names_differ_in_a_sign_have_places_of_their_own(tmp_path):
     assert len(set(reader.figures)) == len(reader.figures)
 
 
+def test_runs_of_one_name_are_told_apart_by_the_folders_above(tmp_path):
+    folders = [write_run(tmp_path / name / "seed-0") for name in ("trec/safe", "trec/plain", "sst/safe")]
+    _, reader, words = page_of(*folders, write_run(tmp_path / "mine"), tmp_path=tmp_path)
+    assert reader.figures.count("stack-trec-safe-seed-0") == reader.figures.count("stack-sst-safe-seed-0") == 1
+    assert "stack-plain-seed-0" in reader.figures and "stack-mine" in reader.figures
+    assert "trec/safe/seed-0: " in words and "(2)" not in words
+
+
 def test_landscape_and_spectrum_where_they_were_computed(runs, tmp_path):
     found = {"loss": 0.3, "line": [0.5, 0.3, 0.6], "eigenvalues": [3.0, 1.0], "trace": 5.0}
     (tmp_path / "flat").mkdir()

@@ -99,12 +99,23 @@ def _gather(
         if not (compared or analyzed) or (place / JOURNAL_FILE).is_file():
             runs.append((place, None))
     histories = [read_history(place, name) for place, name in runs[:MOST_RUNS]]
+    _tell_apart(histories)
+    return histories, [name or str(place) for place, name in runs[MOST_RUNS:]], table, landscape
+
+
+def _tell_apart(histories: Sequence[History]) -> None:
+    """Runs of one name get the folders above it, as many as it takes; a number, where that is not enough."""
+    folders = {id(history): history.path.absolute().parent.parts for history in histories}
+    for depth in (2, 3, 4):
+        count = Counter(slug(history.name) for history in histories)
+        same = [h for h in histories if count[slug(h.name)] > 1 and h.name.endswith(folders[id(h)][-1])]
+        for history in same:
+            history.name = "/".join(folders[id(history)][-depth:])
     seen: Counter[str] = Counter()
     for history in histories:
         seen[key := slug(history.name)] += 1
         if seen[key] > 1:
             history.name += f" ({seen[key]})"
-    return histories, [name or str(place) for place, name in runs[MOST_RUNS:]], table, landscape
 
 
 def _cells(folder: Path, outcomes: Sequence[dict[str, Any]]) -> list[tuple[Path, str | None]]:
