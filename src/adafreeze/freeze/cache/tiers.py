@@ -30,7 +30,7 @@ RESERVE = 0.1
 READERS = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """What is held of one sample.
 
