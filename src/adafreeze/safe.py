@@ -16,7 +16,7 @@ from .budget import open_budget
 from .caching import Caching
 from .config import SafeConfig
 from .deciding import Decider
-from .errors import ProbeError, warn
+from .errors import ProbeError, note, warn
 from .freeze import Freezer, Prefix
 from .freeze.cache import Progress
 from .freeze.parallel import Ranks, find_parallel
@@ -243,7 +243,7 @@ class Safe:
                 "cache": self.caching.state_dict(),
                 "budget": self.budget.state_dict() if self.budget is not None else None,
                 "journal": self.journal.mark(),
-                "random": {"rank": self.ranks.rank, **packed_random_state()} if random_state else None,
+                "random": packed_random_state(self.ranks.rank) if random_state else None,
             }
         )
 
@@ -275,7 +275,7 @@ class Safe:
         if self.budget is not None and content["budget"] is not None:
             self.budget.load_state_dict(content["budget"])
         self._freeze([name for name in content["frozen"] if name not in self.frozen], by="resume")
-        self._restore_random_state(content.get("random"))
+        restore_random_state(content.get("random"), self.ranks.rank)
 
     # What holds it together.
 
@@ -285,19 +285,6 @@ class Safe:
         self.prefix.update()
         self.parallel.after_freeze(())
         self.caching.prefix_changed()
-
-    def _restore_random_state(self, kept: Mapping[str, Any] | None) -> None:
-        if kept is None:
-            return
-        if kept["rank"] != self.ranks.rank:
-            warn(
-                f"The random state of rank {self.ranks.rank} is not restored: the checkpoint holds that of rank "
-                f"{kept['rank']}.",
-                cause="With it both would draw the same dropout masks.",
-                fix="Save safe.state_dict() on every rank, and load each rank's own.",
-            )
-            return
-        restore_random_state(kept)
 
     @property
     def _step_samples(self) -> int:
@@ -384,6 +371,12 @@ class Safe:
             frozen=len(self.frozen),
             prefixes=self.prefixes,
         )
+        if by != "resume":
+            blocks = sum(map(len, self.stacks))
+            note(
+                f"Step {self.steps} of {self.total_steps}: {len(self.frozen)} of {len(self.units)} units are frozen, "
+                f"{sum(self.prefixes.values())} of {blocks} blocks are in the prefix."
+            )
 
     # What the observer calls.
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import RunError
+from .errors import RunError, warn
 from .model.draw import random_state, set_random_state
 
 __all__ = ["STATE_VERSION", "opened", "packed_random_state", "restore_random_state", "sealed"]
@@ -68,7 +68,7 @@ def opened(state: Any, units: Collection[str]) -> dict[str, Any]:
     return content
 
 
-def packed_random_state() -> dict[str, Any]:
+def packed_random_state(rank: int = 0) -> dict[str, Any]:
     """The random states of this process (Python, NumPy, torch's CPU and accelerators) as plain JSON values.
 
     >>> import random
@@ -81,6 +81,7 @@ def packed_random_state() -> dict[str, Any]:
     now = random_state()
     numpy = now["numpy"]["state"].items()
     return {
+        "rank": rank,
         "python": now["python"],
         "numpy": {**now["numpy"], "state": {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in numpy}},
         "cpu": _text(now["cpu"]),
@@ -88,8 +89,17 @@ def packed_random_state() -> dict[str, Any]:
     }
 
 
-def restore_random_state(packed: Mapping[str, Any]) -> None:
-    """Put back what ``packed_random_state`` found."""
+def restore_random_state(packed: Mapping[str, Any] | None, rank: int = 0) -> None:
+    """Put back what ``packed_random_state`` found on this rank; of another rank it is left alone, with a warning."""
+    if packed is None:
+        return
+    if packed["rank"] != rank:
+        warn(
+            f"The random state of rank {rank} is not restored: the checkpoint holds that of rank {packed['rank']}.",
+            cause="With it both would draw the same dropout masks.",
+            fix="Save safe.state_dict() on every rank, and load each rank's own.",
+        )
+        return
     version, numbers, gauss = packed["python"]
     set_random_state(
         {
