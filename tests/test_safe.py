@@ -376,6 +376,16 @@ def test_units_freeze_by_hand_from_the_start():
     assert safe.prefixes == {"model.layers": 2}
 
 
+def test_each_freeze_is_said_in_one_line(caplog):
+    with caplog.at_level("INFO", logger="adafreeze"):
+        _, safe = train(cases.lora_model("llama", blocks=3), [cases.batch("llama")] * 20, {"freeze_share": 0.9})
+    said = [message for message in caplog.messages if "units are frozen" in message]
+    freezes = [event for event in safe.journal.events if event["event"] == "freeze"]
+    assert len(said) == len(freezes) >= 1
+    step, frozen = freezes[-1]["step"], freezes[-1]["frozen"]
+    assert said[-1].startswith(f"Step {step} of 20: {frozen} of 3 units are frozen, {frozen} of 3 blocks are in the")
+
+
 def test_a_user_who_unfreezes_is_told_once_and_the_freeze_holds():
     model = cases.lora_model("llama")
     safe = start(model)
