@@ -57,6 +57,9 @@ class SafeConfig:
         cache_dtype: ``"bfloat16"`` keeps cached outputs in half the bytes, rounded; None as the blocks give them.
         prefix_dropout: keep the model's dropout in the frozen prefix. Its outputs are then random, and the cache is
             off.
+        lr_scale: what the learning rates are multiplied by, while the optimizer steps, once units have frozen.
+            ``"sqrt"`` (default): √(units / live units), at most 3, which keeps a step of Adam's as long as it was
+            with all of them; a number; 1 leaves them alone. Units that ``freeze`` froze do not count.
         memory_budget: the most that a training step may hold on the device, weights included, from the first step
             on: bytes, a text such as ``"6GiB"``, a share of the device such as 0.5, or ``"auto"`` for what is free.
             Blocks above the prefix recompute their activations as far as that takes. None (default): the peak of
@@ -93,6 +96,7 @@ class SafeConfig:
     cache_dir: str | os.PathLike[str] | None = None
     cache_dtype: str | None = None
     prefix_dropout: bool = False
+    lr_scale: float | str = "sqrt"
     memory_budget: int | float | str | None = None
     dry_run: bool = False
     freeze: tuple[str, ...] = ()
@@ -109,6 +113,8 @@ class SafeConfig:
         _within("ramp_end", self.ramp_end, 0, 1)
         _within("settle_tolerance", self.settle_tolerance, 0, 1)
         _within("overhead", self.overhead, 0, 1)
+        if self.lr_scale != "sqrt":
+            _within("lr_scale", self.lr_scale, 0.1, 10)
         _named("cache", self.cache, ("auto", "ram", "disk", "off"))
         _named("cache_dtype", self.cache_dtype, (None, "bfloat16"))
         parse_size("SafeConfig.cache_budget", self.cache_budget)
@@ -168,7 +174,7 @@ class SafeConfig:
     @classmethod
     def paper(cls, **overrides: Any) -> SafeConfig:
         """The method as published: the cubic threshold on raw scores, units frozen wherever they stand."""
-        return cls.from_dict({"policy": "threshold", **overrides})
+        return cls.from_dict({"policy": "threshold", "lr_scale": 1.0, **overrides})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SafeConfig:
@@ -241,6 +247,6 @@ def _within(name: str, value: Any, low: float, high: float) -> None:
     if not number or not low <= value <= high:
         raise ConfigError(
             f"SafeConfig.{name} is {value!r}.",
-            cause=f"It must be a number between {low} and {high}.",
-            fix=f"SafeConfig({name}={getattr(SafeConfig, name)})",
+            cause=f"It must be a number between {low} and {high}" + (', or "sqrt".' if name == "lr_scale" else "."),
+            fix=f"SafeConfig({name}={getattr(SafeConfig, name)!r})",
         )

@@ -20,6 +20,7 @@ from .errors import ProbeError, note, warn
 from .freeze import Freezer, Prefix
 from .freeze.cache import Progress
 from .freeze.parallel import Ranks, find_parallel
+from .freeze.step_length import StepLength
 from .journal import Journal
 from .model import Probe, find_stacks, find_units
 from .model.backends import find_backend
@@ -122,6 +123,7 @@ class Safe:
         held = self.model, self.stacks, self.prefix, optimizer, self.journal, self._bytes_beside
         self.budget = open_budget(self.config.memory_limit, drawn, batch_size or batch_size_of(probe), *held)
         self._observer = Observer(self.model, optimizer, self._audit, self._look_at_gradients)
+        self._step_length = StepLength(optimizer, self.config.lr_scale, len(self.units) - len(self.config.freeze))
         if samples_per_step is not None:
             self._announce()
         # Even where no adapter stands at the bottom of the stack: until something freezes, the run is as it was.
@@ -179,6 +181,7 @@ class Safe:
             "safe/frozen_units": len(self.frozen),
             "safe/frozen_prefix": sum(self.prefixes.values()),
             "safe/ramp": round(self.decider.ramp(self.steps), 4),
+            "safe/lr_scale": round(self._step_length.scale, 4),
         }
         saved = self._observer.saved_bytes
         if saved is not None:
@@ -217,6 +220,7 @@ class Safe:
         if self._at_close is None:
             self._at_close = self.frozen, self.prefixes
             self._observer.remove()
+            self._step_length.remove()
             self.caching.close()
             self.prefix.restore()
             if self.budget is not None:
@@ -282,6 +286,7 @@ class Safe:
     def _thaw(self) -> None:
         """For a run that goes back to before a freeze."""
         self.freezer.restore()
+        self._step_length.after_freeze(0)
         self.prefix.update()
         self.parallel.after_freeze(())
         self.caching.prefix_changed()
@@ -356,6 +361,7 @@ class Safe:
         if not names:
             return
         self.freezer.freeze(names)
+        self._step_length.after_freeze(len(self.frozen - set(self.config.freeze)))
         self.prefix.update()
         self.parallel.after_freeze(self.frozen)
         self.caching.prefix_changed()
@@ -370,12 +376,14 @@ class Safe:
             scores={name: self.scores.get(name) for name in names},
             frozen=len(self.frozen),
             prefixes=self.prefixes,
+            lr_scale=self._step_length.scale,
         )
         if by != "resume":
-            blocks = sum(map(len, self.stacks))
+            scale = self._step_length.scale
             note(
                 f"Step {self.steps} of {self.total_steps}: {len(self.frozen)} of {len(self.units)} units are frozen, "
-                f"{sum(self.prefixes.values())} of {blocks} blocks are in the prefix."
+                f"{sum(self.prefixes.values())} of {sum(map(len, self.stacks))} blocks are in the prefix"
+                + (f", learning rates × {scale:.3g}." if scale != 1 else ".")
             )
 
     # What the observer calls.

@@ -1,0 +1,90 @@
+"""Learning rates after a freeze: larger while the optimizer steps, and nowhere else."""
+
+import math
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import ExponentialLR
+
+import cases
+from adafreeze import Safe, SafeConfig
+from adafreeze.freeze.step_length import StepLength
+
+
+def rates_of(optimizer):
+    """The learning rates of each step as the optimizer sees them."""
+    seen = []
+    optimizer.register_step_pre_hook(lambda it, *_: seen.append([group["lr"] for group in it.param_groups]))
+    return seen
+
+
+def train(config, steps=20, blocks=4):
+    model = cases.lora_model("llama", blocks=blocks)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    schedule = ExponentialLR(optimizer, 0.9)  # takes each rate from the one before
+    safe = Safe(model, config, optimizer=optimizer, probe=cases.loader("llama"), total_steps=steps)
+    seen, scales, shown = rates_of(optimizer), [], []
+    for _ in range(steps):
+        scales.append(safe.logs()["safe/lr_scale"])
+        model(**cases.batch("llama")).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        shown.append(schedule.get_last_lr()[0])
+        schedule.step()
+        safe.step()
+    safe.close()
+    return safe, seen, scales, shown, optimizer
+
+
+def test_a_step_of_adam_stays_as_long_as_it_was():
+    safe, seen, scales, shown, _ = train(SafeConfig(freeze_share=0.9))
+    assert safe.frozen and scales[0] == 1 and scales[-1] == round(min(3, math.sqrt(4 / (4 - len(safe.frozen)))), 4) > 1
+    assert shown == pytest.approx([1e-2 * 0.9**step for step in range(20)])  # the schedule's own, untouched
+    assert [rate for [rate] in seen] == pytest.approx([s * own for s, own in zip(scales, shown, strict=True)], rel=1e-3)
+
+
+@pytest.mark.parametrize(("lr_scale", "last"), [(1.0, 1.0), (2.0, 2.0)])
+def test_a_number_holds_from_the_first_freeze_on(lr_scale, last):
+    safe, _, scales, _, _ = train(SafeConfig(freeze_share=0.9, lr_scale=lr_scale))
+    assert safe.frozen and (scales[0], scales[-1]) == (1.0, last)
+
+
+def test_units_frozen_by_hand_and_the_published_method_leave_rates_alone():
+    by_hand = SafeConfig(freeze=("model.layers.0", "model.layers.1"), freeze_share=0)
+    assert set(train(by_hand)[2]) == {1.0}
+    assert SafeConfig.paper().lr_scale == 1.0
+
+
+def test_after_close_the_optimizer_is_as_it_was():
+    _, seen, scales, _, optimizer = train(SafeConfig(freeze_share=0.9))
+    own = optimizer.param_groups[0]["lr"]
+    optimizer.step()
+    assert scales[-1] > 1 and seen[-1] == [own] and optimizer.param_groups[0]["lr"] == own
+
+
+def test_a_step_that_fails_leaves_the_rate_to_the_schedule():
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    length = StepLength(optimizer, "sqrt", 4)
+    length.after_freeze(3)
+
+    def fails():
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(fails)
+    weight.grad = torch.ones(1)
+    seen = rates_of(optimizer)
+    optimizer.step()
+    assert seen == [[1.0]] and weight.item() == 0.0 and optimizer.param_groups[0]["lr"] == 0.5
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(fails)
+    optimizer.param_groups[0]["lr"] = 0.25  # somebody sets one
+    optimizer.step()
+    assert seen[-1] == [0.5] and optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_no_optimizer_no_scale():
+    length = StepLength(None, "sqrt", 4)
+    length.after_freeze(3)
+    assert length.scale == 1.0
