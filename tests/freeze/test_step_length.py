@@ -88,3 +88,19 @@ def test_no_optimizer_no_scale():
     length = StepLength(None, "sqrt", 4)
     length.after_freeze(3)
     assert length.scale == 1.0
+
+
+def test_the_real_optimizer_is_found_in_its_wrappers():
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    Accelerator(cpu=True)
+    real = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
+    length = StepLength(AcceleratedOptimizer(AcceleratedOptimizer(real)), "sqrt", 4)
+    length.after_freeze(2)
+    seen = rates_of(real)
+    real.step()
+    assert seen == [[0.5 * math.sqrt(2)]]
+    length.remove()
+    real.step()
+    assert seen[1:] == [[0.5]]

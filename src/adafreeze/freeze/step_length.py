@@ -39,8 +39,8 @@ class StepLength:
     def __init__(self, optimizer: Any, rule: float | str, units: int) -> None:
         self.scale, self._rule, self._units = 1.0, rule, units
         self._stretched: list[tuple[dict[str, Any], Any, Any]] = []  # group, its own rate, the one for this step
-        while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer
+        while (inner := getattr(optimizer, "optimizer", None)) is not None:
+            optimizer = inner
         self._handles: list[Any] = []
         if isinstance(optimizer, torch.optim.Optimizer):
             self._handles = [
