@@ -85,6 +85,13 @@ def test_the_fix_is_a_line_that_works():
         assert isinstance(eval(caught.value.fix, {"SafeConfig": SafeConfig}), SafeConfig)
 
 
+def test_a_scale_may_come_as_text():
+    assert SafeConfig(lr_scale="1.5").lr_scale == 1.5 and SafeConfig(lr_scale=2).lr_scale == 2
+    for bad in (True, "nan", "big", None, 11):
+        with pytest.raises(ConfigError, match="lr_scale"):
+            SafeConfig(lr_scale=bad)
+
+
 def test_a_config_does_not_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SafeConfig().freeze_share = 0.5
