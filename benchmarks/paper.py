@@ -128,7 +128,8 @@ def task_file(name: str, setting: Setting, options: argparse.Namespace) -> Path:
         "logging_steps": 20,
         "disable_tqdm": True,
     }
-    path = folder / f"{name}.yaml"
+    path = folder / f"{options.epochs:g}-epochs" / f"{name}.yaml"  # a table of other epochs may run beside this one
+    path.parent.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
     return path
 

@@ -49,4 +49,18 @@ class LateDropout(Late):
     fields: ClassVar[dict[str, Any]] = {**Late.fields, "prefix_dropout": True, "cache": "off", "cache_dir": None}
 
 
-GRID = (Early, Late, LateShallow, Gradual, GradualDeep, LateDropout)
+class Sooner(Safe):
+    """The default depth in half of the time: for runs of many epochs."""
+
+    name = "sooner"
+    fields: ClassVar[dict[str, Any]] = {"warmup": 0.15, "ramp_end": 0.35}
+
+
+class Unscaled(Safe):
+    """The learning rates of what still trains stay as they were."""
+
+    name = "unscaled"
+    fields: ClassVar[dict[str, Any]] = {"lr_scale": 1.0}
+
+
+GRID = (Unscaled, Sooner, Early, Late, LateShallow, Gradual, GradualDeep, LateDropout)

@@ -113,10 +113,10 @@ class SafeConfig:
         _within("ramp_end", self.ramp_end, 0, 1)
         _within("settle_tolerance", self.settle_tolerance, 0, 1)
         _within("overhead", self.overhead, 0, 1)
-        if self.lr_scale != "sqrt":
-            if isinstance(self.lr_scale, str):  # from the command line
-                with suppress(ValueError):
-                    object.__setattr__(self, "lr_scale", float(self.lr_scale))
+        if isinstance(self.lr_scale, str):
+            with suppress(ValueError):  # a number as the command line gives it
+                object.__setattr__(self, "lr_scale", float(self.lr_scale))
+        if not (isinstance(self.lr_scale, str) and self.lr_scale == "sqrt"):
             _within("lr_scale", self.lr_scale, 0.1, 10)
         _named("cache", self.cache, ("auto", "ram", "disk", "off"))
         _named("cache_dtype", self.cache_dtype, (None, "bfloat16"))
