@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import adafreeze
-from adafreeze import AdafreezeError, SafeConfig, plan
+import cases
+from adafreeze import AdafreezeError, AdafreezeWarning, Safe, SafeConfig, plan
 from adafreeze.cli import main
 from adafreeze.decide.cka import CKAReference
 from adafreeze.model import probe
@@ -23,6 +24,13 @@ LISTING = runpy.run_path(str(ROOT / "docs" / "messages.py"))
 
 def test_the_list_of_messages_is_that_of_the_source():
     assert LISTING["PAGE"].read_text() == LISTING["page"](), "run: python docs/messages.py"
+
+
+def test_the_site_shows_the_examples_as_they_are_and_no_page_has_a_gap():
+    pages = {path: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
+    shown = [name for text in pages.values() for name in re.findall(r'^--8<-- "examples/(.+)"$', text, re.MULTILINE)]
+    assert set(shown) == {path.name for path in (ROOT / "examples").glob("*.py")} - {"vit.py"}
+    assert not [path for path, text in pages.items() if "@@" in text]
 
 
 def test_no_place_that_speaks_is_missing_from_the_list():
@@ -40,7 +48,8 @@ def is_listed(said: str, kind: str) -> bool:
     link, place = re.search(r"^  More:  (\S+)#(\S+)$", said, re.MULTILINE).groups()
     entry = (ROOT / link).read_text().split(f'<a id="{place}"></a>')[1].split("<a id")[0]
     templates = re.findall(rf"^\*\*(.*)\*\* \({kind}\)$", entry, re.MULTILINE)
-    fixed = [re.split("‹[^›]*›", template.replace("\\", "")) for template in templates]
+    # ‹what is filled in› may be anything, [what depends on the case] may be missing
+    fixed = [re.split(r"‹[^›]*›|\[[^\]]*\]", template.replace("\\", "")) for template in templates]
     return any(re.fullmatch(".*".join(map(re.escape, parts)), fact) for parts in fixed)
 
 
@@ -69,6 +78,17 @@ def test_a_warning_names_its_entry_in_the_list():
         warnings.simplefilter("always")
         list(probe.split({"input_ids": torch.tensor([[5, 6, 0], [5, 6, 7]])}, pad_token_id=0))
     assert [is_listed(str(one.message), "warning") for one in caught] == [True]
+
+
+def test_a_warning_of_the_guard_names_its_entry_in_the_list():
+    model = cases.lora_model("llama")
+    safe = Safe(model, SafeConfig(freeze=("model.layers.0",)), probe=cases.loader("llama"), total_steps=10)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for parameter in safe.units["model.layers.0"].parameters():
+            parameter.requires_grad_(True)
+        safe.model(**cases.batch("llama"))
+    assert [is_listed(str(one.message), "warning") for one in caught if one.category is AdafreezeWarning] == [True]
 
 
 def test_the_command_line_names_the_entry_too(capsys, tmp_path):

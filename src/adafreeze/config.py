@@ -237,7 +237,7 @@ def _names(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, Iterable) and not isinstance(value, str):  # which is iterable too, letter by letter
         names = tuple(value)
         if all(isinstance(one, str) for one in names):
-            return names
+            return tuple(dict.fromkeys(names))
     raise ConfigError(
         f"SafeConfig.{name} is {value!r}.",
         cause="It must be a list of unit names.",

@@ -31,8 +31,12 @@ def _compose(fact: str, cause: str, fix: str, place: str | None) -> str:
 def _place() -> str | None:
     """Who speaks, as ``module.function`` below adafreeze: the name of the entry in HELP. None of others' code."""
     frame = sys._getframe(1)
-    # A comprehension or a lambda speaks for the function that holds it.
-    while frame.f_back and (frame.f_globals.get("__name__") == __name__ or frame.f_code.co_name.startswith("<")):
+    # A comprehension or a lambda speaks for the function that holds it, and the guard for whoever warns through it.
+    while frame.f_back and (
+        frame.f_globals.get("__name__") == __name__
+        or frame.f_code.co_name.startswith("<")
+        or frame.f_code.co_name == "warn_once"
+    ):
         frame = frame.f_back
     root, _, module = frame.f_globals.get("__name__", "").partition(".")
     return f"{module}.{frame.f_code.co_name}" if root == "adafreeze" and module else None

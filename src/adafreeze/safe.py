@@ -123,7 +123,8 @@ class Safe:
         held = self.model, self.stacks, self.prefix, optimizer, self.journal, self._bytes_beside
         self.budget = open_budget(self.config.memory_limit, drawn, batch_size or batch_size_of(probe), *held)
         self._observer = Observer(self.model, optimizer, self._audit, self._look_at_gradients)
-        self._step_length = StepLength(optimizer, self.config.lr_scale, len(self.units) - len(self.config.freeze))
+        by_choice = [unit for name, unit in self.units.items() if name not in self.config.freeze]
+        self._step_length = StepLength(optimizer, self.config.lr_scale, by_choice)
         if samples_per_step is not None:
             self._announce()
         # Even where no adapter stands at the bottom of the stack: until something freezes, the run is as it was.

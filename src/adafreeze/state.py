@@ -93,7 +93,7 @@ def restore_random_state(packed: Mapping[str, Any] | None, rank: int = 0) -> Non
     """Put back what ``packed_random_state`` found on this rank; of another rank it is left alone, with a warning."""
     if packed is None:
         return
-    if packed["rank"] != rank:
+    if packed.get("rank", rank) != rank:
         warn(
             f"The random state of rank {rank} is not restored: the checkpoint holds that of rank {packed['rank']}.",
             cause="With it both would draw the same dropout masks.",

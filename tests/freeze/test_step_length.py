@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 from torch.optim.lr_scheduler import ExponentialLR
+from transformers.optimization import Adafactor
 
 import cases
 from adafreeze import Safe, SafeConfig
 from adafreeze.freeze.step_length import StepLength
+from adafreeze.model.units import Unit
 
 
 def rates_of(optimizer):
@@ -16,6 +18,23 @@ def rates_of(optimizer):
     seen = []
     optimizer.register_step_pre_hook(lambda it, *_: seen.append([group["lr"] for group in it.param_groups]))
     return seen
+
+
+class Fails:
+    """A hook that ends a step when it is on."""
+
+    on = True
+
+    def __call__(self, *_):
+        if self.on:
+            raise RuntimeError("out of memory")
+
+
+def units(count, *parameters):
+    """Units of nothing, or the first of these parameters."""
+    holder = torch.nn.ParameterList(parameters)
+    slots = [tuple((holder, str(place)) for place in range(len(parameters)))] + [()] * (count - 1)
+    return [Unit(str(index), "", index, holder, (), slots[index], ()) for index in range(count)]
 
 
 def train(config, steps=20, blocks=4):
@@ -65,27 +84,94 @@ def test_after_close_the_optimizer_is_as_it_was():
 def test_a_step_that_fails_leaves_the_rate_to_the_schedule():
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], lr=0.5)
-    length = StepLength(optimizer, "sqrt", 4)
+    length = StepLength(optimizer, "sqrt", units(4))
     length.after_freeze(3)
 
-    def fails():
-        raise RuntimeError("out of memory")
-
+    optimizer.register_step_pre_hook(fails := Fails())
     with pytest.raises(RuntimeError, match="out of memory"):
-        optimizer.step(fails)
+        optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 1.0  # the step began
+    fails.on = False
     weight.grad = torch.ones(1)
-    seen = rates_of(optimizer)
     optimizer.step()
-    assert seen == [[1.0]] and weight.item() == 0.0 and optimizer.param_groups[0]["lr"] == 0.5
+    assert weight.item() == 0.0 and optimizer.param_groups[0]["lr"] == 0.5
+    fails.on = True
     with pytest.raises(RuntimeError, match="out of memory"):
-        optimizer.step(fails)
-    optimizer.param_groups[0]["lr"] = 0.25  # somebody sets one
+        optimizer.step()
+    fails.on, optimizer.param_groups[0]["lr"] = False, 0.25  # somebody sets one
     optimizer.step()
-    assert seen[-1] == [0.5] and optimizer.param_groups[0]["lr"] == 0.25
+    assert weight.item() == -0.5 and optimizer.param_groups[0]["lr"] == 0.25
+    fails.on = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    length.remove()
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_inside_a_closure_the_rate_is_the_schedules_own():
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    length = StepLength(optimizer, "sqrt", units(4))
+    length.after_freeze(3)
+    inside = []
+
+    def closure():
+        inside.append(optimizer.param_groups[0]["lr"])
+        weight.grad = torch.ones(1)
+        return torch.tensor(7.0)
+
+    assert optimizer.step(closure) == 7
+    assert inside == [0.5] and weight.item() == 0.0 and optimizer.param_groups[0]["lr"] == 0.5
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure=interrupted)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_only_groups_that_hold_adapters_are_scaled_and_two_on_one_optimizer_do_not_pile_up():
+    mine, other, head = (torch.nn.Parameter(torch.ones(1)) for _ in range(3))
+    optimizer = torch.optim.SGD([{"params": [p]} for p in (mine, other, head)], lr=0.5)
+    lengths = [StepLength(optimizer, "sqrt", units(4, p)) for p in (mine, other)]
+    for frozen, length in enumerate(lengths, 2):
+        length.after_freeze(frozen)
+    seen = rates_of(optimizer)
+    for _ in range(3):
+        optimizer.step()
+    assert seen == [[0.5 * math.sqrt(2), 1.0, 0.5]] * 3
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5] * 3
+    both = [StepLength(one := torch.optim.SGD([mine], lr=0.5), "sqrt", units(4, mine)) for _ in range(1)]
+    both.append(StepLength(one, "sqrt", units(4, mine)))
+    for length in both:
+        length.after_freeze(3)
+    for _ in range(3):
+        one.step()
+    assert one.param_groups[0]["lr"] == 0.5
+
+
+def test_an_optimizer_without_rates_of_its_own_has_no_scale():
+    optimizer = Adafactor([torch.nn.Parameter(torch.ones(2, 2))], relative_step=True)
+    length = StepLength(optimizer, "sqrt", units(4))
+    length.after_freeze(3)
+    assert length.scale == 1.0
+
+
+def test_a_compiled_step_gets_its_rate_back():
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    length = StepLength(optimizer, "sqrt", units(4))
+    length.after_freeze(3)
+    step = torch.compile(optimizer.step, backend="eager")
+    for _ in range(3):
+        weight.grad = torch.ones(1)
+        step()
+    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 def test_no_optimizer_no_scale():
-    length = StepLength(None, "sqrt", 4)
+    length = StepLength(None, "sqrt", units(4))
     length.after_freeze(3)
     assert length.scale == 1.0
 
@@ -96,7 +182,7 @@ def test_the_real_optimizer_is_found_in_its_wrappers():
 
     Accelerator(cpu=True)
     real = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
-    length = StepLength(AcceleratedOptimizer(AcceleratedOptimizer(real)), "sqrt", 4)
+    length = StepLength(AcceleratedOptimizer(AcceleratedOptimizer(real)), "sqrt", units(4))
     length.after_freeze(2)
     seen = rates_of(real)
     real.step()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
+
+from ..model.units import Unit
 
 __all__ = ["MOST_SCALE", "StepLength", "sqrt_scale"]
 
@@ -27,50 +30,82 @@ def sqrt_scale(units: int, live: int) -> float:
 class StepLength:
     """Scales the learning rates of an optimizer while it steps, and only then: schedulers and logs see their own.
 
+    Those of the parameter groups that hold adapters: a head that shares a group with them is scaled as well.
+
     Args:
         optimizer: the real one, or a wrapper of accelerate's or DeepSpeed's; None is left alone.
         rule: ``"sqrt"``, or a number for as soon as anything is frozen.
-        units: that can freeze.
+        units: that can freeze. Where no group holds a parameter of theirs (ZeRO's are flat copies), all are meant.
 
     Attributes:
         scale: the factor; 1 changes nothing.
     """
 
-    def __init__(self, optimizer: Any, rule: float | str, units: int) -> None:
+    def __init__(self, optimizer: Any, rule: float | str, units: Collection[Unit]) -> None:
         self.scale, self._rule, self._units = 1.0, rule, units
+        self._own: set[int] = set()  # ids of their parameters
         self._stretched: list[tuple[dict[str, Any], Any, Any]] = []  # group, its own rate, the one for this step
         while (inner := getattr(optimizer, "optimizer", None)) is not None:
             optimizer = inner
+        self._optimizer: Any = None
         self._handles: list[Any] = []
         if isinstance(optimizer, torch.optim.Optimizer):
+            self._optimizer = optimizer
             self._handles = [
-                optimizer.register_step_pre_hook(self._stretch),
+                optimizer.register_step_pre_hook(self._before),
                 optimizer.register_step_post_hook(self._put_back),
             ]
+            # Of two on one optimizer the one that stretched last puts back first.
+            post_hooks: Any = optimizer._optimizer_step_post_hooks
+            post_hooks.move_to_end(self._handles[1].id, last=False)
 
     def after_freeze(self, frozen: int) -> None:
         """So many of the units are frozen now."""
-        if not frozen or not self._handles:
+        self._own = {id(p) for unit in self._units for p in (*unit.parameters(), *unit.shared_parameters())}
+        units = len(self._units)
+        if not frozen or not self._groups():
             self.scale = 1.0
         else:
-            self.scale = sqrt_scale(self._units, self._units - frozen) if self._rule == "sqrt" else float(self._rule)
+            self.scale = sqrt_scale(units, units - frozen) if self._rule == "sqrt" else float(self._rule)
 
     def remove(self) -> None:
         """Take the hooks off."""
+        self._put_back()
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._optimizer = [], None
 
-    def _stretch(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _groups(self) -> list[dict[str, Any]]:
+        """Those with a learning rate (Adafactor finds its own) and an adapter of ours."""
+        groups = [group for group in getattr(self._optimizer, "param_groups", ()) if group.get("lr") is not None]
+        return [group for group in groups if any(id(p) in self._own for p in group["params"])] or groups
+
+    def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         self._put_back()  # after a step that failed
-        for group in optimizer.param_groups if self.scale != 1.0 else ():
-            own = group.get("lr")
-            if own is not None:  # Adafactor's, which finds its own
-                group["lr"] = own * self.scale
-                self._stretched.append((group, own, group["lr"]))
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._stretch()
+            return None
+
+        def then_stretch() -> Any:
+            # Lightning's whole training step is in the closure, which may save, or be interrupted.
+            self._put_back()
+            loss = closure()
+            self._stretch()
+            return loss
+
+        rest = {name: value for name, value in kwargs.items() if name != "closure"}
+        return (args[0], then_stretch, *args[2:]), rest
+
+    def _stretch(self) -> None:
+        for group in self._groups() if self.scale != 1.0 else ():
+            own = group["lr"]
+            group["lr"] = own * self.scale
+            self._stretched.append((group, own, group["lr"]))
 
     def _put_back(self, *_: Any) -> None:
         for group, own, stretched in self._stretched:
-            if group["lr"] is stretched:  # and nobody has set another since
+            now = group["lr"]  # another, if somebody has set it since; a compiled step gives floats a new identity
+            if now is stretched or (isinstance(own, float) and now == stretched):
                 group["lr"] = own
         self._stretched = []

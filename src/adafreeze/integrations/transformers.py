@@ -86,6 +86,8 @@ class SafeCallback(TrainerCallback, ExportableState):
             samples_per_epoch=samples_of(kwargs["train_dataloader"]),
             journal=self.journal,
         )
+        if self.safe is not None:  # of a train() that was interrupted
+            self.safe.close()
         self.safe = self._seen = None
         known: Any = state.stateful_callbacks
         kept = _attributes(known.get(type(self).__name__)).get("probe")
