@@ -56,6 +56,13 @@ class Sooner(Safe):
     fields: ClassVar[dict[str, Any]] = {"warmup": 0.15, "ramp_end": 0.35}
 
 
+class Later(Safe):
+    """The default depth from the middle of the run on: for what still learns fast at three tenths."""
+
+    name = "later"
+    fields: ClassVar[dict[str, Any]] = {"warmup": 0.5, "ramp_end": 0.7}
+
+
 class Unscaled(Safe):
     """The learning rates of what still trains stay as they were."""
 
@@ -63,4 +70,4 @@ class Unscaled(Safe):
     fields: ClassVar[dict[str, Any]] = {"lr_scale": 1.0}
 
 
-GRID = (Unscaled, Sooner, Early, Late, LateShallow, Gradual, GradualDeep, LateDropout)
+GRID = (Unscaled, Sooner, Later, Early, Late, LateShallow, Gradual, GradualDeep, LateDropout)
