@@ -144,10 +144,7 @@ def area(place: str) -> str:
         KeyError: the module has no area yet.
     """
     fitting = {
-        prefix: title
-        for title, prefixes in AREAS.items()
-        for prefix in prefixes
-        if place.startswith((f"{prefix}.", prefix + "/"))
+        prefix: title for title, prefixes in AREAS.items() for prefix in prefixes if place.startswith(f"{prefix}.")
     }
     if not fitting:
         raise KeyError(f"{place} has no area: give its module one in AREAS")
@@ -182,4 +179,4 @@ def _plain(text: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
-    print(f"{PAGE.name}: {len(messages())} messages")
+    print(f"Written: {PAGE}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .costs.memory import SavedBytes
+from .freeze.before_step import before_step
 from .model.draw import rows_of
 
 __all__ = ["Observer"]
@@ -33,7 +34,6 @@ class Observer:
     ) -> None:
         self._model = model
         self._before_forward = before_forward
-        self._before_optimizer_step = before_optimizer_step
         self.forwards = 0
         self.samples = 0
         self.tokens = 0
@@ -47,7 +47,7 @@ class Observer:
         ]
         torch_optimizer = getattr(optimizer, "optimizer", optimizer)
         if isinstance(torch_optimizer, torch.optim.Optimizer):
-            self._handles.append(torch_optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(before_step(torch_optimizer, before_optimizer_step))
 
     @property
     def saved_bytes(self) -> float | None:
@@ -65,20 +65,6 @@ class Observer:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-    def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._before_optimizer_step()
-            return None
-
-        def then_look() -> Any:
-            loss = closure()
-            self._before_optimizer_step()
-            return loss
-
-        # Lightning's backward pass is in the closure: there are no gradients to look at before it.
-        return (args[:1], {**kwargs, "closure": then_look})
 
     # Under torch.compile hooks are traced along with the model: what only counts has no place in a graph.
     @torch.compiler.disable

@@ -15,7 +15,10 @@ from .decide.scores import SCORES
 from .errors import ConfigError
 from .sizes import parse_size
 
-__all__ = ["SafeConfig"]
+__all__ = ["PAPER", "SafeConfig"]
+
+# What the published method has other than our defaults.
+PAPER: dict[str, Any] = {"policy": "threshold", "lr_scale": 1.0}
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class SafeConfig:
             with suppress(ValueError):  # a number as the command line gives it
                 object.__setattr__(self, "lr_scale", float(self.lr_scale))
         if not (isinstance(self.lr_scale, str) and self.lr_scale == "sqrt"):
-            _within("lr_scale", self.lr_scale, 0.1, 10)
+            _within("lr_scale", self.lr_scale, 0.1, 10, also=', or "sqrt"')
         _named("cache", self.cache, ("auto", "ram", "disk", "off"))
         _named("cache_dtype", self.cache_dtype, (None, "bfloat16"))
         parse_size("SafeConfig.cache_budget", self.cache_budget)
@@ -177,7 +180,7 @@ class SafeConfig:
     @classmethod
     def paper(cls, **overrides: Any) -> SafeConfig:
         """The method as published: the cubic threshold on raw scores, units frozen wherever they stand."""
-        return cls.from_dict({"policy": "threshold", "lr_scale": 1.0, **overrides})
+        return cls.from_dict({**PAPER, **overrides})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SafeConfig:
@@ -245,11 +248,11 @@ def _names(name: str, value: Any) -> tuple[str, ...]:
     )
 
 
-def _within(name: str, value: Any, low: float, high: float) -> None:
+def _within(name: str, value: Any, low: float, high: float, also: str = "") -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not low <= value <= high:
         raise ConfigError(
             f"SafeConfig.{name} is {value!r}.",
-            cause=f"It must be a number between {low} and {high}" + (', or "sqrt".' if name == "lr_scale" else "."),
+            cause=f"It must be a number between {low} and {high}{also}.",
             fix=f"SafeConfig({name}={getattr(SafeConfig, name)!r})",
         )

@@ -67,13 +67,11 @@ class AdafreezeError(Exception):
         return _compose(self.fact, self.cause, self.fix, self.place)
 
     def __reduce__(self) -> tuple:
-        return _rebuild, (type(self), self.fact, self.cause, self.fix, self.place)
+        return _rebuild, (type(self), self.fact, self.cause, self.fix), vars(self)
 
 
-def _rebuild(kind: type[AdafreezeError], fact: str, cause: str, fix: str, place: str | None) -> AdafreezeError:
-    error = kind(fact, cause=cause, fix=fix)
-    error.place = place
-    return error
+def _rebuild(kind: type[AdafreezeError], fact: str, cause: str, fix: str) -> AdafreezeError:
+    return kind(fact, cause=cause, fix=fix)
 
 
 class ConfigError(AdafreezeError, ValueError):

@@ -287,7 +287,7 @@ class Safe:
     def _thaw(self) -> None:
         """For a run that goes back to before a freeze."""
         self.freezer.restore()
-        self._step_length.after_freeze(0)
+        self._step_length.after_freeze(())
         self.prefix.update()
         self.parallel.after_freeze(())
         self.caching.prefix_changed()
@@ -362,7 +362,7 @@ class Safe:
         if not names:
             return
         self.freezer.freeze(names)
-        self._step_length.after_freeze(len(self.frozen - set(self.config.freeze)))
+        self._step_length.after_freeze(self.frozen)
         self.prefix.update()
         self.parallel.after_freeze(self.frozen)
         self.caching.prefix_changed()

@@ -31,7 +31,7 @@ class Fails:
 
 
 def units(count, *parameters):
-    """Units of nothing, or the first of these parameters."""
+    """Units "0", "1", ... of nothing, or the first of these parameters."""
     holder = torch.nn.ParameterList(parameters)
     slots = [tuple((holder, str(place)) for place in range(len(parameters)))] + [()] * (count - 1)
     return [Unit(str(index), "", index, holder, (), slots[index], ()) for index in range(count)]
@@ -85,7 +85,7 @@ def test_a_step_that_fails_leaves_the_rate_to_the_schedule():
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], lr=0.5)
     length = StepLength(optimizer, "sqrt", units(4))
-    length.after_freeze(3)
+    length.after_freeze("012")
 
     optimizer.register_step_pre_hook(fails := Fails())
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -112,7 +112,7 @@ def test_inside_a_closure_the_rate_is_the_schedules_own():
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], lr=0.5)
     length = StepLength(optimizer, "sqrt", units(4))
-    length.after_freeze(3)
+    length.after_freeze("012")
     inside = []
 
     def closure():
@@ -136,7 +136,7 @@ def test_only_groups_that_hold_adapters_are_scaled_and_two_on_one_optimizer_do_n
     optimizer = torch.optim.SGD([{"params": [p]} for p in (mine, other, head)], lr=0.5)
     lengths = [StepLength(optimizer, "sqrt", units(4, p)) for p in (mine, other)]
     for frozen, length in enumerate(lengths, 2):
-        length.after_freeze(frozen)
+        length.after_freeze("012"[:frozen])
     seen = rates_of(optimizer)
     for _ in range(3):
         optimizer.step()
@@ -145,7 +145,7 @@ def test_only_groups_that_hold_adapters_are_scaled_and_two_on_one_optimizer_do_n
     both = [StepLength(one := torch.optim.SGD([mine], lr=0.5), "sqrt", units(4, mine)) for _ in range(1)]
     both.append(StepLength(one, "sqrt", units(4, mine)))
     for length in both:
-        length.after_freeze(3)
+        length.after_freeze("012")
     for _ in range(3):
         one.step()
     assert one.param_groups[0]["lr"] == 0.5
@@ -154,7 +154,7 @@ def test_only_groups_that_hold_adapters_are_scaled_and_two_on_one_optimizer_do_n
 def test_an_optimizer_without_rates_of_its_own_has_no_scale():
     optimizer = Adafactor([torch.nn.Parameter(torch.ones(2, 2))], relative_step=True)
     length = StepLength(optimizer, "sqrt", units(4))
-    length.after_freeze(3)
+    length.after_freeze("012")
     assert length.scale == 1.0
 
 
@@ -162,7 +162,7 @@ def test_a_compiled_step_gets_its_rate_back():
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.AdamW([weight], lr=0.1)
     length = StepLength(optimizer, "sqrt", units(4))
-    length.after_freeze(3)
+    length.after_freeze("012")
     step = torch.compile(optimizer.step, backend="eager")
     for _ in range(3):
         weight.grad = torch.ones(1)
@@ -172,7 +172,7 @@ def test_a_compiled_step_gets_its_rate_back():
 
 def test_no_optimizer_no_scale():
     length = StepLength(None, "sqrt", units(4))
-    length.after_freeze(3)
+    length.after_freeze("012")
     assert length.scale == 1.0
 
 
@@ -183,7 +183,7 @@ def test_the_real_optimizer_is_found_in_its_wrappers():
     Accelerator(cpu=True)
     real = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
     length = StepLength(AcceleratedOptimizer(AcceleratedOptimizer(real)), "sqrt", units(4))
-    length.after_freeze(2)
+    length.after_freeze("01")
     seen = rates_of(real)
     real.step()
     assert seen == [[0.5 * math.sqrt(2)]]

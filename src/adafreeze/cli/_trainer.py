@@ -19,7 +19,7 @@ class MeteredTrainer(Trainer):
     """A Trainer whose every micro-step runs inside ``meter.step(inputs)``.
 
     Args:
-        meter: a ``adafreeze.costs.meter.Meter``; None counts nothing.
+        meter: an ``adafreeze.costs.meter.Meter``; None counts nothing.
         score: ``score(model, batch_size)``, more metrics of an evaluation; None: no more.
         args, kwargs: for ``transformers.Trainer``.
     """

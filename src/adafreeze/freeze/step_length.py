@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from ..model.units import Unit
+from .before_step import before_step
 
-__all__ = ["MOST_SCALE", "StepLength", "sqrt_scale"]
+__all__ = ["StepLength", "sqrt_scale"]
 
 MOST_SCALE = 3.0  # the most that was tried
 
@@ -52,21 +53,22 @@ class StepLength:
         if isinstance(optimizer, torch.optim.Optimizer):
             self._optimizer = optimizer
             self._handles = [
-                optimizer.register_step_pre_hook(self._before),
+                optimizer.register_step_pre_hook(self._put_back),  # after a step that failed
+                before_step(optimizer, self._stretch),
                 optimizer.register_step_post_hook(self._put_back),
             ]
             # Of two on one optimizer the one that stretched last puts back first.
             post_hooks: Any = optimizer._optimizer_step_post_hooks
-            post_hooks.move_to_end(self._handles[1].id, last=False)
+            post_hooks.move_to_end(self._handles[-1].id, last=False)
 
-    def after_freeze(self, frozen: int) -> None:
-        """So many of the units are frozen now."""
+    def after_freeze(self, frozen: Collection[str]) -> None:
+        """The units of these names are frozen now, others perhaps among them."""
         self._own = {id(p) for unit in self._units for p in (*unit.parameters(), *unit.shared_parameters())}
-        units = len(self._units)
-        if not frozen or not self._groups():
+        live = sum(unit.name not in frozen for unit in self._units)
+        if live == len(self._units) or not self._groups():
             self.scale = 1.0
         else:
-            self.scale = sqrt_scale(units, units - frozen) if self._rule == "sqrt" else float(self._rule)
+            self.scale = sqrt_scale(len(self._units), live) if self._rule == "sqrt" else float(self._rule)
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -80,24 +82,8 @@ class StepLength:
         groups = [group for group in getattr(self._optimizer, "param_groups", ()) if group.get("lr") is not None]
         return [group for group in groups if any(id(p) in self._own for p in group["params"])] or groups
 
-    def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        self._put_back()  # after a step that failed
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._stretch()
-            return None
-
-        def then_stretch() -> Any:
-            # Lightning's whole training step is in the closure, which may save, or be interrupted.
-            self._put_back()
-            loss = closure()
-            self._stretch()
-            return loss
-
-        rest = {name: value for name, value in kwargs.items() if name != "closure"}
-        return (args[0], then_stretch, *args[2:]), rest
-
     def _stretch(self) -> None:
+        self._put_back()  # of a closure that is called more than once
         for group in self._groups() if self.scale != 1.0 else ():
             own = group["lr"]
             group["lr"] = own * self.scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..config import SafeConfig
+from ..config import PAPER, SafeConfig
 from .method import Method, Setup
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class SafePaper(Safe):
     """As published (Son et al. 2025): the cubic threshold on raw scores, units anywhere, no cache."""
 
     name = "safe-paper"
-    fields: ClassVar[dict[str, Any]] = {"policy": "threshold", "lr_scale": 1.0, "cache": "off", "cache_dir": None}
+    fields: ClassVar[dict[str, Any]] = {**PAPER, "cache": "off", "cache_dir": None}
 
 
 class SafeBudget(Safe):

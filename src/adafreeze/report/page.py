@@ -105,12 +105,12 @@ def _gather(
 
 def _tell_apart(histories: Sequence[History]) -> None:
     """Runs of one name get the folders above it, as many as it takes; a number, where that is not enough."""
-    folders = {id(history): history.path.absolute().parent.parts for history in histories}
     for depth in (2, 3, 4):
         count = Counter(slug(history.name) for history in histories)
-        same = [h for h in histories if count[slug(h.name)] > 1 and h.name.endswith(folders[id(h)][-1])]
-        for history in same:
-            history.name = "/".join(folders[id(history)][-depth:])
+        for history in [history for history in histories if count[slug(history.name)] > 1]:
+            folders = history.path.absolute().parent.parts
+            if history.name.endswith(folders[-1]):  # and not a name that it was given
+                history.name = "/".join(folders[-depth:])
     seen: Counter[str] = Counter()
     for history in histories:
         seen[key := slug(history.name)] += 1
