@@ -6,6 +6,7 @@ A Llama-like model with random weights in bfloat16 and LoRA on all linears takes
 prefix depths none, a quarter, a half, three quarters and the deepest, and under checkpointing. Beside each: the plan,
 torch.cuda.max_memory_allocated, max_memory_reserved, tokens per second. Then a run of SAFE under budgets of 0.35, 0.5
 and 0.75 of what plain training holds above the weights, and the most that the allocator held after the first steps.
+Then three epochs of a few batches with the lower half frozen, with the prefix cache in pinned memory and without it.
 
 With --device cpu the storage tracker stands in for the allocator, and a small shape shows that the script works.
 """
@@ -17,6 +18,7 @@ import gc
 import json
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,22 +96,36 @@ class Run:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-        ids = torch.randint(3, 500, (rows, length), device=device)
+        self.draw = partial(torch.randint, 3, 500, (rows, length), device=device)
+        self.batch = self.another()
+
+    def another(self) -> dict[str, torch.Tensor]:
+        ids = self.draw()
         mask = torch.ones_like(ids)
         mask[0, -1] = 0
-        self.batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids}
 
-    def safe(self, budget: int | None = None, steps: int = 1000, **config: Any) -> Safe:
+    def safe(
+        self,
+        budget: int | None = None,
+        steps: int = 1000,
+        batches: int | None = None,
+        cache: str = "off",
+        **config: Any,
+    ) -> Safe:
         rows = len(self.batch["input_ids"])
         return Safe(
-            self.model, SafeConfig(cache="off", memory_budget=budget, **config), optimizer=self.optimizer,
+            self.model, SafeConfig(cache=cache, memory_budget=budget, **config), optimizer=self.optimizer,
             probe=self.batch, total_steps=steps, samples_per_step=rows, batch_size=rows,
+            samples_per_epoch=batches * rows or None,
         )  # fmt: skip
 
-    def step(self) -> None:
-        self.model(**self.batch).loss.backward()
+    def step(self, batch: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+        loss = self.model(**(batch or self.batch)).loss
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
 
 def measure(run: Run, device: Device, steps: int = 4) -> dict[str, float]:
@@ -123,6 +139,23 @@ def measure(run: Run, device: Device, steps: int = 4) -> dict[str, float]:
     seconds = time.perf_counter() - start
     tokens = run.batch["input_ids"].numel() * steps
     return {"peak": device.peak(), "reserved": device.reserved(), "tokens_per_second": tokens / seconds}
+
+
+def epochs(run: Run, device: Device, cache: str, batches: int = 8, count: int = 3) -> dict[str, Any]:
+    """Tokens per second in each epoch, and all losses."""
+    pool = [run.another() for _ in range(batches)]
+    safe = run.safe(steps=batches * count, batches=batches, cache=cache)
+    safe._freeze(list(safe.units)[: len(safe.units) // 2], by="hand")
+    speeds, losses = [], []
+    for _ in range(count):
+        device.wait()
+        start = time.perf_counter()
+        losses += [run.step(batch) for batch in pool]
+        device.wait()
+        speeds.append(batches * run.batch["input_ids"].numel() / (time.perf_counter() - start))
+    found = {"cache": cache, "tokens_per_second": speeds, "losses": list(map(float, losses)), "logs": safe.logs()}
+    safe.close()
+    return found
 
 
 def main() -> None:
@@ -179,6 +212,12 @@ def main() -> None:
             del run, safe
             gc.collect()
 
+    caches = []
+    for cache in ("off", "ram", "off", "ram"):
+        with Device(arguments.device) as device:
+            caches.append(epochs(Run(*shape), device, cache))
+        gc.collect()
+
     table = Table(title=f"{arguments.shape}, {arguments.rows} × {arguments.length} on {arguments.device}")
     for column in ("prefix", "planned", "held", "planned / held", "reserved", "tokens / s"):
         table.add_column(column, justify="right")
@@ -195,6 +234,11 @@ def main() -> None:
             f"budget {readable(one['limit'])}: first ten steps {readable(one['peak_of_ten_steps'])}, later "
             f"{readable(one['peak_later'])}"
         )
+    for found in caches:
+        speeds = ", ".join(f"{speed:,.0f}" for speed in found["tokens_per_second"])
+        console.print(f"lower half frozen, cache {found['cache']}: {speeds} tokens / s in epochs 1, 2, 3")
+    same = caches[0]["losses"] == caches[1]["losses"]
+    console.print(f"losses with and without the cache: {'equal to the bit' if same else 'not equal'}")
     if arguments.output is not None:
         commit = (
             arguments.commit
@@ -202,6 +246,7 @@ def main() -> None:
         )
         name = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
         document = {"commit": commit, "device": name, "environment": environment(), "rows": rows, "budgets": budgets}
+        document["caches"] = caches
         arguments.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 

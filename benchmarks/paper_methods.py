@@ -70,4 +70,54 @@ class Unscaled(Safe):
     fields: ClassVar[dict[str, Any]] = {"lr_scale": 1.0}
 
 
-GRID = (Unscaled, Sooner, Later, Early, Late, LateShallow, Gradual, GradualDeep, LateDropout)
+class NoWait(Safe):
+    """The warm-up ends at its time, however fast the training loss falls."""
+
+    name = "no-wait"
+    fields: ClassVar[dict[str, Any]] = {"wait_for_loss": False}
+
+
+class Share10(Safe):
+    """Of the score a tenth."""
+
+    name = "share-10"
+    fields: ClassVar[dict[str, Any]] = {"freeze_share": 0.1}
+
+
+class Share25(Safe):
+    """Of the score a quarter."""
+
+    name = "share-25"
+    fields: ClassVar[dict[str, Any]] = {"freeze_share": 0.25}
+
+
+class Share45(Safe):
+    """Of the score less than half."""
+
+    name = "share-45"
+    fields: ClassVar[dict[str, Any]] = {"freeze_share": 0.45}
+
+
+class LongRamp(Safe):
+    """The last tenths of the score freeze only at four fifths of the run."""
+
+    name = "long-ramp"
+    fields: ClassVar[dict[str, Any]] = {"ramp_end": 0.8, "min_measurements": 12}
+
+
+GRID = (
+    LongRamp,
+    NoWait,
+    Share10,
+    Share25,
+    Share45,
+    Unscaled,
+    Sooner,
+    Later,
+    Early,
+    Late,
+    LateShallow,
+    Gradual,
+    GradualDeep,
+    LateDropout,
+)

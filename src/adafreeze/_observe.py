@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ class Observer:
         self.forwards = 0
         self.samples = 0
         self.tokens = 0
+        self._losses: tuple[int, Any, Any] = (0, 0.0, 0.0)
+        self._trains = False
         self._last_tokens = 0
         self._saved_per_token: float | None = None
         self._count_next = True
@@ -56,6 +58,29 @@ class Observer:
             return None
         return self._saved_per_token * self.tokens / self.forwards
 
+    def take_losses(self) -> tuple[int, float, float]:
+        """Count, sum, and sum of squares of what the model returned as its loss in training, since this was last asked.
+
+        The count is 0 where it returns none, since the host computes the loss from the outputs.
+        """
+        losses = self._kept_losses()
+        self._losses = (0, 0.0, 0.0)
+        return losses
+
+    def _kept_losses(self) -> tuple[int, float, float]:
+        count, total, squares = self._losses
+        return int(count), float(total), float(squares)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as plain JSON values."""
+        return {"samples": self.samples, "losses": list(self._kept_losses())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up where ``state_dict`` was written."""
+        self.samples = state.get("samples", 0)
+        count, total, squares = state.get("losses", (0, 0.0, 0.0))
+        self._losses = (count, total, squares)
+
     def count_again(self) -> None:
         """Count the saved bytes of the next training forward pass: one step slower by a per cent or so."""
         self._count_next = True
@@ -69,7 +94,8 @@ class Observer:
     # Under torch.compile hooks are traced along with the model: what only counts has no place in a graph.
     @torch.compiler.disable
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not model.training or not torch.is_grad_enabled():
+        self._trains = model.training and torch.is_grad_enabled()
+        if not self._trains:
             return
         self._before_forward()
         inputs = {**kwargs, "input_ids": args[0]} if args and isinstance(args[0], Tensor) else kwargs
@@ -84,7 +110,12 @@ class Observer:
             self._counting.__enter__()
 
     @torch.compiler.disable
-    def _leave(self, *_: Any) -> None:
+    def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        loss = getattr(output, "loss", None)
+        if self._trains and isinstance(loss, Tensor) and loss.numel() == 1:
+            value = loss.detach().float().reshape(())
+            count, total, squares = self._losses
+            self._losses = (count + 1, total + value, squares + value * value)
         if self._counting is not None:
             self._counting.__exit__(None, None, None)
             self._saved_per_token = self._counting.total / self._last_tokens

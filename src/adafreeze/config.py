@@ -15,10 +15,12 @@ from .decide.scores import SCORES
 from .errors import ConfigError
 from .sizes import parse_size
 
-__all__ = ["PAPER", "SafeConfig"]
+__all__ = ["AS_PUBLISHED", "PAPER", "SafeConfig"]
 
+# What we have added to when and how units freeze, switched off: for methods as others published them.
+AS_PUBLISHED: dict[str, Any] = {"lr_scale": 1.0, "wait_for_loss": False}
 # What the published method has other than our defaults.
-PAPER: dict[str, Any] = {"policy": "threshold", "lr_scale": 1.0}
+PAPER: dict[str, Any] = {"policy": "threshold", **AS_PUBLISHED}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class SafeConfig:
             is its own.
         freeze_share: the part of the total score that may be frozen by the end of the ramp.
         threshold: τ_T of the paper, the score below which units freeze at the end of the ramp.
-        warmup: the largest share of the run before the first freeze; it ends sooner once the scores have settled.
+        warmup: the share of the run before the first freeze; it ends sooner once the scores have settled.
+        wait_for_loss: let the warm-up go on, at most to ``ramp_end``, while the training loss falls faster than it has
+            on average: what has not moved yet may still be about to. Needs a model that returns its loss.
         ramp_end: the share of the run at which the threshold stops rising (t_f).
         settle_patience: scores have settled when the policy's choice has not changed over this many measurements.
         settle_tolerance: ... and no score moved by more than this fraction of the largest.
@@ -86,6 +90,7 @@ class SafeConfig:
     freeze_share: float = 0.6
     threshold: float = 0.01
     warmup: float = 0.3
+    wait_for_loss: bool = True
     ramp_end: float = 0.5
     settle_patience: int = 2
     settle_tolerance: float = 0.1
@@ -138,7 +143,7 @@ class SafeConfig:
                 cause="Nothing would be written to that folder.",
                 fix='SafeConfig(cache="disk", cache_dir=...), or cache="auto" for memory first',
             )
-        for name in ("normalize_rows", "prefix_dropout", "dry_run"):
+        for name in ("wait_for_loss", "normalize_rows", "prefix_dropout", "dry_run"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(
                     f"SafeConfig.{name} is {getattr(self, name)!r}.",

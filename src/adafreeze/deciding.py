@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ._guard import Guard
 from .config import SafeConfig
 from .decide.policy import Situation, choose
-from .decide.schedule import Settling, cubic_ramp, measurement_steps
+from .decide.schedule import LossFall, Settling, cubic_ramp, measurement_steps
 from .errors import AdafreezeError, ConfigError, ProbeError, RunError
 from .freeze.parallel import Ranks
 from .journal import Journal
@@ -65,6 +65,7 @@ class Decider:
         self.plan: tuple[int, ...] | None = None
         self.scorer: Scorer | None = None
         self._settling = Settling(config.settle_patience, config.settle_tolerance)
+        self._loss_fall = LossFall()
 
     @property
     def measures_here(self) -> bool:
@@ -75,7 +76,11 @@ class Decider:
         """0 in the warm-up, 1 at the end of the freezing stage."""
         if self.warmup_end is None:
             return 0.0
-        return cubic_ramp(step, self.warmup_end, int(self.config.ramp_end * self.total_steps))
+        return cubic_ramp(step, self.warmup_end, self._ramp_end)
+
+    @property
+    def _ramp_end(self) -> int:
+        return int(self.config.ramp_end * self.total_steps)
 
     def prepare(self, step: int, step_samples: int) -> None:
         """Fit the probe and the number of measurements to the run's length.
@@ -90,24 +95,37 @@ class Decider:
         """Whether scores are measured after this step."""
         return self.plan is not None and step in self.plan
 
-    def decide(self, step: int, frozen: frozenset[str], prefixes: Mapping[str, int]) -> list[str]:
-        """Measure, and name the units to freeze now."""
-        names: list[str] = self._take(self._of_main(lambda: self._decided(step, frozen, prefixes)))
+    def decide(
+        self, step: int, frozen: frozenset[str], prefixes: Mapping[str, int], losses: Sequence[float]
+    ) -> list[str]:
+        """Measure, and name the units to freeze now.
+
+        Args:
+            step: optimizer steps done.
+            frozen: units frozen so far.
+            prefixes: depth of the frozen prefix of each stack.
+            losses: of training on this rank since the last measurement: their count, sum, and sum of squares.
+        """
+        names: list[str] = self._take(self._of_main(lambda: self._decided(step, frozen, prefixes, losses)))
         return names
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain JSON values."""
+        return {**self._decided_so_far(), "scorer": self.scorer.state_dict() if self.scorer is not None else None}
+
+    def _decided_so_far(self) -> dict[str, Any]:
         return {
             "scores": dict(self.scores),
             "warmup_end": self.warmup_end,
             "plan": list(self.plan) if self.plan is not None else None,
             "settling": self._settling.state_dict(),
-            "scorer": self.scorer.state_dict() if self.scorer is not None else None,
+            "loss_fall": self._loss_fall.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
         """Take up what ``state_dict`` wrote on rank 0; takes the pre-trained representations again, if need be."""
         self._settling.load_state_dict(state["settling"])
+        self._loss_fall.load_state_dict(state.get("loss_fall") or LossFall().state_dict())
         self.scores, self.warmup_end = dict(state["scores"]), state["warmup_end"]
         self.plan, self.scorer = None, None
         if state["plan"] is None:
@@ -144,6 +162,7 @@ class Decider:
             self.scores, self.warmup_end = outcome["scores"], outcome["warmup_end"]
             self.plan = tuple(outcome["plan"])
             self._settling.load_state_dict(outcome["settling"])
+            self._loss_fall.load_state_dict(outcome["loss_fall"])
         return outcome["names"]
 
     def _told(self, work: Callable[[], None], step: int) -> dict[str, Any]:
@@ -155,12 +174,11 @@ class Decider:
             raise
         except Exception as error:  # whatever it is
             self._give_up_measuring(error, step)
-        kept = {**self.state_dict(), "scorer": None}
-        return {**kept, "plan": list(self.plan or ()), "names": []}
+        return {**self._decided_so_far(), "plan": list(self.plan or ()), "names": []}
 
     def _prepared(self, step: int, step_samples: int) -> None:
         self.plan = ()
-        until = max(1, int(self.config.ramp_end * self.total_steps))
+        until = max(1, self._ramp_end)
         self.scorer = self.new_scorer(self.probe)
         count = self.scorer.prepare(self.total_steps * step_samples, until)
         self.plan = measurement_steps(until, count)
@@ -175,7 +193,9 @@ class Decider:
             plan=self.plan,
         )
 
-    def _decided(self, step: int, frozen: frozenset[str], prefixes: Mapping[str, int]) -> dict[str, Any]:
+    def _decided(
+        self, step: int, frozen: frozenset[str], prefixes: Mapping[str, int], losses: Sequence[float]
+    ) -> dict[str, Any]:
         measured = False
 
         def work() -> None:
@@ -185,8 +205,8 @@ class Decider:
 
         outcome = self._told(work, step)
         if measured:
-            outcome["names"] = self._chosen(step, frozen)
-            outcome |= {"warmup_end": self.warmup_end, "settling": self._settling.state_dict()}
+            names = self._chosen(step, frozen, losses)
+            outcome = {**self._decided_so_far(), "names": names}
         return outcome
 
     def _measure(self, step: int, prefixes: Mapping[str, int]) -> None:
@@ -212,14 +232,17 @@ class Decider:
             "measure", step=step, scores=measured, ramp=self.ramp(step), flops=self.scorer.flops_spent - before
         )
 
-    def _chosen(self, step: int, frozen: frozenset[str]) -> list[str]:
+    def _chosen(self, step: int, frozen: frozenset[str], losses: Sequence[float]) -> list[str]:
         if self.warmup_end is None:
             limit = max(1, int(self.config.warmup * self.total_steps))
             choice = frozenset(choose(self.config.policy, self._situation(step, 1.0, frozen)))
-            if self._settling.update(self.scores, choice):
+            settled = self._settling.update(self.scores, choice)
+            falls = self._loss_fall.update(losses)
+            if falls and self.config.wait_for_loss and step < self._ramp_end:
+                if settled or step >= limit:
+                    self.journal.write("warmup_goes_on", step=step)
+            elif settled or step >= limit:
                 self.warmup_end = min(step, limit)
-            elif step >= limit:
-                self.warmup_end = limit
             if self.warmup_end is not None:
                 self.journal.write("warmup_end", step=step, warmup_end=self.warmup_end)
         if self.warmup_end is None:

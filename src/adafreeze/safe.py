@@ -207,7 +207,7 @@ class Safe:
         if not self.decider.due(self.steps):
             return []
         self.ranks.check_alike("frozen", self.frozen, self.steps)
-        names = self.decider.decide(self.steps, self.frozen, self.prefixes)
+        names = self.decider.decide(self.steps, self.frozen, self.prefixes, self._observer.take_losses())
         if self.config.dry_run:
             if names:
                 self.journal.write("would_freeze", step=self.steps, units=names)
@@ -241,7 +241,7 @@ class Safe:
         return sealed(
             {
                 "steps": self.steps,
-                "samples": self._observer.samples,
+                **self._observer.state_dict(),
                 "frozen": sorted(self.frozen),
                 "probe": self.decider.probe.digest(),
                 "deciding": self.decider.state_dict(),
@@ -269,7 +269,7 @@ class Safe:
                 fix="Resume with the same data, or pass probe= explicitly. Scores before and after are of two probes.",
             )
         self.steps = content["steps"]
-        self._observer.samples = content.get("samples", 0)
+        self._observer.load_state_dict(content)
         self.journal.rewind(content.get("journal"))
         if not self.frozen <= set(content["frozen"]):
             self._thaw()

@@ -2,13 +2,14 @@
 
 from .cka import CKAReference, cka_flops, linear_cka, unit_rows
 from .policy import POLICIES, Situation, choose
-from .schedule import Settling, cubic_ramp, measurement_steps
+from .schedule import LossFall, Settling, cubic_ramp, measurement_steps
 from .scores import SCORES, Score, random_score, resolve_score
 
 __all__ = [
     "POLICIES",
     "SCORES",
     "CKAReference",
+    "LossFall",
     "Score",
     "Settling",
     "Situation",

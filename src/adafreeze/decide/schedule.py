@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["Settling", "cubic_ramp", "measurement_steps"]
+__all__ = ["LossFall", "Settling", "cubic_ramp", "measurement_steps"]
 
 
 def cubic_ramp(step: float, warmup_end: float, ramp_end: float) -> float:
@@ -78,3 +78,43 @@ class Settling:
         """Take up where ``state_dict`` was written."""
         self._calm, self._scores = state["calm"], dict(state["scores"])
         self._choice = None if state["choice"] is None else frozenset(state["choice"])
+
+
+class LossFall:
+    """Says whether the training loss still falls at its fastest.
+
+    With m₁ ... m_k its means between measurements, and s_k their standard errors, it does while
+
+        m_{k−1} − m_k  >  (m₁ − m_k)/(k − 1)    and    m_{k−1} − m_k  >  2·√(s_{k−1}² + s_k²)
+
+    so while it has lately fallen by more than it has on average, and by more than chance. What has hardly moved so
+    far may have its part of the fall still before it: a low score then says little. (The thought, that nothing be
+    frozen in this critical period of a training, is Egeria's: Wang et al. 2023, doi 10.1145/3552326.3587451.)
+    """
+
+    def __init__(self) -> None:
+        self._means: list[float] = []
+        self._error = math.inf
+
+    def update(self, losses: Sequence[float]) -> bool:
+        """Take the losses since the last measurement into account, given as (count, sum, sum of squares)."""
+        count, total, squares = losses
+        if not count or not math.isfinite(squares):
+            return False
+        mean = total / count
+        error = math.sqrt(max(0.0, squares / count - mean**2) / count)
+        before, self._error = self._error, error
+        self._means.append(mean)
+        if len(self._means) < 3:
+            return False
+        fall = self._means[-2] - mean
+        return fall > (self._means[0] - mean) / (len(self._means) - 1) and fall > 2 * math.hypot(before, error)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"means": self._means, "error": self._error if math.isfinite(self._error) else None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up where ``state_dict`` was written."""
+        self._means = list(state["means"])
+        self._error = math.inf if state["error"] is None else state["error"]

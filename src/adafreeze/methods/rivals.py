@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..config import SafeConfig
+from ..config import AS_PUBLISHED, SafeConfig
 from ..decide.policy import Situation
 from ..errors import note
 from .method import Method, Setup
@@ -33,7 +33,7 @@ class AutoFreeze(Method):
 
     def configure(self, setup: Setup) -> None:
         """Freeze by gradient norms, to the end of the run."""
-        fields = {"score": "grad_norm", "policy": calmest_prefix, "warmup": 0.1, "ramp_end": 1.0, "lr_scale": 1.0}
+        fields = {**AS_PUBLISHED, "score": "grad_norm", "policy": calmest_prefix, "warmup": 0.1, "ramp_end": 1.0}
         setup.safe = SafeConfig.from_dict({**setup.settings, **fields})
 
 
@@ -69,7 +69,7 @@ class GradES(Method):
         """Freeze by our score, unless the package can."""
         if not self._package_fits(setup.base):
             note("grades: by the weight_change score, since the package is not installed or does not know the layers.")
-            fields: dict[str, Any] = {"score": "weight_change", "policy": _Converged(self.share), "lr_scale": 1.0}
+            fields = {**AS_PUBLISHED, "score": "weight_change", "policy": _Converged(self.share)}
             fields |= {"warmup": self.alpha, "ramp_end": 1.0}
             setup.safe = SafeConfig.from_dict({**setup.settings, **fields})
 
