@@ -117,7 +117,7 @@ class Run:
         return Safe(
             self.model, SafeConfig(cache=cache, memory_budget=budget, **config), optimizer=self.optimizer,
             probe=self.batch, total_steps=steps, samples_per_step=rows, batch_size=rows,
-            samples_per_epoch=batches * rows or None,
+            samples_per_epoch=batches and batches * rows,
         )  # fmt: skip
 
     def step(self, batch: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
