@@ -4,9 +4,9 @@
 
 A Llama-like model with random weights in bfloat16 and LoRA on all linears takes real training steps on the device, at
 prefix depths none, a quarter, a half, three quarters and the deepest, and under checkpointing. Beside each: the plan,
-torch.cuda.max_memory_allocated, max_memory_reserved, tokens per second. Then a run of SAFE under budgets of 0.35, 0.5
-and 0.75 of what plain training holds above the weights, and the most that the allocator held after the first steps.
-Then three epochs of a few batches with the lower half frozen, with the prefix cache in pinned memory and without it.
+torch.cuda.max_memory_allocated, max_memory_reserved, tokens per second. Then a run of SAFE under budgets a tenth, 0.4
+and 0.7 of the way from checkpointing every block to plain training, and the most that the allocator held after the first steps.
+Then three epochs of a few batches with the lower half frozen, with and without the prefix cache in pinned memory.
 
 With --device cpu the storage tracker stands in for the allocator, and a small shape shows that the script works.
 """
@@ -31,6 +31,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adafreeze import Safe, SafeConfig, plan
 from adafreeze.costs import StorageTracker
 from adafreeze.env import environment
+from adafreeze.errors import RunError
+from adafreeze.plan import Plan
 from adafreeze.sizes import readable
 
 SHAPES = {
@@ -158,6 +160,63 @@ def epochs(run: Run, device: Device, cache: str, batches: int = 8, count: int = 
     return found
 
 
+def under_budget(run: Run, device: Device, limit: int, steps: int = 40) -> dict[str, Any]:
+    """The most held in the first ten steps and in those after, and what was recomputed or corrected."""
+    try:
+        safe = run.safe(limit, steps=steps, warmup=0.5, ramp_end=0.7, probe_tokens=256)
+    except RunError as error:
+        return {"limit": limit, "reason": error.fact}
+    peaks = []
+    for _ in range(steps):
+        device.start()
+        run.step()
+        safe.step()
+        peaks.append(device.peak())
+    events = [event for event in safe.journal.events if event["event"] in ("recompute", "budget_corrected")]
+    safe.close()
+    kept = ("event", "peak", "ratio", "blocks")
+    return {
+        "limit": limit,
+        "peak_of_ten_steps": max(peaks[:10]),
+        "peak_later": max(peaks[10:]),
+        "events": [{name: event.get(name) for name in kept} for event in events],
+    }
+
+
+def depths(shape: tuple[str, str, int, int], device: Device, planned: Plan) -> list[dict[str, Any]]:
+    """Plan and device at each depth of the prefix, and under checkpointing."""
+    run = Run(*shape)
+    safe = run.safe()
+    rows: list[dict[str, Any]] = []
+    for step in planned.steps:
+        safe._freeze([name for name in list(safe.units)[: step.prefix] if name not in safe.frozen], by="hand")
+        rows.append({"prefix": step.prefix, "planned": step.peak, **measure(run, device)})
+    safe.close()
+    del run, safe
+    gc.collect()
+    rows.append(
+        {
+            "prefix": "checkpointed",
+            "planned": planned.checkpointed.peak,
+            **measure(Run(*shape, checkpointing=True), device),
+        }
+    )
+    return rows
+
+
+def show(rows: list[dict[str, Any]], title: str, console: Console) -> None:
+    table = Table(title=title)
+    for column in ("prefix", "planned", "held", "planned / held", "reserved", "tokens / s"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        ratio = row["planned"] / row["peak"]
+        table.add_row(
+            str(row["prefix"]), readable(row["planned"]), readable(row["peak"]), f"{ratio:.3f}",
+            readable(row["reserved"]), f"{row['tokens_per_second']:,.0f}",
+        )  # fmt: skip
+    console.print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -170,84 +229,54 @@ def main() -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --device cpu --shape tiny --rows 4 --length 64 tries the script")
     shape = (arguments.shape, arguments.device, arguments.rows, arguments.length)
+    commit = (
+        arguments.commit
+        or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    )
+    document: dict[str, Any] = {
+        "commit": commit,
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
+        "shape": list(shape),
+        "environment": environment(),
+    }
+
+    def keep(name: str, found: Any) -> None:
+        document[name] = found
+        if arguments.output is not None:
+            arguments.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+    console = Console()
     planned = plan(
         configuration(arguments.shape), LORA, batch_size=arguments.rows, max_length=arguments.length,
         dtype="bfloat16", target=arguments.device, optim="adamw_torch_fused",
     )  # fmt: skip
-
-    rows: list[dict[str, Any]] = []
     with Device(arguments.device) as device:
-        run = Run(*shape)
-        safe = run.safe()
-        for step in planned.steps:
-            safe._freeze([name for name in list(safe.units)[: step.prefix] if name not in safe.frozen], by="hand")
-            rows.append({"prefix": step.prefix, "planned": step.peak, **measure(run, device)})
-        safe.close()
-        held = sum(t.untyped_storage().nbytes() for t in (*run.model.parameters(), *run.model.buffers()))
-        del run, safe
-        gc.collect()
-        run = Run(*shape, checkpointing=True)
-        rows.append({"prefix": "checkpointed", "planned": planned.checkpointed.peak, **measure(run, device)})
-        del run
-        gc.collect()
+        rows = depths(shape, device, planned)
+    show(rows, f"{arguments.shape}, {arguments.rows} × {arguments.length} on {arguments.device}", console)
+    keep("rows", rows)
     budgets = []
-    for share in (0.35, 0.5, 0.75):
-        limit = int(held + share * (planned.plain.peak - held))
+    for share in (0.1, 0.4, 0.7):
+        gc.collect()
+        limit = int(planned.checkpointed.peak + share * (planned.plain.peak - planned.checkpointed.peak))
         with Device(arguments.device) as device:
-            run = Run(*shape)
-            safe = run.safe(limit, steps=40, warmup=0.5, ramp_end=0.7, probe_tokens=256)
-            first = later = 0
-            for index in range(40):
-                device.start()
-                run.step()
-                safe.step()
-                first, later = (max(first, device.peak()), later) if index < 10 else (first, max(later, device.peak()))
-            events = [e for e in safe.journal.events if e["event"] in ("recompute", "budget_corrected")]
-            safe.close()
-            kept = ("event", "peak", "ratio", "blocks")
-            budgets.append(
-                {"share": share, "limit": limit, "peak_of_ten_steps": first, "peak_later": later}
-                | {"events": [{name: event.get(name) for name in kept} for event in events]}
-            )
-            del run, safe
-            gc.collect()
-
+            one = under_budget(Run(*shape), device, limit)
+        budgets.append({"share": share, **one})
+        peaks = one.get("reason") or (
+            f"first ten steps {readable(one['peak_of_ten_steps'])}, later {readable(one['peak_later'])}"
+        )
+        console.print(f"budget {readable(limit)}: {peaks}")
+        keep("budgets", budgets)
     caches = []
     for cache in ("off", "ram", "off", "ram"):
-        with Device(arguments.device) as device:
-            caches.append(epochs(Run(*shape), device, cache))
         gc.collect()
-
-    table = Table(title=f"{arguments.shape}, {arguments.rows} × {arguments.length} on {arguments.device}")
-    for column in ("prefix", "planned", "held", "planned / held", "reserved", "tokens / s"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        ratio = row["planned"] / row["peak"]
-        table.add_row(
-            str(row["prefix"]), readable(row["planned"]), readable(row["peak"]), f"{ratio:.3f}",
-            readable(row["reserved"]), f"{row['tokens_per_second']:,.0f}",
-        )  # fmt: skip
-    console = Console()
-    console.print(table)
-    for one in budgets:
-        console.print(
-            f"budget {readable(one['limit'])}: first ten steps {readable(one['peak_of_ten_steps'])}, later "
-            f"{readable(one['peak_later'])}"
-        )
-    for found in caches:
+        with Device(arguments.device) as device:
+            found = epochs(Run(*shape), device, cache)
+        caches.append(found)
         speeds = ", ".join(f"{speed:,.0f}" for speed in found["tokens_per_second"])
-        console.print(f"lower half frozen, cache {found['cache']}: {speeds} tokens / s in epochs 1, 2, 3")
+        console.print(f"lower half frozen, cache {cache}: {speeds} tokens / s in epochs 1, 2, 3")
+        keep("caches", caches)
     same = caches[0]["losses"] == caches[1]["losses"]
     console.print(f"losses with and without the cache: {'equal to the bit' if same else 'not equal'}")
-    if arguments.output is not None:
-        commit = (
-            arguments.commit
-            or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-        )
-        name = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
-        document = {"commit": commit, "device": name, "environment": environment(), "rows": rows, "budgets": budgets}
-        document["caches"] = caches
-        arguments.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
