@@ -4,9 +4,9 @@
 
 A Llama-like model with random weights in bfloat16 and LoRA on all linears takes real training steps on the device, at
 prefix depths none, a quarter, a half, three quarters and the deepest, and under checkpointing. Beside each: the plan,
-torch.cuda.max_memory_allocated, max_memory_reserved, tokens per second. Then a run of SAFE under budgets a tenth, 0.4
-and 0.7 of the way from checkpointing every block to plain training, and the most that the allocator held after the first steps.
-Then three epochs of a few batches with the lower half frozen, with and without the prefix cache in pinned memory.
+torch.cuda.max_memory_allocated, max_memory_reserved, tokens per second. Then runs of SAFE under budgets a tenth,
+0.4 and 0.7 of the way from checkpointing every block to plain training, and the most that the allocator held early and
+late. Then three epochs of a few batches with the lower half frozen, with and without the prefix cache in pinned memory.
 
 With --device cpu the storage tracker stands in for the allocator, and a small shape shows that the script works.
 """
