@@ -98,6 +98,27 @@ class Share45(Safe):
     fields: ClassVar[dict[str, Any]] = {"freeze_share": 0.45}
 
 
+class Scale4(Safe):
+    """Four times the learning rates, however many have frozen."""
+
+    name = "scale-4"
+    fields: ClassVar[dict[str, Any]] = {"lr_scale": 4.0}
+
+
+class TwoLive(Safe):
+    """Two blocks always train."""
+
+    name = "two-live"
+    fields: ClassVar[dict[str, Any]] = {"min_live_blocks": 2}
+
+
+class Dropout(Safe):
+    """With the model's dropout on in the frozen prefix, and so without the cache."""
+
+    name = "dropout"
+    fields: ClassVar[dict[str, Any]] = {"prefix_dropout": True, "cache": "off", "cache_dir": None}
+
+
 class LongRamp(Safe):
     """The last tenths of the score freeze only at four fifths of the run."""
 
@@ -106,6 +127,9 @@ class LongRamp(Safe):
 
 
 GRID = (
+    Scale4,
+    TwoLive,
+    Dropout,
     LongRamp,
     NoWait,
     Share10,

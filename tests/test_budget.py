@@ -293,11 +293,11 @@ def measured_by(safe, factor):
     budget.measured_peak = peak
 
 
-def test_a_device_that_holds_more_than_planned_gets_more_recompute_and_less_gets_less():
+def test_a_device_that_holds_more_than_planned_gets_more_recompute_and_a_peak_that_was_reset_gets_no_less():
     _, _, (held, most) = plain_run("bert")
     limit = int(held + 0.6 * (most - held))
     counts, late = {}, {"min_measurements": 1, "warmup": 1.0, "ramp_end": 1.0}
-    for factor in (1.0, 1.3, 0.7):
+    for factor in (1.0, 1.3, 0.0016):  # the last was seen on an H100 whose user had reset its statistics
         model = make("bert")
         counted = []
 
@@ -307,15 +307,15 @@ def test_a_device_that_holds_more_than_planned_gets_more_recompute_and_less_gets
 
         *_, safe = train(model, "bert", limit, steps=14, after=note_count, **late)
         counts[factor] = counted[-2]
-        assert safe.budget.ratio == pytest.approx(factor, rel=1e-3)
+        assert safe.budget.ratio == pytest.approx(max(1.0, factor), rel=1e-3)
         corrected = [event for event in safe.journal.events if event["event"] == "budget_corrected"]
-        assert bool(corrected) == (factor != 1.0)
+        assert bool(corrected) == (factor > 1.0)
         state = safe.state_dict()["budget"]
         safe.close()
         again = Safe(make("bert"), SafeConfig(memory_budget=limit), probe=cases.loader("bert"), total_steps=9)
         again.budget.load_state_dict(state)
         assert again.budget.ratio == safe.budget.ratio
-    assert counts[0.7] < counts[1.0] < counts[1.3]
+    assert counts[0.0016] == counts[1.0] < counts[1.3]
 
 
 # Through Trainer.

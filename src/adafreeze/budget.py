@@ -27,8 +27,6 @@ __all__ = ["Budget", "open_budget"]
 
 # Lengths are rounded up to one of so many between powers of two, so that few kinds of batches are rehearsed.
 LENGTHS_PER_OCTAVE = 8
-# On CUDA so many steps are measured before the plan is corrected downward; upward it is at once.
-MEASURED_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,8 @@ class Budget:
     run. When the prefix grows, fewer blocks are recomputed.
 
     On CUDA the allocator's peaks of the steps show what counting cannot see (workspaces of kernels, other attention
-    kernels): what is planned above weights and state is scaled by the largest ratio of measured to planned, at once
-    if that is more than planned, after MEASURED_STEPS steps if it is less.
+    kernels): what is planned above weights and state is scaled by the largest ratio of measured to planned, if that is
+    more than 1. A peak below the plan proves nothing: whoever else resets the allocator's statistics makes it so.
 
     What counts is what a training step holds, and ``extra``: DDP's buckets, and on the CPU what measuring scores holds
     and the prefix cache in memory, which elsewhere are in host memory. The cache gets half of what the step leaves.
@@ -96,7 +94,6 @@ class Budget:
         self.ratio = 1.0
         self.measured_peak: Callable[[], int] | None = self._allocator_peak if self.device.type == "cuda" else None
         self.recompute = Recompute(model, stacks)
-        self._ratios: list[float] = []
         self._choices: dict[Any, Choice] = {}
         self._rehearsed: dict[Any, Rehearsal] = {}
         self._current: Choice | None = None
@@ -119,11 +116,11 @@ class Budget:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs of it, as plain JSON values."""
         choices = [[k, sorted(c.chosen), c.peak, c.plain_peak, c.held] for k, c in self._choices.items()]
-        return {"limit": self.limit, "ratio": self.ratio, "ratios": list(self._ratios), "choices": choices}
+        return {"limit": self.limit, "ratio": self.ratio, "choices": choices}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what ``state_dict`` wrote; ``"auto"`` stays what it was, unless less is free now."""
-        self.ratio, self._ratios = state["ratio"], list(state["ratios"])
+        self.ratio = max(1.0, state["ratio"])  # earlier versions went below, on peaks that somebody else had reset
         limit = state.get("limit", 0)
         if self._auto and limit:
             self.limit = min(self.limit, limit)
@@ -330,18 +327,10 @@ class Budget:
         if not state or choice.peak <= choice.held:  # before its first step the optimizer has no state
             return
         observed = self.ratio * (measured - choice.held) / (choice.peak - choice.held)
-        settling = len(self._ratios) < MEASURED_STEPS
-        if settling:
-            self._ratios.append(observed)
-        ratio = self.ratio
-        if observed > ratio:
-            ratio = observed
-        elif settling and len(self._ratios) == MEASURED_STEPS:
-            ratio = max(self._ratios)
-        if ratio != self.ratio:
-            self.ratio = ratio
+        if observed > self.ratio:
+            self.ratio = observed
             self._choices.clear()
-            self.journal.write("budget_corrected", ratio=ratio, measured=measured, planned=choice.peak)
+            self.journal.write("budget_corrected", ratio=observed, measured=measured, planned=choice.peak)
 
 
 def open_budget(limit: int | float | str | None, probe: Probe, rows: int, *parts: Any) -> Budget | None:
