@@ -2,13 +2,16 @@ import json
 import math
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cases
 from adafreeze import Safe, SafeConfig
-from adafreeze.decide import Settling, Situation, choose, cubic_ramp, measurement_steps
+from adafreeze._observe import Observer
+from adafreeze.decide import LossFall, Settling, Situation, choose, cubic_ramp, measurement_steps
 from adafreeze.scoring import Scorer
+from adafreeze.state import sealed
 
 
 def test_the_published_threshold_and_the_step_at_which_each_unit_freezes():
@@ -56,6 +59,45 @@ def test_settling_takes_up_its_state():
     two = Settling(2, 0.1)
     two.load_state_dict(json.loads(json.dumps(one.state_dict())))
     assert two.update({"a": 1.0}, frozenset("a"))
+
+
+def window(mean, spread=0.0, count=16):
+    """Losses ``mean ± spread``, as the loop hands them on."""
+    losses = [mean + spread * (-1) ** n for n in range(count)]
+    return len(losses), sum(losses), sum(loss**2 for loss in losses)
+
+
+def falls(*windows):
+    fall = LossFall()
+    return [fall.update(losses) for losses in windows]
+
+
+def test_the_loss_falls_fast_while_it_falls_by_more_than_on_average():
+    # Falls of 0.1, 0.4, 0.3, 0.1; on average so far 0.1, 0.25, 0.267, 0.225.
+    assert falls(*map(window, (1.8, 1.7, 1.3, 1.0, 0.9))) == [False, False, True, True, False]
+    assert falls(*map(window, (2.0, 1.5, 1.0, 0.5))) == [False] * 4  # as fast as on average is not faster
+    assert falls(*map(window, (1.0, 1.5, 1.6, 1.7))) == [False] * 4
+    # By 0.2, after 0. A standard error is s/√16, that of the difference √2 as much: twice that is 0.707·s.
+    assert falls(window(1.0, 0.25), window(1.0, 0.25), window(0.8, 0.25))[-1] is True
+    assert falls(window(1.0, 0.3), window(1.0, 0.3), window(0.8, 0.3))[-1] is False
+
+
+def test_where_there_are_no_losses_or_none_that_can_be_judged_none_falls():
+    none, broken = (0, 0.0, 0.0), (16, math.nan, math.nan)
+    assert falls(*[none] * 5) == falls(*[broken] * 5) == falls(*[window(math.inf)] * 5) == [False] * 5
+    # They are passed over: what is judged is the losses that there are.
+    assert falls(window(1.8), none, window(1.7), broken, window(1.3)) == [False, False, False, False, True]
+
+
+def test_the_fall_takes_up_its_state():
+    for count in range(4):
+        one, two = LossFall(), LossFall()
+        for mean in (1.8, 1.7, 1.3, 1.0)[:count]:
+            one.update(window(mean, 0.1))
+        two.load_state_dict(json.loads(json.dumps(one.state_dict())))
+        assert [one.update(window(mean, 0.1)) for mean in (0.6, 0.5)] == [
+            two.update(window(mean, 0.1)) for mean in (0.6, 0.5)
+        ]
 
 
 @settings(deadline=None)  # timing decides no test
@@ -135,6 +177,38 @@ def test_between_measurements_nothing_freezes_and_the_ramp_goes_on(monkeypatch):
     # Two measurements: 15, 30. The limit passed unseen at 10, from where the ramp counts.
     t_w, steps = freeze_steps(monkeypatch, lambda: [0.011, 0.5], measurements=2, policy="threshold", threshold=0.02)
     assert (t_w, steps) == (10, {0: 15})
+
+
+def test_the_warm_up_goes_on_while_the_loss_falls_fast_and_no_longer_than_the_ramp(monkeypatch):
+    # Measured every 2 steps. The scores have settled at 6, and block 0 could freeze at 8; the limit is 10.
+    def run(losses, **settings):
+        given = iter(losses)
+        monkeypatch.setattr(Observer, "take_losses", lambda self: window(next(given)))
+        return freeze_steps(monkeypatch, lambda: [0.001, 0.5], measurements=15, freeze_share=0.5, **settings)
+
+    faster = [3.0, 2.99, 2.95, 2.88, 2.78, 2.65, 2.48, 2.27, 2.0, 1.65]  # up to step 20
+    slower = [1.6, 1.58, 1.57, 1.56, 1.55]
+    assert run(faster + slower) == (10, {0: 22})
+    assert run(faster + slower, wait_for_loss=False) == (6, {0: 8})
+    assert run([*faster, 1.25, 0.8, 0.3, -0.3, -1.0]) == (10, {0: 30})  # no longer than the ramp
+    assert run([3.0, 2.8, 2.7, 2.65, 2.62, 2.6, *faster]) == (6, {0: 8})  # what comes later does not matter
+
+
+def test_losses_are_those_that_the_model_returns_in_training():
+    model, batch = cases.lora_model("llama"), cases.batch("llama")
+    safe = Safe(model.train(), probe=batch, total_steps=9)
+    losses = [float(model(**batch).loss.detach()) for _ in range(2)]
+    with torch.no_grad():
+        model(**batch)
+    model.eval()(**batch)
+    model.train()(**{name: value for name, value in batch.items() if name != "labels"})
+    kept = json.loads(json.dumps(safe.state_dict()))["losses"]
+    assert kept == list(safe._observer.take_losses()) == pytest.approx([2, sum(losses), sum(x**2 for x in losses)])
+    assert safe._observer.take_losses() == (0, 0.0, 0.0)
+    state = safe.state_dict()
+    del state["losses"], state["deciding"]["loss_fall"]  # as of the version before
+    safe.load_state_dict(sealed({name: value for name, value in state.items() if name not in ("version", "checksum")}))
+    safe.close()
 
 
 scores_of_three = st.lists(st.one_of(st.floats(), st.sampled_from([0.0, -0.0, 1.0, 1.0])), min_size=3, max_size=3)
