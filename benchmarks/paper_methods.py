@@ -56,6 +56,13 @@ class Sooner(Safe):
     fields: ClassVar[dict[str, Any]] = {"warmup": 0.15, "ramp_end": 0.35}
 
 
+class Fifth(Safe):
+    """The default depth between a fifth and two fifths of the run."""
+
+    name = "fifth"
+    fields: ClassVar[dict[str, Any]] = {"warmup": 0.2, "ramp_end": 0.4}
+
+
 class Later(Safe):
     """The default depth from the middle of the run on: for what still learns fast at three tenths."""
 
@@ -105,6 +112,13 @@ class Scale4(Safe):
     fields: ClassVar[dict[str, Any]] = {"lr_scale": 4.0}
 
 
+class Scale6(Safe):
+    """Six times the learning rates."""
+
+    name = "scale-6"
+    fields: ClassVar[dict[str, Any]] = {"lr_scale": 6.0}
+
+
 class TwoLive(Safe):
     """Two blocks always train."""
 
@@ -127,7 +141,9 @@ class LongRamp(Safe):
 
 
 GRID = (
+    Fifth,
     Scale4,
+    Scale6,
     TwoLive,
     Dropout,
     LongRamp,

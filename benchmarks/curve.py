@@ -1,0 +1,62 @@
+"""What a method costs and what it gives, drawn from tables of benchmarks/paper.py.
+
+    python benchmarks/curve.py benchmarks/results/paper-large-5.json benchmarks/results/paper-large-share-5.json
+                               [-o docs/img/cost.png]
+
+One panel a table: FLOPs against plain training to the right, the difference of the score up, both averaged over the table's
+tasks; a bar is the 95 % interval, where there are several seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def panel(axes: plt.Axes, table: dict) -> None:
+    seeds = table["settings"]["seeds"]
+    tasks = table["settings"]["tasks"]
+    points = [row for row in table["rows"] if (row["task"] is None or len(tasks) == 1) and row["ratios"]]
+    for row in points:
+        difference = row["difference"] or {"mean": 0.0, "low": None, "high": None}
+        cost, mean = row["ratios"]["flops"], difference["mean"]
+        ours = row["method"] == "safe"
+        colour = "#c0392b" if ours else "#555555"
+        bounds = [difference["low"], difference["high"]]
+        if None not in bounds and all(map(math.isfinite, bounds)) and bounds[0] != bounds[1]:
+            axes.plot([cost, cost], bounds, color=colour, linewidth=1, alpha=0.5)
+        axes.plot([cost], [mean], "o", color=colour, markersize=6 if ours else 4)
+        right = cost > 0.9
+        axes.annotate(
+            row["method"], (cost, mean), xytext=(-6 if right else 6, 4), textcoords="offset points", color=colour,
+            fontsize=8, fontweight="bold" if ours else "normal", ha="right" if right else "left",
+        )  # fmt: skip
+    axes.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
+    axes.set_title(f"{', '.join(tasks)}; {len(seeds)} seed{'s' * (len(seeds) > 1)}", fontsize=9)
+    axes.set_xlabel("FLOPs, plain = 1")
+    axes.set_xlim(0.4, 1.05)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="+", type=Path)
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/img/cost.png"))
+    options = parser.parse_args()
+    figure, panels = plt.subplots(1, len(options.tables), figsize=(5.2 * len(options.tables), 4), squeeze=False)
+    for axes, path in zip(panels[0], options.tables, strict=True):
+        panel(axes, json.loads(path.read_text(encoding="utf-8")))
+    panels[0][0].set_ylabel("score, points against plain")
+    figure.tight_layout()
+    figure.savefig(options.output, dpi=130)
+    print(f"Drawn: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
