@@ -10,7 +10,7 @@ from ._guard import Guard
 from .config import SafeConfig
 from .decide.policy import Situation, choose
 from .decide.schedule import LossFall, Settling, cubic_ramp, measurement_steps
-from .errors import AdafreezeError, ConfigError, ProbeError, RunError
+from .errors import AdafreezeError, ConfigError, ProbeError, RunError, note
 from .freeze.parallel import Ranks
 from .journal import Journal
 from .model import Probe
@@ -66,6 +66,7 @@ class Decider:
         self.scorer: Scorer | None = None
         self._settling = Settling(config.settle_patience, config.settle_tolerance)
         self._loss_fall = LossFall()
+        self._went_on = False
 
     @property
     def measures_here(self) -> bool:
@@ -240,7 +241,7 @@ class Decider:
             falls = self._loss_fall.update(losses)
             if falls and self.config.wait_for_loss and step < self._ramp_end:
                 if settled or step >= limit:
-                    self.journal.write("warmup_goes_on", step=step)
+                    self._go_on(step)
             elif settled or step >= limit:
                 self.warmup_end = min(step, limit)
             if self.warmup_end is not None:
@@ -248,6 +249,15 @@ class Decider:
         if self.warmup_end is None:
             return []
         return choose(self.config.policy, self._situation(step, self.ramp(step), frozen))
+
+    def _go_on(self, step: int) -> None:
+        self.journal.write("warmup_goes_on", step=step)
+        if not self._went_on:
+            self._went_on = True
+            note(
+                f"Step {step} of {self.total_steps}: the warm-up goes on, at most to step {self._ramp_end}, while the "
+                "training loss falls faster than it has on average."
+            )
 
     def _situation(self, step: int, ramp: float, frozen: frozenset[str]) -> Situation:
         return Situation(

@@ -179,7 +179,7 @@ def test_between_measurements_nothing_freezes_and_the_ramp_goes_on(monkeypatch):
     assert (t_w, steps) == (10, {0: 15})
 
 
-def test_the_warm_up_goes_on_while_the_loss_falls_fast_and_no_longer_than_the_ramp(monkeypatch):
+def test_the_warm_up_goes_on_while_the_loss_falls_fast_and_no_longer_than_the_ramp(monkeypatch, caplog):
     # Measured every 2 steps. The scores have settled at 6, and block 0 could freeze at 8; the limit is 10.
     def run(losses, **settings):
         given = iter(losses)
@@ -189,6 +189,8 @@ def test_the_warm_up_goes_on_while_the_loss_falls_fast_and_no_longer_than_the_ra
     faster = [3.0, 2.99, 2.95, 2.88, 2.78, 2.65, 2.48, 2.27, 2.0, 1.65]  # up to step 20
     slower = [1.6, 1.58, 1.57, 1.56, 1.55]
     assert run(faster + slower) == (10, {0: 22})
+    said = [record.message for record in caplog.records if "goes on" in record.message]
+    assert len(said) == 1 and "Step 6 of 100: the warm-up goes on, at most to step 30" in said[0]
     assert run(faster + slower, wait_for_loss=False) == (6, {0: 8})
     assert run([*faster, 1.25, 0.8, 0.3, -0.3, -1.0]) == (10, {0: 30})  # no longer than the ramp
     assert run([3.0, 2.8, 2.7, 2.65, 2.62, 2.6, *faster]) == (6, {0: 8})  # what comes later does not matter
