@@ -3,7 +3,7 @@
     python benchmarks/curve.py benchmarks/results/paper-large-5.json benchmarks/results/paper-large-share-5.json
                                [-o docs/img/cost.png]
 
-One panel a table: FLOPs against plain training to the right, the difference of the score up, both averaged over the table's
+One panel a table: FLOPs against plain training to the right, the difference of the score up, both averaged over its
 tasks; a bar is the 95 % interval, where there are several seeds.
 """
 
@@ -42,6 +42,7 @@ def panel(axes: plt.Axes, table: dict) -> None:
     axes.set_title(f"{', '.join(tasks)}; {len(seeds)} seed{'s' * (len(seeds) > 1)}", fontsize=9)
     axes.set_xlabel("FLOPs, plain = 1")
     axes.set_xlim(0.4, 1.05)
+    axes.margins(y=0.12)
 
 
 def main() -> None:

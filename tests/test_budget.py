@@ -282,40 +282,64 @@ def test_a_model_that_reads_its_values_recomputes_all_and_says_so():
 # The allocator's word.
 
 
-def measured_by(safe, factor):
-    """An allocator that holds ``factor`` times what is planned above what is always held."""
+def measured_by(safe, beyond):
+    """An allocator that holds ``beyond`` bytes more than is planned by counting."""
     budget = safe.budget
-
-    def peak():
-        choice = budget._current
-        return 0 if choice is None else int(choice.held + factor * (choice.peak - choice.held) / budget.ratio)
-
-    budget.measured_peak = peak
+    budget.measured_peak = lambda: budget._current.peak - budget.excess + beyond if budget._current is not None else 0
 
 
 def test_a_device_that_holds_more_than_planned_gets_more_recompute_and_a_peak_that_was_reset_gets_no_less():
     _, _, (held, most) = plain_run("bert")
     limit = int(held + 0.6 * (most - held))
     counts, late = {}, {"min_measurements": 1, "warmup": 1.0, "ramp_end": 1.0}
-    for factor in (1.0, 1.3, 0.0016):  # the last was seen on an H100 whose user had reset its statistics
+    more = int(0.2 * (most - held))
+    for beyond in (0, more, -most):  # the last was seen on an H100 whose user had reset its statistics
         model = make("bert")
         counted = []
 
-        def note_count(safe, factor=factor, counted=counted):
-            measured_by(safe, factor)
+        def note_count(safe, beyond=beyond, counted=counted):
+            measured_by(safe, beyond)
             counted.append(len(safe.budget.recompute.chosen))
 
         *_, safe = train(model, "bert", limit, steps=14, after=note_count, **late)
-        counts[factor] = counted[-2]
-        assert safe.budget.ratio == pytest.approx(max(1.0, factor), rel=1e-3)
+        counts[beyond] = counted[-2]
+        assert safe.budget.excess == max(0, beyond)
         corrected = [event for event in safe.journal.events if event["event"] == "budget_corrected"]
-        assert bool(corrected) == (factor > 1.0)
+        assert [event["excess"] for event in corrected] == [beyond] * (beyond > 0)
         state = safe.state_dict()["budget"]
         safe.close()
         again = Safe(make("bert"), SafeConfig(memory_budget=limit), probe=cases.loader("bert"), total_steps=9)
         again.budget.load_state_dict(state)
-        assert again.budget.ratio == safe.budget.ratio
-    assert counts[0.0016] == counts[1.0] < counts[1.3]
+        assert again.budget.excess == safe.budget.excess
+        assert again.budget._choices == safe.budget._choices
+        # One that corrected by a ratio may have chosen by a plan that was far too small.
+        again.budget.load_state_dict({"limit": limit, "ratio": 0.0016, "choices": state["choices"]})
+        assert again.budget.excess == 0 and not again.budget._choices
+    assert counts[-most] == counts[0] < counts[more]
+
+
+def test_what_a_short_batch_holds_beyond_its_plan_is_no_factor_for_a_long_one():
+    short, long = cases.batch("bert", rows=4, length=8), cases.batch("bert", rows=16, length=24)
+
+    def run(limit, beyond, *batches):
+        model = make("bert")
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        config = SafeConfig(memory_budget=limit, cache="off", probe_tokens=64)
+        safe = Safe(model, config, optimizer=optimizer, probe=long, total_steps=99)
+        measured_by(safe, beyond)
+        for batch in batches:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found = safe.budget._current
+        safe.close()
+        return found
+
+    needed = run("1GiB", 0, long, long).peak
+    workspace = needed // 20
+    for first in (short, long):
+        assert not run(needed + 2 * workspace, workspace, first, first, long, long, long).chosen
+    assert run(needed + workspace // 2, workspace, short, short, long, long, long).chosen
 
 
 # Through Trainer.

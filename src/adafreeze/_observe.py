@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .costs.memory import SavedBytes
+from .decide.schedule import Losses
 from .freeze.before_step import before_step
 from .model.draw import rows_of
 
@@ -37,8 +38,7 @@ class Observer:
         self.forwards = 0
         self.samples = 0
         self.tokens = 0
-        self._losses: tuple[int, Any, Any] = (0, 0.0, 0.0)
-        self._trains = False
+        self._losses = Losses()
         self._last_tokens = 0
         self._saved_per_token: float | None = None
         self._count_next = True
@@ -58,28 +58,22 @@ class Observer:
             return None
         return self._saved_per_token * self.tokens / self.forwards
 
-    def take_losses(self) -> tuple[int, float, float]:
-        """Count, sum, and sum of squares of what the model returned as its loss in training, since this was last asked.
+    def take_losses(self) -> Losses:
+        """What the model returned as its loss in training since this was last asked.
 
-        The count is 0 where it returns none, since the host computes the loss from the outputs.
+        Nothing where it returns none, since the host computes the loss from the outputs.
         """
-        losses = self._kept_losses()
-        self._losses = (0, 0.0, 0.0)
-        return losses
-
-    def _kept_losses(self) -> tuple[int, float, float]:
-        count, total, squares = self._losses
-        return int(count), float(total), float(squares)
+        losses, self._losses = self._losses, Losses()
+        return _on_the_host(losses)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain JSON values."""
-        return {"samples": self.samples, "losses": list(self._kept_losses())}
+        return {"samples": self.samples, "losses": list(_on_the_host(self._losses))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up where ``state_dict`` was written."""
         self.samples = state.get("samples", 0)
-        count, total, squares = state.get("losses", (0, 0.0, 0.0))
-        self._losses = (count, total, squares)
+        self._losses = Losses(*state.get("losses", ()))
 
     def count_again(self) -> None:
         """Count the saved bytes of the next training forward pass: one step slower by a per cent or so."""
@@ -94,8 +88,7 @@ class Observer:
     # Under torch.compile hooks are traced along with the model: what only counts has no place in a graph.
     @torch.compiler.disable
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._trains = model.training and torch.is_grad_enabled()
-        if not self._trains:
+        if not model.training or not torch.is_grad_enabled():
             return
         self._before_forward()
         inputs = {**kwargs, "input_ids": args[0]} if args and isinstance(args[0], Tensor) else kwargs
@@ -111,12 +104,26 @@ class Observer:
 
     @torch.compiler.disable
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        loss = getattr(output, "loss", None)
-        if self._trains and isinstance(loss, Tensor) and loss.numel() == 1:
-            value = loss.detach().float().reshape(())
-            count, total, squares = self._losses
-            self._losses = (count + 1, total + value, squares + value * value)
+        if model.training and torch.is_grad_enabled() and (loss := _loss_of(output)) is not None:
+            value = loss.detach().float()
+            number, total, squares = self._losses
+            self._losses = Losses(number + 1, total + value, squares + value * value)
         if self._counting is not None:
             self._counting.__exit__(None, None, None)
             self._saved_per_token = self._counting.total / self._last_tokens
             self._counting = None
+
+
+def _on_the_host(losses: Losses) -> Losses:
+    return Losses(losses.number, float(losses.total), float(losses.squares))
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    """The loss in what a model returned: its ``loss``, or, where transformers returns a tuple, the first of it."""
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    elif isinstance(output, tuple) and not hasattr(output, "loss"):
+        loss = output[0] if output else None
+    else:
+        loss = getattr(output, "loss", output)
+    return loss if isinstance(loss, Tensor) and loss.ndim == 0 else None

@@ -48,8 +48,8 @@ class Budget:
     run. When the prefix grows, fewer blocks are recomputed.
 
     On CUDA the allocator's peaks of the steps show what counting cannot see (workspaces of kernels, other attention
-    kernels): what is planned above weights and state is scaled by the largest ratio of measured to planned, if that is
-    more than 1. A peak below the plan proves nothing: whoever else resets the allocator's statistics makes it so.
+    kernels): the most that a step held beyond its plan is added to all plans. A peak below the plan proves nothing:
+    whoever else resets the allocator's statistics makes it so.
 
     What counts is what a training step holds, and ``extra``: DDP's buckets, and on the CPU what measuring scores holds
     and the prefix cache in memory, which elsewhere are in host memory. The cache gets half of what the step leaves.
@@ -65,7 +65,7 @@ class Budget:
 
     Attributes:
         limit: bytes.
-        ratio: of measured to planned bytes above what is always held.
+        excess: the most bytes that a step held beyond its plan.
 
     Raises:
         ConfigError: the budget is larger than the device.
@@ -91,7 +91,7 @@ class Budget:
         weights = bytes_of((*model.parameters(), *model.buffers()))
         self.limit = memory_limit(limit, self.device, weights)
         self._auto = limit == "auto"
-        self.ratio = 1.0
+        self.excess = 0
         self.measured_peak: Callable[[], int] | None = self._allocator_peak if self.device.type == "cuda" else None
         self.recompute = Recompute(model, stacks)
         self._choices: dict[Any, Choice] = {}
@@ -116,16 +116,17 @@ class Budget:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs of it, as plain JSON values."""
         choices = [[k, sorted(c.chosen), c.peak, c.plain_peak, c.held] for k, c in self._choices.items()]
-        return {"limit": self.limit, "ratio": self.ratio, "choices": choices}
+        return {"limit": self.limit, "excess": self.excess, "choices": choices}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what ``state_dict`` wrote; ``"auto"`` stays what it was, unless less is free now."""
-        self.ratio = max(1.0, state["ratio"])  # earlier versions went below, on peaks that somebody else had reset
+        self.excess = state.get("excess", 0)
         limit = state.get("limit", 0)
         if self._auto and limit:
             self.limit = min(self.limit, limit)
         self._choices.clear()
-        for kind, chosen, peak, *others in state.get("choices", ()):
+        # Earlier versions corrected by a ratio, downward as well, on peaks that somebody else had reset.
+        for kind, chosen, peak, *others in state["choices"] if "excess" in state else ():
             if limit == self.limit or peak <= self.limit < limit:  # with more room fewer would be recomputed
                 self._choices[_tupled(kind)] = Choice(frozenset(map(tuple, chosen)), peak, *others)
 
@@ -273,9 +274,8 @@ class Budget:
         """Bytes of a whole optimizer step: its passes or the optimizer's own work, whichever holds more."""
         state, temporary = self._optimizer_bytes()
         held = step.resident + step.gradients
-        passes = held + self.ratio * (step.peak - held)
         # The batch that comes next may be there already.
-        return int(max(passes, held + temporary)) + state + step.inputs + self.extra()
+        return max(step.peak + self.excess, held + temporary) + state + step.inputs + self.extra()
 
     def _rounded(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """The same inputs, their length rounded up."""
@@ -323,14 +323,13 @@ class Budget:
         return peak
 
     def _correct(self, choice: Choice, measured: int) -> None:
-        state = getattr(self.optimizer, "state", None)
-        if not state or choice.peak <= choice.held:  # before its first step the optimizer has no state
+        if not getattr(self.optimizer, "state", None):  # before its first step the optimizer has none
             return
-        observed = self.ratio * (measured - choice.held) / (choice.peak - choice.held)
-        if observed > self.ratio:
-            self.ratio = observed
+        beyond = measured - choice.peak
+        if beyond > 0:
+            self.excess += beyond
             self._choices.clear()
-            self.journal.write("budget_corrected", ratio=observed, measured=measured, planned=choice.peak)
+            self.journal.write("budget_corrected", excess=self.excess, measured=measured, planned=choice.peak)
 
 
 def open_budget(limit: int | float | str | None, probe: Probe, rows: int, *parts: Any) -> Budget | None:

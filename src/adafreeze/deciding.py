@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ._guard import Guard
 from .config import SafeConfig
 from .decide.policy import Situation, choose
-from .decide.schedule import LossFall, Settling, cubic_ramp, measurement_steps
+from .decide.schedule import Losses, LossFall, Settling, cubic_ramp, measurement_steps
 from .errors import AdafreezeError, ConfigError, ProbeError, RunError, note
 from .freeze.parallel import Ranks
 from .journal import Journal
@@ -39,7 +39,8 @@ class Decider:
 
     Attributes:
         scores: the latest of each unit.
-        warmup_end: t_w in optimizer steps; None before it is known.
+        warmup_end: t_w in optimizer steps, from which the ramp rises; None before it is known. Where the warm-up went
+            on for the loss's sake, the ramp has risen meanwhile.
         plan: steps at which scores are measured; None before the first step.
         scorer: None before the first step, and where another rank measures.
     """
@@ -96,16 +97,14 @@ class Decider:
         """Whether scores are measured after this step."""
         return self.plan is not None and step in self.plan
 
-    def decide(
-        self, step: int, frozen: frozenset[str], prefixes: Mapping[str, int], losses: Sequence[float]
-    ) -> list[str]:
+    def decide(self, step: int, frozen: frozenset[str], prefixes: Mapping[str, int], losses: Losses) -> list[str]:
         """Measure, and name the units to freeze now.
 
         Args:
             step: optimizer steps done.
             frozen: units frozen so far.
             prefixes: depth of the frozen prefix of each stack.
-            losses: of training on this rank since the last measurement: their count, sum, and sum of squares.
+            losses: of training on this rank since the last measurement.
         """
         names: list[str] = self._take(self._of_main(lambda: self._decided(step, frozen, prefixes, losses)))
         return names
@@ -195,7 +194,7 @@ class Decider:
         )
 
     def _decided(
-        self, step: int, frozen: frozenset[str], prefixes: Mapping[str, int], losses: Sequence[float]
+        self, step: int, frozen: frozenset[str], prefixes: Mapping[str, int], losses: Losses
     ) -> dict[str, Any]:
         measured = False
 
@@ -233,7 +232,7 @@ class Decider:
             "measure", step=step, scores=measured, ramp=self.ramp(step), flops=self.scorer.flops_spent - before
         )
 
-    def _chosen(self, step: int, frozen: frozenset[str], losses: Sequence[float]) -> list[str]:
+    def _chosen(self, step: int, frozen: frozenset[str], losses: Losses) -> list[str]:
         if self.warmup_end is None:
             limit = max(1, int(self.config.warmup * self.total_steps))
             choice = frozenset(choose(self.config.policy, self._situation(step, 1.0, frozen)))

@@ -150,7 +150,7 @@ class Safe:
 
     @property
     def warmup_end(self) -> int | None:
-        """Optimizer steps after which units may freeze; None before it is known."""
+        """Optimizer steps from which the ramp rises; None before units may freeze."""
         return self.decider.warmup_end
 
     @property

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import cases
 from adafreeze import Safe, SafeConfig
 from adafreeze._observe import Observer
-from adafreeze.decide import LossFall, Settling, Situation, choose, cubic_ramp, measurement_steps
+from adafreeze.decide import Losses, LossFall, Settling, Situation, choose, cubic_ramp, measurement_steps
 from adafreeze.scoring import Scorer
 from adafreeze.state import sealed
 
@@ -64,7 +64,7 @@ def test_settling_takes_up_its_state():
 def window(mean, spread=0.0, count=16):
     """Losses ``mean ± spread``, as the loop hands them on."""
     losses = [mean + spread * (-1) ** n for n in range(count)]
-    return len(losses), sum(losses), sum(loss**2 for loss in losses)
+    return Losses(len(losses), sum(losses), sum(loss**2 for loss in losses))
 
 
 def falls(*windows):
@@ -77,14 +77,15 @@ def test_the_loss_falls_fast_while_it_falls_by_more_than_on_average():
     assert falls(*map(window, (1.8, 1.7, 1.3, 1.0, 0.9))) == [False, False, True, True, False]
     assert falls(*map(window, (2.0, 1.5, 1.0, 0.5))) == [False] * 4  # as fast as on average is not faster
     assert falls(*map(window, (1.0, 1.5, 1.6, 1.7))) == [False] * 4
-    # By 0.2, after 0. A standard error is s/√16, that of the difference √2 as much: twice that is 0.707·s.
+    # By 0.2, after 0. A standard error is s/√15, that of the difference √2 as much: twice that is 0.730·s.
     assert falls(window(1.0, 0.25), window(1.0, 0.25), window(0.8, 0.25))[-1] is True
     assert falls(window(1.0, 0.3), window(1.0, 0.3), window(0.8, 0.3))[-1] is False
 
 
 def test_where_there_are_no_losses_or_none_that_can_be_judged_none_falls():
-    none, broken = (0, 0.0, 0.0), (16, math.nan, math.nan)
+    none, broken = Losses(), Losses(16, math.nan, math.nan)
     assert falls(*[none] * 5) == falls(*[broken] * 5) == falls(*[window(math.inf)] * 5) == [False] * 5
+    assert falls(*[window(mean, count=1) for mean in (1.8, 1.7, 1.3, 1.0, 0.9)]) == [False] * 5
     # They are passed over: what is judged is the losses that there are.
     assert falls(window(1.8), none, window(1.7), broken, window(1.3)) == [False, False, False, False, True]
 
@@ -204,9 +205,10 @@ def test_losses_are_those_that_the_model_returns_in_training():
         model(**batch)
     model.eval()(**batch)
     model.train()(**{name: value for name, value in batch.items() if name != "labels"})
+    losses.append(float(model(**batch, return_dict=False)[0].detach()))
     kept = json.loads(json.dumps(safe.state_dict()))["losses"]
-    assert kept == list(safe._observer.take_losses()) == pytest.approx([2, sum(losses), sum(x**2 for x in losses)])
-    assert safe._observer.take_losses() == (0, 0.0, 0.0)
+    assert kept == list(safe._observer.take_losses()) == pytest.approx([3, sum(losses), sum(x**2 for x in losses)])
+    assert safe._observer.take_losses() == Losses()
     state = safe.state_dict()
     del state["losses"], state["deciding"]["loss_fall"]  # as of the version before
     safe.load_state_dict(sealed({name: value for name, value in state.items() if name not in ("version", "checksum")}))

@@ -2,7 +2,7 @@
 
 from .cka import CKAReference, cka_flops, linear_cka, unit_rows
 from .policy import POLICIES, Situation, choose
-from .schedule import LossFall, Settling, cubic_ramp, measurement_steps
+from .schedule import Losses, LossFall, Settling, cubic_ramp, measurement_steps
 from .scores import SCORES, Score, random_score, resolve_score
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "SCORES",
     "CKAReference",
     "LossFall",
+    "Losses",
     "Score",
     "Settling",
     "Situation",

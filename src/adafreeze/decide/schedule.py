@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-__all__ = ["LossFall", "Settling", "cubic_ramp", "measurement_steps"]
+__all__ = ["LossFall", "Losses", "Settling", "cubic_ramp", "measurement_steps"]
 
 
 def cubic_ramp(step: float, warmup_end: float, ramp_end: float) -> float:
@@ -80,14 +80,23 @@ class Settling:
         self._choice = None if state["choice"] is None else frozenset(state["choice"])
 
 
+class Losses(NamedTuple):
+    """Losses of a stretch of training: how many, their sum, that of their squares (tensors while they add up)."""
+
+    number: int = 0
+    total: Any = 0.0
+    squares: Any = 0.0
+
+
 class LossFall:
-    """Says whether the training loss still falls at its fastest.
+    """Says whether the training loss is in the middle of its fall.
 
     With m₁ ... m_k its means between measurements, and s_k their standard errors, it does while
 
         m_{k−1} − m_k  >  (m₁ − m_k)/(k − 1)    and    m_{k−1} − m_k  >  2·√(s_{k−1}² + s_k²)
 
-    so while it has lately fallen by more than it has on average, and by more than chance. What has hardly moved so
+    so while it has lately fallen by more than it has on average, and by more than chance. A stretch without losses, or
+    with one that is not finite, is passed over. What has hardly moved so
     far may have its part of the fall still before it: a low score then says little. (The thought, that nothing be
     frozen in this critical period of a training, is Egeria's: Wang et al. 2023, doi 10.1145/3552326.3587451.)
     """
@@ -96,13 +105,14 @@ class LossFall:
         self._means: list[float] = []
         self._error = math.inf
 
-    def update(self, losses: Sequence[float]) -> bool:
-        """Take the losses since the last measurement into account, given as (count, sum, sum of squares)."""
-        count, total, squares = losses
-        if not count or not math.isfinite(squares):
+    def update(self, losses: Losses) -> bool:
+        """Take the losses since the last measurement into account."""
+        count = losses.number
+        if not count or not math.isfinite(losses.squares):
             return False
-        mean = total / count
-        error = math.sqrt(max(0.0, squares / count - mean**2) / count)
+        mean = losses.total / count
+        variance = max(0.0, losses.squares / count - mean**2)
+        error = math.sqrt(variance / (count - 1)) if count > 1 else math.inf  # of one loss chance says nothing
         before, self._error = self._error, error
         self._means.append(mean)
         if len(self._means) < 3:

@@ -132,6 +132,7 @@ class BottomUp(Method):
         """Freeze by place."""
         safe = setup.outcome("safe")
         fields = {"policy": "bottom_up", "score": "random", "freeze_share": safe.frozen / max(1, len(safe.units))}
+        fields["wait_for_loss"] = False
         setup.safe = SafeConfig.from_dict({**setup.settings, **fields})
 
 
