@@ -95,10 +95,10 @@ class LossFall:
 
         m_{k−1} − m_k  >  (m₁ − m_k)/(k − 1)    and    m_{k−1} − m_k  >  2·√(s_{k−1}² + s_k²)
 
-    so while it has lately fallen by more than it has on average, and by more than chance. A stretch without losses, or
-    with one that is not finite, is passed over. What has hardly moved so
-    far may have its part of the fall still before it: a low score then says little. (The thought, that nothing be
-    frozen in this critical period of a training, is Egeria's: Wang et al. 2023, doi 10.1145/3552326.3587451.)
+    so while it has lately fallen by more than it has on average, and by more than chance. What has hardly moved so far
+    may have its part of the fall still before it: a low score then says little. That nothing be frozen in this critical
+    period is the thought of Egeria (Wang et al. 2023, arXiv:2201.06227). A stretch without losses, or with one that is
+    not finite, is passed over.
     """
 
     def __init__(self) -> None:
