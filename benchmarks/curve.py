@@ -50,11 +50,19 @@ def main() -> None:
     parser.add_argument("tables", nargs="+", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/img/cost.png"))
     options = parser.parse_args()
+    tables = []
+    for path in options.tables:
+        try:
+            tables.append(json.loads(path.read_text(encoding="utf-8")))
+            assert {"rows", "settings"} <= tables[-1].keys()
+        except (OSError, ValueError, AttributeError, AssertionError):
+            parser.error(f"{path} is no table that benchmarks/paper.py wrote")
     figure, panels = plt.subplots(1, len(options.tables), figsize=(5.2 * len(options.tables), 4), squeeze=False)
-    for axes, path in zip(panels[0], options.tables, strict=True):
-        panel(axes, json.loads(path.read_text(encoding="utf-8")))
+    for axes, table in zip(panels[0], tables, strict=True):
+        panel(axes, table)
     panels[0][0].set_ylabel("score, points against plain")
     figure.tight_layout()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.output, dpi=130)
     print(f"Drawn: {options.output}")
 

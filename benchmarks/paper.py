@@ -119,7 +119,7 @@ def task_file(name: str, setting: Setting, options: argparse.Namespace) -> Path:
     Raises:
         AdafreezeError: its data or its weights are not to be had.
     """
-    folder = Path(options.work) / "tasks"
+    folder = Path(options.work) / ("tasks-large" if options.large else "tasks")
     folder.mkdir(parents=True, exist_ok=True)
     files = {f"{split}_file": str(folder / f"{name}-{split}.parquet") for split in ("train", "validation")}
     if not all(Path(file).exists() for file in files.values()):
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--grid", choices=["main", "share"], default="main")
-    parser.add_argument("--large", action="store_true", help="more rows to train on; give another --work")
+    parser.add_argument("--large", action="store_true", help="more rows to train on")
     parser.add_argument("--methods", nargs="+", help="instead of the grid's")
     parser.add_argument("--work", default="paper-runs", help="where cells are kept (default paper-runs)")
     parser.add_argument("--data", default="../shared/data", help="the folder of the tasks (default ../shared/data)")
@@ -178,11 +178,17 @@ def main() -> None:
             print(f"{name} is left out: {error}")
     variants = [f"{Path(__file__).with_name('paper_methods.py')}:{kind.__name__}" for kind in GRID]
     methods = options.methods or (MAIN if options.grid == "main" else ["plain", *variants])
-    cells = Path(options.work) / f"epochs-{options.epochs:g}"
-    output = Path(options.output or f"benchmarks/results/paper-{options.grid}-{options.epochs:g}.json")
+    if not files:
+        parser.exit(2, "No task is left.\n")
+    size = "large-" if options.large else ""
+    cells = Path(options.work) / f"{size}epochs-{options.epochs:g}"
+    output = Path(options.output or f"benchmarks/results/paper-{size}{options.grid}-{options.epochs:g}.json")
     if output.exists():
         restore(json.loads(output.read_text()), cells, files)
-    compare([*map(str, files), "--methods", *methods, "--seeds", *options.seeds, "--output_dir", str(cells)])
+    try:
+        compare([*map(str, files), "--methods", *methods, "--seeds", *options.seeds, "--output_dir", str(cells)])
+    except AdafreezeError as error:
+        parser.exit(2, f"{error}\n")
     found = json.loads((cells / "compare.json").read_text())
     for outcome in found["outcomes"]:
         for key in PLACES:  # folders of this machine

@@ -437,6 +437,15 @@ def test_two_towers_each_have_a_prefix_of_their_own():
     model(**cases.batch("bert")).backward()
 
 
+def test_a_dry_run_says_what_would_freeze_and_freezes_nothing(caplog):
+    model = cases.lora_model("bert")
+    _, safe = train(model, [cases.batch("bert")] * 20, {"dry_run": True}, probe=cases.loader("bert"))
+    would = [event for event in safe.journal.events if event["event"] == "would_freeze"]
+    said = [record.message for record in caplog.records if "would freeze" in record.message]
+    assert said == [f"Step {e['step']} of 20: {len(e['units'])} of 4 units would freeze." for e in would] != []
+    assert not safe.frozen
+
+
 def test_what_the_batch_alone_changes_counts_as_zero():
     """In low precision kernels round otherwise in other batches; here a hook does so, visibly."""
     model = cases.lora_model("bert", dropout=0.0)

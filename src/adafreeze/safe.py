@@ -184,8 +184,7 @@ class Safe:
             "safe/ramp": round(self.decider.ramp(self.steps), 4),
             "safe/lr_scale": round(self._step_length.scale, 4),
         }
-        saved = self._observer.saved_bytes
-        if saved is not None:
+        if (saved := self._observer.saved_bytes) is not None:
             logs["safe/saved_mib"] = round(saved / 2**20, 3)
         total = sum(self.scores.values())
         if total > 0:
@@ -211,6 +210,7 @@ class Safe:
         if self.config.dry_run:
             if names:
                 self.journal.write("would_freeze", step=self.steps, units=names)
+                note(f"Step {self.steps} of {self.total_steps}: {len(names)} of {len(self.units)} units would freeze.")
             return []
         self._freeze(names, by=self.config.to_dict()["policy"])
         self.ranks.check_alike("frozen", self.frozen, self.steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from adafreeze import SafeConfig
+from adafreeze.cli._arguments import parse
 from adafreeze.errors import AdafreezeError
 from adafreeze.journal import read_journal
 from image_cases import blocks_of, images
@@ -214,6 +217,22 @@ def test_a_yaml_file_gives_flags_and_the_command_line_wins(train, bert, csv_file
     kept = yaml.safe_load((folder / "adafreeze_config.yaml").read_text())
     assert "include_num_input_tokens_seen" not in kept and kept["task"] == "text-classification"
     assert kept["text_column"] == ["text", "reply"] and kept["learning_rate"] == 1e-4
+
+
+@pytest.mark.parametrize("entry", [e for e in fields(SafeConfig) if isinstance(e.default, bool)], ids=lambda e: e.name)
+def test_every_setting_of_two_values_takes_both(entry, tmp_path):
+    def setting(*words):
+        arguments = parse(["--model_name_or_path", "m", "--output_dir", str(tmp_path), *words])
+        found = getattr(arguments.safe, entry.name)
+        assert arguments.resolved.get(entry.name, entry.default) == found  # as it is kept for the next run
+        return found
+
+    assert setting() is entry.default
+    assert setting(f"--{entry.name}") is setting(f"--{entry.name}", "True") is True
+    assert setting(f"--{entry.name}", "False") is setting(f"--{entry.name}=no") is False
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{entry.name}: {str(not entry.default).lower()}\n")
+    assert setting("--config", str(file)) is (not entry.default)
 
 
 def test_the_resolved_config_repeats_the_run_to_the_last_bit(train, bert, csv_file, tmp_path):

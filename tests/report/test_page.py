@@ -69,7 +69,16 @@ def test_one_run_alone(runs, tmp_path):
     _, _, words = page_of(runs[0], tmp_path=tmp_path)
     assert "2 of 4 by the end." in words
     _, _, words = page_of(runs[1], tmp_path=tmp_path)
-    assert "Nothing froze in 40 steps." in words
+    assert "Nothing froze in 40 steps." in words and "dry run" not in words
+
+
+def test_a_dry_run_says_what_would_have_frozen(tmp_path):
+    folder = write_run(tmp_path / "dry", "plain")
+    with (folder / "journal.jsonl").open("a") as file:
+        file.write('{"event": "would_freeze", "step": 20, "units": ["a"]}\n')
+        file.write('{"event": "would_freeze", "step": 30, "units": ["a", "b"]}\n')
+    _, _, words = page_of(folder, tmp_path=tmp_path)
+    assert "Nothing froze in 40 steps. A dry run: from step 20 on units would have, 2 by step 30." in words
 
 
 def test_two_stacks_and_units_smaller_than_blocks_are_told_apart(tmp_path):

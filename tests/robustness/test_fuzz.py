@@ -31,7 +31,7 @@ VALID = {
     "probe_tokens": st.integers(2),
     "min_measurements": st.integers(1),
     "seed": st.integers(0, 2**32 - 1),
-    **dict.fromkeys(["normalize_rows", "prefix_dropout", "dry_run"], st.booleans()),
+    **dict.fromkeys(["wait_for_loss", "normalize_rows", "prefix_dropout", "dry_run"], st.booleans()),
     "cache_budget": sizes,
     "lr_scale": st.just("sqrt") | st.floats(0.1, 10),
     "cache_dtype": st.sampled_from([None, "bfloat16"]),

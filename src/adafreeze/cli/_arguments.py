@@ -202,10 +202,8 @@ def _safe_arguments() -> type:
         found = re.search(rf"^ +{entry.name}: (.*?)(?=^ +\w+: |^\S|\Z)", text, re.MULTILINE | re.DOTALL)
         described = " ".join(textwrap.dedent(found[1]).split()).replace("`", "") if found else ""
         kind = {tuple: list[str], bool: bool, int: int, float: float}.get(type(entry.default), str)
-        default = False if kind is bool else None
         hint = {"help": f"{described} (SafeConfig: {entry.default!r})".replace("%", "%%")}
-        annotation = kind if kind is bool else kind | None
-        fields.append((_SAFE_FLAGS[entry.name], annotation, field(default=default, metadata=hint)))
+        fields.append((_SAFE_FLAGS[entry.name], kind | None, field(default=None, metadata=hint)))
     return dataclasses.make_dataclass("SafeArguments", fields, namespace={"_argument_group_name": "freezing"})
 
 
@@ -248,13 +246,18 @@ def build_parser() -> _Parser:
     groups = [ModelArguments, DataArguments, AdapterArguments, SafeArguments, RunArguments, _TrainingFlags]
     # No abbreviations: --max_step for --max_steps would be taken for whatever flag comes to start like it
     # later. "resolve": transformers 4.57 still has overwrite_output_dir, without a use for it.
-    return _Parser(
+    parser = _Parser(
         groups,  # type: ignore[arg-type]
         prog="adafreeze train",
         description="Fine-tune a model with adapters that freeze themselves.",
         allow_abbrev=False,
         conflict_handler="resolve",
     )
+    switches = {_SAFE_FLAGS[entry.name] for entry in dataclasses.fields(SafeConfig) if isinstance(entry.default, bool)}
+    for action in parser._actions:
+        if action.dest in switches:  # the flag alone means True, as for those with a default
+            action.nargs, action.const = "?", True
+    return parser
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -273,11 +276,7 @@ def parse(argv: Sequence[str]) -> Arguments:
             fix="--output_dir runs/first",
         )
     method = values["method"]
-    given = {
-        name: values[flag]
-        for name, flag in _SAFE_FLAGS.items()
-        if values[flag] is not None and values[flag] is not False
-    }
+    given = {name: values[flag] for name, flag in _SAFE_FLAGS.items() if values[flag] is not None}
     safe = {"safe": SafeConfig.from_dict, "safe-paper": lambda given: SafeConfig.paper(**given)}.get(method)
     config = safe(given) if safe is not None else None
     try:

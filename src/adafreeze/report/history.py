@@ -34,6 +34,7 @@ class History:
         units: names of what can freeze, bottom to top.
         scores: (step, score by unit), one entry a measurement.
         freezes: (step, units that froze, prefix by stack).
+        would_freeze: of a dry run, (step, units that would be frozen).
         logs: (step, value) by name, of the training and its evaluations.
         recomputed: (step, names of the blocks that recompute), one entry a choice.
         cache: counts of the prefix cache; None where it was not used.
@@ -53,6 +54,7 @@ class History:
     units: list[str] = field(default_factory=list)
     scores: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     freezes: list[tuple[int, list[str], dict[str, int]]] = field(default_factory=list)
+    would_freeze: list[tuple[int, list[str]]] = field(default_factory=list)
     logs: dict[str, Series] = field(default_factory=dict)
     recomputed: list[tuple[int, list[str]]] = field(default_factory=list)
     cache: dict[str, Any] | None = None
@@ -150,6 +152,8 @@ def _take(history: History, kind: Any, event: Mapping[str, Any]) -> None:
         history.scores.append((step, scores))
     elif kind == "freeze" or (kind == "resume" and event.get("units")):
         history.freezes.append((step, list(event["units"]), dict(event.get("prefixes") or {})))
+    elif kind == "would_freeze":
+        history.would_freeze.append((step, list(event["units"])))
     elif kind == "log":
         for name, given in event.items():
             value = _number(given)

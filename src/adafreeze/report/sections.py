@@ -32,7 +32,11 @@ def headline(history: History, plain: History | None) -> str:
     depth = sum(history.freezes[-1][2].values()) if history.freezes else 0
     ended = "" if history.done else f" The journal ends at step {history.steps} of {history.total_steps}."
     if not history.freezes:
-        return f"Nothing froze in {history.steps} steps.{ended}"
+        dry = ""
+        if history.would_freeze:
+            (first, _), (last, names) = history.would_freeze[0], history.would_freeze[-1]
+            dry = f" A dry run: from step {first} on units would have, {len(names)} by step {last}."
+        return f"Nothing froze in {history.steps} steps.{dry}{ended}"
     when = history.freezes[0][0]
     said = f"From step {when} of {history.total_steps} on blocks froze, {depth} of {blocks} by the end"
     if plain is None or plain is history:
