@@ -165,6 +165,7 @@ class Budget:
             return peaks[fewer]
 
         fits = largest_that_fits(peak, rows, choice.held, self.limit, most=rows)
+        part = max((n for n in range(1, fits + 1) if rows % n == 0), default=0)  # so that as many make a step as before
         self.close()
         raise RunError(
             f"The memory budget of {readable(self.limit)} cannot be met: with all blocks recomputed, a step on {rows} "
@@ -172,9 +173,9 @@ class Budget:
             "none).",
             cause=f"{readable(choice.held)} of it are weights, gradients and optimizer state. "
             + (f"A micro-batch of {fits} fits." if fits else f"One sample takes {readable(peak(1))}."),
-            fix=f"--per_device_train_batch_size {fits} --gradient_accumulation_steps {-(-rows // fits)}"
+            fix=f"--per_device_train_batch_size {part} --gradient_accumulation_steps {rows // part}"
             if fits
-            else f'SafeConfig(memory_budget="{-(-peak(1) // 2**20)}MiB"), or shorter samples, or a smaller model',
+            else f'SafeConfig(memory_budget="{-(-choice.peak // 2**20)}MiB"), or shorter samples, or a smaller model',
         )
 
     def room(self) -> int | None:
