@@ -6,8 +6,8 @@
 Each task is a file of flags for ``adafreeze compare``, which does the work; this script draws the rows, fetches the
 weights (benchmarks/weights.py) and keeps the table. Training sets are seeded draws, every label in it as often as in
 the whole; evaluation is on the development set, of which ``EVALUATE`` rows are drawn if it has more, or (trec6, whose
-set has 500) on as many rows held out of the training file. Cells that are done are
-kept in ``--work`` and in the table: interrupted, the same command goes on, and started twice the cells are shared out
+set has 500) on as many rows held out of the training file, or (mrpc, 408) on the test set. Cells that are done are kept
+in ``--work`` and in the table: interrupted, the same command goes on, and started twice the cells are shared out
 between the two. A table that is there already is added to: name all its tasks and seeds, and more.
 
 ``--grid main``: plain, SAFE as published, SAFE's defaults (with cache), the same number of blocks from the bottom up
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="instead of the grid's")
     parser.add_argument("--work", default="paper-runs", help="where cells are kept (default paper-runs)")
     parser.add_argument("--data", default="../shared/data", help="the folder of the tasks (default ../shared/data)")
-    parser.add_argument("-o", "--output", help="default benchmarks/results/paper-GRID-EPOCHS.json")
+    parser.add_argument("-o", "--output", help="default benchmarks/results/paper-[large-]GRID-EPOCHS.json")
     options = parser.parse_args()
     disable_progress_bars()
     files = []
@@ -193,12 +193,7 @@ def main() -> None:
     for outcome in found["outcomes"]:
         for key in PLACES:  # folders of this machine
             outcome["settings"][key] = Path(outcome["settings"][key]).name
-    found["settings"] = {
-        "tasks": options.tasks,
-        "seeds": options.seeds,
-        "epochs": options.epochs,
-        "large": options.large,
-    }
+    found["settings"] = {name: getattr(options, name) for name in ("tasks", "seeds", "epochs", "large")}
     output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"Written: {output}")
 

@@ -219,14 +219,8 @@ def _memory_budget(value: Any) -> int | float | str:
         share = float(value) if isinstance(value, (float, str)) else 0.0
         if 0 < share <= 1:
             return share
-    try:
-        return parse_size("SafeConfig.memory_budget", value, "6GiB")
-    except ConfigError as error:
-        raise ConfigError(
-            error.fact,
-            cause='It must be bytes, a text such as "6GiB", a share of the device from above 0 to 1, or "auto".',
-            fix='SafeConfig(memory_budget="auto")',
-        ) from None
+    also = ', or a share of the device from above 0 to 1, or "auto"'
+    return parse_size("SafeConfig.memory_budget", value, "6GiB", also)
 
 
 def _named(name: str, value: Any, known: tuple[str | None, ...]) -> None:

@@ -122,15 +122,18 @@ class Decider:
             "loss_fall": self._loss_fall.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Take up what ``state_dict`` wrote on rank 0; takes the pre-trained representations again, if need be."""
+    def _take_up(self, state: Mapping[str, Any]) -> None:
+        self.scores, self.warmup_end = dict(state["scores"]), state["warmup_end"]
+        self.plan = tuple(state["plan"]) if state["plan"] is not None else None
         self._settling.load_state_dict(state["settling"])
         self._loss_fall.load_state_dict(state.get("loss_fall") or LossFall().state_dict())
-        self.scores, self.warmup_end = dict(state["scores"]), state["warmup_end"]
-        self.plan, self.scorer = None, None
-        if state["plan"] is None:
+
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        """Take up what ``state_dict`` wrote on rank 0; takes the pre-trained representations again, if need be."""
+        self._take_up(state)
+        self.scorer = None
+        if self.plan is None:
             return
-        self.plan = tuple(state["plan"])
         kept = state["scorer"]
         if kept is None or not self.measures_here:
             return
@@ -159,10 +162,7 @@ class Decider:
     def _take(self, outcome: dict[str, Any]) -> Any:
         """Take over what rank 0 has come to; returns the names."""
         if not self.ranks.is_main:
-            self.scores, self.warmup_end = outcome["scores"], outcome["warmup_end"]
-            self.plan = tuple(outcome["plan"])
-            self._settling.load_state_dict(outcome["settling"])
-            self._loss_fall.load_state_dict(outcome["loss_fall"])
+            self._take_up(outcome)
         return outcome["names"]
 
     def _told(self, work: Callable[[], None], step: int) -> dict[str, Any]:

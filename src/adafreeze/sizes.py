@@ -13,13 +13,14 @@ _UNITS = {"": 1, "b": 1, **{f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)}}
 _UNITS |= {f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)}
 
 
-def parse_size(name: str, value: Any, example: str = "4GiB") -> int:
+def parse_size(name: str, value: Any, example: str = "4GiB", also: str = "") -> int:
     """Bytes: a whole number, or a text with a unit.
 
     Args:
         name: of the setting, for the error.
         value: what was given.
         example: what would be right.
+        also: what else the setting takes, for the error.
 
     Raises:
         ConfigError: it is neither, or less than one byte.
@@ -35,7 +36,8 @@ def parse_size(name: str, value: Any, example: str = "4GiB") -> int:
         setting = re.fullmatch(r"(\w+)\.(\w+)", name)
         raise ConfigError(
             f"{name} is {value!r}.",
-            cause="It must be a number of bytes, or a text with one of the units KiB, MiB, GiB, TiB, KB, MB, GB, TB.",
+            cause="It must be a number of bytes, or a text with one of the units KiB, MiB, GiB, TiB, KB, MB, GB, TB"
+            f"{also}.",
             fix=f"{setting[1]}({setting[2]}={example!r})" if setting else f"{name} {example}",
         )
     return int(size)

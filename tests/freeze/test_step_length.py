@@ -142,9 +142,8 @@ def test_only_groups_that_hold_adapters_are_scaled_and_two_on_one_optimizer_do_n
         optimizer.step()
     assert seen == [[0.5 * math.sqrt(2), 1.0, 0.5]] * 3
     assert [group["lr"] for group in optimizer.param_groups] == [0.5] * 3
-    both = [StepLength(one := torch.optim.SGD([mine], lr=0.5), "sqrt", units(4, mine)) for _ in range(1)]
-    both.append(StepLength(one, "sqrt", units(4, mine)))
-    for length in both:
+    one = torch.optim.SGD([mine], lr=0.5)
+    for length in [StepLength(one, "sqrt", units(4, mine)) for _ in range(2)]:
         length.after_freeze("012")
     for _ in range(3):
         one.step()

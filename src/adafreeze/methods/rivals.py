@@ -131,8 +131,8 @@ class BottomUp(Method):
     def configure(self, setup: Setup) -> None:
         """Freeze by place."""
         safe = setup.outcome("safe")
-        fields = {"policy": "bottom_up", "score": "random", "freeze_share": safe.frozen / max(1, len(safe.units))}
-        fields["wait_for_loss"] = False
+        fields = {"policy": "bottom_up", "score": "random", "wait_for_loss": False}
+        fields["freeze_share"] = safe.frozen / max(1, len(safe.units))
         setup.safe = SafeConfig.from_dict({**setup.settings, **fields})
 
 
