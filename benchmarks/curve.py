@@ -40,7 +40,7 @@ def panel(axes: plt.Axes, table: dict) -> None:
     axes.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
     axes.set_title(f"{', '.join(tasks)}; {len(seeds)} seed{'s' * (len(seeds) > 1)}", fontsize=9)
     axes.set_xlabel("FLOPs, plain = 1")
-    axes.set_xlim(0.4, 1.05)
+    axes.set_xlim(min([0.4, *(row["ratios"]["flops"] - 0.05 for row in points)]), 1.05)
     axes.margins(y=0.12)
 
 

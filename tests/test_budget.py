@@ -298,15 +298,17 @@ def test_a_device_that_holds_more_than_planned_gets_more_recompute_and_a_peak_th
     more = int(0.2 * (most - held))
     for beyond in (0, more, -most):  # the last was seen on an H100 whose user had reset its statistics
         model = make("bert")
-        counted = []
+        counted, keys = [], []
 
-        def note_count(safe, beyond=beyond, counted=counted):
+        def note_count(safe, beyond=beyond, counted=counted, keys=keys):
             measured_by(safe, beyond)
+            keys.append(safe.state_key)
             counted.append(len(safe.budget.recompute.chosen))
 
         *_, safe = train(model, "bert", limit, steps=14, after=note_count, **late)
         counts[beyond] = counted[-2]
         assert safe.budget.excess == max(0, beyond)
+        assert len({key[-2] for key in keys}) == 1 + (beyond > 0)  # a meter counts such a step anew
         corrected = [event for event in safe.journal.events if event["event"] == "budget_corrected"]
         assert [event["excess"] for event in corrected] == [beyond] * (beyond > 0)
         state = safe.state_dict()["budget"]

@@ -106,6 +106,11 @@ class Budget:
 
     # What the loop reads and calls.
 
+    @property
+    def state_key(self) -> tuple[int, ...]:
+        """Changes when what is recomputed of a batch may: with what is held beside the step, in 64ths of the limit."""
+        return self.excess, 64 * self.extra() // self.limit
+
     def logs(self) -> dict[str, float]:
         """Blocks that the last step recomputed, and its planned peak."""
         logs: dict[str, float] = {"safe/recomputed_blocks": len(self.recompute.chosen)}

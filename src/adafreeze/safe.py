@@ -46,9 +46,8 @@ class Safe:
             safe.step()
         safe.close()
 
-    Nothing about the run changes before the first freeze: no random state advances, no batch is taken, losses
-    are the same to the last bit. In a run of several processes every rank makes a Safe and calls ``step``; rank 0
-    decides, and all ranks freeze the same units at the same step.
+    Nothing about the run changes before the first freeze: no random state advances, no batch is taken, losses are the
+    same to the last bit. Of several processes every rank makes a Safe and calls ``step``; rank 0 decides for all.
 
     Args:
         model: with PEFT adapters in its blocks; the module itself, or wrapped by DistributedDataParallel, torch.compile
@@ -156,7 +155,8 @@ class Safe:
     @property
     def state_key(self) -> tuple[Any, ...]:
         """Changes whenever the cost of a step changes."""
-        return (*sorted(self.frozen), *self.prefixes.items(), *self.caching.state_key)
+        budget = self.budget.state_key if self.budget is not None else ()
+        return (*sorted(self.frozen), *self.prefixes.items(), *self.caching.state_key, *budget)
 
     @property
     def flops_spent(self) -> int:

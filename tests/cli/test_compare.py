@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import linecache
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,18 @@ def test_interrupted_it_goes_on_without_repeating_or_losing_a_cell(task, folder,
     assert (plain.read_bytes(), plain.stat().st_mtime_ns) == before
     assert main([*call, "--methods", "plain", "safe"]) == 0
     assert "reviews ·" not in capsys.readouterr().out
+
+
+def test_a_cell_of_a_method_that_was_changed_is_not_taken_up(task, folder, tmp_path, capsys):
+    own = tmp_path / "own.py"
+    own.write_text(OWN)
+    call = ["compare", task, "--output_dir", str(folder), "--seeds", "0", "--methods", "plain", f"{own}:Frugal"]
+    assert main(call) == 0
+    assert json.loads((folder / "reviews" / "frugal" / "seed-0" / "outcome.json").read_text())["made_by"]
+    own.write_text(OWN.replace('"min_live_blocks": 2', '"min_live_blocks": 1'))
+    linecache.clearcache()  # as a new process would
+    assert main(call) == 2
+    assert "a method 'frugal' that is not today's" in capsys.readouterr().err
 
 
 def test_paired_cells_see_the_same_data_in_the_same_order(task, folder):

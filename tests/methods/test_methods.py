@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import linecache
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,8 +14,10 @@ from transformers import TrainerCallback
 from adafreeze.cli._arguments import parse
 from adafreeze.cli._output import JOURNAL_FILE
 from adafreeze.cli.train import run
+from adafreeze.costs import expected_ratios
 from adafreeze.decide.policy import Situation
 from adafreeze.errors import ConfigError
+from adafreeze.journal import read_journal
 from adafreeze.methods import METHODS, Method, Outcome, find_method, in_order, outcome_of
 from adafreeze.methods.rivals import _Converged, calmest_prefix
 from text_cases import reviews, save_bert, write
@@ -114,6 +120,15 @@ def test_adapterdrop_draws_among_the_blocks_that_safe_leaves_live(trained):
     assert all(blocks[-1] == 3 for blocks in watch.seen)
 
 
+def test_safe_measures_with_the_adapters_on_that_were_dropped(trained, tmp_path):
+    trained("safe+adapterdrop")
+    events = read_journal(tmp_path / "safe+adapterdrop" / JOURNAL_FILE)
+    measured = [event["scores"] for event in events if event["event"] == "measure"]
+    assert len(measured) > 2
+    for before, after in itertools.pairwise(measured):  # what has moved once does not score nothing again
+        assert all(after[name] > 0 for name in after if before[name] > 0)
+
+
 def test_half_of_each_matrix_stays_pruned(trained):
     _, weights = trained("sparse-adapter")
     lora = {name: weight for name, weight in weights.items() if "lora" in name}
@@ -141,6 +156,11 @@ def test_lora_fa_moves_no_a(trained):
     assert any(moved[name] for name in moved if "lora_B" in name)
 
 
+def test_lora_fa_with_dora_is_refused(trained):
+    with pytest.raises(ConfigError, match="no DoRA"):
+        trained("lora-fa+dora")
+
+
 def test_dora_has_magnitudes(trained):
     _, weights = trained("safe+dora")
     assert any("magnitude" in name for name in weights)
@@ -149,6 +169,24 @@ def test_dora_has_magnitudes(trained):
 def test_top_blocks_have_adapters_where_safe_leaves_them_live(trained):
     _, weights = trained("top-blocks", found={"safe": FROZEN})
     assert {int(n.split("layer.")[1].split(".")[0]) for n in weights if "lora" in n} == {2, 3}
+
+
+def test_top_blocks_are_those_of_the_adapters_where_not_every_block_has_some(trained):
+    _, weights = trained("top-blocks", "--adapter_kwargs", '{"layers_to_transform": [1, 3]}', found={"safe": FROZEN})
+    assert {int(n.split("layer.")[1].split(".")[0]) for n in weights if "lora" in n} == {3}
+
+
+def test_a_static_prefix_costs_what_safe_does_by_arithmetic(trained):
+    safe, _ = trained("safe")
+    outcome, weights = trained("static-prefix", found={"safe": safe})
+    assert [step for step, _, _ in outcome.freezes] == [0]
+    assert outcome.cached
+    (_, of_safe), (_, ours) = safe.theory(), outcome.theory()
+    others = [expected_ratios(4, [depth] * STEPS, STEPS / 5)[1] for depth in range(4)]
+    assert abs(ours - of_safe) == min(abs(other - of_safe) for other in others)
+    below = [w for n, w in weights.items() if "lora_B" in n and f"layer.{outcome.freezes[0][2] - 1}." in n]
+    assert below
+    assert not any(weight.any() for weight in below)
 
 
 def test_equal_flops_takes_as_many_steps_as_safes_flops_pay_for(trained):
@@ -161,6 +199,7 @@ def test_bottom_up_freezes_as_many_blocks_as_safe(trained):
     outcome, _ = trained("bottom-up", found={"safe": FROZEN})
     assert outcome.frozen == 2
     assert outcome.freezes[-1][2] == 2
+    assert outcome.freezes[0][0] > 0.3 * STEPS  # a schedule has nothing that could settle sooner
 
 
 def test_random_freezing_follows_safes_steps(trained):
@@ -243,6 +282,23 @@ def test_a_method_needs_results_that_exist(trained):
 def test_what_is_no_method_is_said(text, message):
     with pytest.raises(ConfigError, match=message):
         find_method(text)
+
+
+def test_a_digest_is_of_code_and_of_what_is_taken_over_and_not_of_comments(tmp_path):
+    def digest(body: str, found=None) -> str:
+        file = tmp_path / "own.py"
+        head = "from adafreeze.methods.plain import EqualFlops\n\nclass Own(EqualFlops):\n    name = 'own'\n"
+        file.write_text(head + body)
+        linecache.clearcache()
+        return find_method(f"{file}:Own").digest(found or {})
+
+    bare = digest("    share = 0.5\n")
+    assert digest("    '''Says what it is.'''\n    share = 0.5  # of it\n") != digest("    share = 0.6\n")
+    assert digest("    share = 0.5  # of it\n") == bare
+    assert digest("    share = 0.6\n") != bare
+    assert digest("    share = 0.5\n", {"safe": FROZEN}) != bare
+    other = replace(FROZEN, freezes=((8, 1, 1),))
+    assert digest("    share = 0.5\n", {"safe": other}) != digest("    share = 0.5\n", {"safe": FROZEN})
 
 
 def test_a_method_of_ones_own_is_found(tmp_path):

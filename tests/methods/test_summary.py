@@ -73,6 +73,29 @@ def test_a_method_that_does_not_fit_stands_with_its_reason_and_has_no_average():
     assert [row.reason for row in rows if row.method == "safe"] == [None, "No adapters.", "No adapters."]
 
 
+def test_a_score_is_in_points_for_all_methods_or_for_none():
+    runs = [Outcome("a", "plain", 0, metrics={"bleu": 54.0}), Outcome("a", "safe", 0, metrics={"bleu": 0.4})]
+    plain, safe = summarize(runs, {"a": "bleu"}, "plain")
+    assert (plain.score, safe.score) == (54.0, 0.4)
+    assert safe.difference.mean == pytest.approx(-53.6)
+
+
+def test_accuracy_and_perplexity_have_no_average():
+    other = [Outcome("b", m, 0, metrics={"perplexity": x}, flops=f) for m, x, f in (("plain", 9, 4), ("safe", 14, 2))]
+    rows = summarize([PLAIN[0], SAFE[0], *other], {"a": "accuracy", "b": "perplexity"}, "plain")
+    average = rows[-1]
+    assert (average.task, average.method, average.difference) == (None, "safe", None)
+    assert math.isnan(average.score)
+    assert average.ratios["flops"] == pytest.approx(0.5)
+
+
+def test_arithmetic_is_averaged_over_all_seeds_also_where_nothing_froze():
+    froze = outcome("a", "safe", 0, 0.8, steps=10, blocks=4, epochs=1.0, freezes=((5, 2, 2),))
+    not_at_all = outcome("a", "safe", 1, 0.8, steps=10, blocks=4, epochs=1.0)
+    rows = summarize([*PLAIN[:2], froze, not_at_all], {"a": "accuracy"}, "plain")
+    assert rows[1].theory[0] == pytest.approx((froze.theory()[0] + 1) / 2)
+
+
 def test_a_score_that_is_no_share_stays_as_it_is():
     runs = [Outcome("a", "plain", 0, metrics={"bleu": 31.2}), Outcome("a", "safe", 0, metrics={"bleu": 30.2})]
     rows = summarize(runs, {"a": "bleu"}, "plain")

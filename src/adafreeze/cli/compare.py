@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,9 +61,9 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _methods_help() -> str:
     return (
-        "plain, safe, safe-paper, safe-no-cache, safe-budget, bottom-up, random, autofreeze, grades, top-blocks, "
-        "equal-flops, checkpointing, adapterdrop, sparse-adapter, lora-fa, dora; two together: safe+lora-fa; one of "
-        "your own: file.py:Class (default: plain safe)"
+        "plain, safe, safe-paper, safe-no-cache, safe-budget, bottom-up, random, static-prefix, autofreeze, grades, "
+        "top-blocks, equal-flops, checkpointing, adapterdrop, sparse-adapter, lora-fa, dora; two together: "
+        "safe+lora-fa; one of your own: file.py:Class (default: plain safe)"
     )
 
 
@@ -149,10 +149,12 @@ class _Grid:
                 settings = {name: value for name, value in arguments.resolved.items() if name != "output_dir"}
                 freezing = SafeConfig.from_dict(arguments.freezing).to_dict()  # another version's defaults may differ
                 settings |= {f"SafeConfig.{name}": value for name, value in freezing.items()}
-                outcome = _known(folder / OUTCOME_FILE, settings)
+                made_by = method.digest({name: self.outcomes[task, name, seed] for name in method.after})
+                outcome = _known(folder / OUTCOME_FILE, settings, made_by)
                 if outcome is None:
                     print(f"\n[{number}] {task} · {method.name} · seed {seed}", flush=True)
                     outcome = self._train(arguments, method, task, seed, folder, settings)
+                    outcome = replace(outcome, made_by=made_by)
                     outcome.save(folder / OUTCOME_FILE)
         except Timeout:
             return False
@@ -227,7 +229,7 @@ class _Grid:
         return 0
 
 
-def _known(path: Path, settings: Mapping[str, Any]) -> Outcome | None:
+def _known(path: Path, settings: Mapping[str, Any], made_by: str) -> Outcome | None:
     """What an earlier start left; None if there is nothing, or it did not fit (which is tried again)."""
     from ..methods import Outcome
 
@@ -250,6 +252,12 @@ def _known(path: Path, settings: Mapping[str, Any]) -> Outcome | None:
             f"and is {now.get(name)!r}.",
             cause="A table of cells with different settings compares nothing.",
             fix=f"Give another --output_dir, or remove {path.parent}.",
+        )
+    if outcome.made_by not in (None, made_by):  # None: of a version that did not write it down
+        raise RunError(
+            f"{path.parent} was trained by a method {outcome.method!r} that is not today's.",
+            cause="Its code was changed since, or what it takes over from another method came to something else.",
+            fix=f"Give another --output_dir, or remove {path.parent}; the cell is then trained again.",
         )
     return outcome
 
@@ -304,7 +312,7 @@ def _print(rows: list[Row], metrics: Mapping[str, str], reference: str) -> None:
 
 def _cells(row: Row) -> list[str]:
     sd = f" ± {row.sd:.2f}" if row.sd is not None else ""
-    difference = "reference"
+    difference = "reference" if math.isfinite(row.score) else "-"  # of scores that have no average
     if row.difference is not None:
         found = row.difference
         bounds = f" [{found.low:+.2f}, {found.high:+.2f}]" if math.isfinite(found.low) else ""
@@ -316,4 +324,5 @@ def _cells(row: Row) -> list[str]:
         ratios["mean_saved_bytes"] += f" ({row.theory[0]:.2f})"
         ratios["flops"] += f" ({row.theory[1]:.2f})"
     frozen = f"{row.frozen:.1f} of {row.units}" if row.units else "-"
-    return [row.method, str(row.seeds), f"{row.score:.2f}{sd}", difference, *ratios.values(), frozen]
+    score = f"{row.score:.2f}{sd}" if math.isfinite(row.score) else "-"
+    return [row.method, str(row.seeds), score, difference, *ratios.values(), frozen]

@@ -53,8 +53,10 @@ class _Drop(TrainerCallback):
             for site in sites:
                 site._disable_adapters = True  # enable_adapters(False) would touch requires_grad too
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Switch all on again."""
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Switch all on again, before anybody measures at the step's end."""
         for sites in self.sites:
             for site in sites:
                 site._disable_adapters = False

@@ -14,7 +14,7 @@ from .adapter_drop import AdapterDrop
 from .lora_variants import DoRA, LoRAFA
 from .method import Combined, Method
 from .plain import Checkpointing, EqualFlops, Plain, TopBlocks
-from .rivals import AutoFreeze, BottomUp, GradES, RandomFreezing
+from .rivals import AutoFreeze, BottomUp, GradES, RandomFreezing, StaticPrefix
 from .safe import Safe, SafeBudget, SafeNoCache, SafePaper
 from .sparse_adapter import SparseAdapter
 
@@ -24,7 +24,7 @@ METHODS: dict[str, type[Method]] = {
     kind.name: kind
     for kind in (
         *(Plain, Safe, SafePaper, SafeNoCache, SafeBudget),
-        *(BottomUp, RandomFreezing, AutoFreeze, GradES),
+        *(BottomUp, RandomFreezing, StaticPrefix, AutoFreeze, GradES),
         *(TopBlocks, EqualFlops, Checkpointing),
         *(AdapterDrop, SparseAdapter, LoRAFA, DoRA),
     )

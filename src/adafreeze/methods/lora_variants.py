@@ -33,7 +33,7 @@ class LoRAFA(Method):
         from peft.optimizers import create_lorafa_optimizer
 
         adapter = _lora(setup, "LoRA-FA")
-        if setup.training.weight_decay and adapter.use_dora:
+        if adapter.use_dora:
             raise ConfigError("LoRA-FA has no DoRA.", cause="Its gradient is LoRA's.", fix="--adapter lora")
         setup.optimizer = create_lorafa_optimizer(
             model,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import inspect
+import textwrap
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -92,6 +96,28 @@ class Method:
     def prepare(self, model: PeftModel, setup: Setup) -> None:
         """With the adapters in, before there is a Trainer; raises as ``configure``."""
 
+    def digest(self, found: Mapping[str, Outcome]) -> str:
+        """Of the code of this class and those that it is made from, and of the results ``found`` that it builds on.
+
+        Cells of a table are taken up only if it is the same.
+        """
+        kinds = [kind for kind in type(self).__mro__ if kind not in (Method, object)]
+        parts = [_source(kind) for kind in kinds]
+        parts += [repr((name, one.steps, one.flops, one.freezes)) for name, one in sorted(found.items())]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _source(kind: type) -> str:
+    """Its code without comments and docstrings, which change no result."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError):  # typed at a prompt
+        return kind.__qualname__
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
 
 class Combined(Method):
     """Several methods in one run, each in its turn.
@@ -104,6 +130,10 @@ class Combined(Method):
         self.parts = parts
         self.name = "+".join(part.name for part in parts)  # type: ignore[misc]
         self.after = tuple(dict.fromkeys(name for part in parts for name in part.after))  # type: ignore[misc]
+
+    def digest(self, found: Mapping[str, Outcome]) -> str:
+        """Of all parts."""
+        return hashlib.sha256(" ".join(part.digest(found) for part in self.parts).encode()).hexdigest()[:16]
 
     def configure(self, setup: Setup) -> None:
         """Each part's."""

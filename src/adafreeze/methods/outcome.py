@@ -35,6 +35,7 @@ class Outcome:
         freezes: (step, units frozen by then, blocks in the prefixes by then), one entry a freeze.
         cached: whether the prefix cache was used.
         settings: flags of the run, but for its folder.
+        made_by: digest of the method's code and of what it took over from others; None where it was not written down.
     """
 
     task: str
@@ -53,6 +54,7 @@ class Outcome:
     freezes: tuple[tuple[int, int, int], ...] = ()
     cached: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    made_by: str | None = None
 
     @property
     def frozen(self) -> int:

@@ -40,8 +40,9 @@ class TopBlocks(Plain):
                 cause="layers_to_transform counts blocks of one stack, and not every adapter has it.",
                 fix="--adapter lora, and a model with one stack",
             )
-        blocks = len(stacks[0])
-        setup.adapter.layers_to_transform = list(range(round(blocks * safe.frozen / max(1, len(safe.units))), blocks))
+        given = setup.adapter.layers_to_transform
+        blocks = range(len(stacks[0])) if given is None else [given] if isinstance(given, int) else sorted(given)
+        setup.adapter.layers_to_transform = list(blocks[round(len(blocks) * safe.frozen / max(1, len(safe.units))) :])
 
 
 class EqualFlops(Plain):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,20 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import AS_PUBLISHED, SafeConfig
+from ..costs import expected_ratios
 from ..decide.policy import Situation
-from ..errors import note
+from ..errors import ConfigError, note
 from .method import Method, Setup
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["AutoFreeze", "BottomUp", "GradES", "RandomFreezing"]
+__all__ = ["AutoFreeze", "BottomUp", "GradES", "RandomFreezing", "StaticPrefix"]
+
+# The warm-up then lasts its whole share of the run: scores that settle would end it sooner.
+NEVER_SETTLED: dict[str, Any] = {"settle_patience": 10**9}
+# For a rule that asks nobody: nothing is measured, and the loss is not waited for.
+NO_SCORE: dict[str, Any] = {"score": "random", "wait_for_loss": False}
 
 
 class AutoFreeze(Method):
@@ -33,8 +40,8 @@ class AutoFreeze(Method):
 
     def configure(self, setup: Setup) -> None:
         """Freeze by gradient norms, to the end of the run."""
-        fields = {**AS_PUBLISHED, "score": "grad_norm", "policy": calmest_prefix, "warmup": 0.1, "ramp_end": 1.0}
-        setup.safe = SafeConfig.from_dict({**setup.settings, **fields})
+        fields = {**AS_PUBLISHED, **NEVER_SETTLED, "score": "grad_norm", "policy": calmest_prefix}
+        setup.safe = SafeConfig.from_dict({**setup.settings, **fields, "warmup": 0.1, "ramp_end": 1.0})
 
 
 def calmest_prefix(situation: Situation) -> Iterator[str]:
@@ -43,13 +50,18 @@ def calmest_prefix(situation: Situation) -> Iterator[str]:
         return
     for chain in situation.chains:
         live = [block for block in chain if block and not situation.frozen.issuperset(block)]
-        changes = [max((situation.finite_score(name) or 0.0) for name in block) for block in live]
+        changes = [max(_or_infinite(situation.finite_score(name)) for name in block) for block in live]
         if not any(changes):
             continue
         for block, change in zip(live, changes, strict=True):
-            if change > statistics.median(changes):
+            if change > statistics.median(changes) or math.isinf(change):
                 break
             yield from block
+
+
+def _or_infinite(change: float | None) -> float:
+    """Of what could not be measured nobody knows that it is calm."""
+    return math.inf if change is None else change
 
 
 class GradES(Method):
@@ -57,8 +69,9 @@ class GradES(Method):
 
     Its authors' package ``grades`` where it is installed and knows the layers (q_proj, gate_proj, ... of a Llama), else
     our ``weight_change`` score by block. Its threshold is absolute and is tuned by model in the paper; our reading
-    needs no tuning: half of what the weights moved at their fastest; for the package, half of learning rate × weights
-    of a matrix, which is as much as Adam can move. Nothing freezes in the first 30 % of the run, its default.
+    needs no tuning: half of what the weights moved at their fastest; for the package, which compares the change of a
+    matrix summed over its weights with one threshold for all, half of learning rate × weights of an average matrix,
+    about what Adam moves at most. Nothing freezes in the first 30 % of the run, its default.
     """
 
     name = "grades"
@@ -69,7 +82,7 @@ class GradES(Method):
         """Freeze by our score, unless the package can."""
         if not self._package_fits(setup.base):
             note("grades: by the weight_change score, since the package is not installed or does not know the layers.")
-            fields = {**AS_PUBLISHED, "score": "weight_change", "policy": _Converged(self.share)}
+            fields = {**AS_PUBLISHED, **NEVER_SETTLED, "score": "weight_change", "policy": _Converged(self.share)}
             fields |= {"warmup": self.alpha, "ramp_end": 1.0}
             setup.safe = SafeConfig.from_dict({**setup.settings, **fields})
 
@@ -123,7 +136,7 @@ class _Forget(TrainerCallback):
 
 
 class BottomUp(Method):
-    """A fixed schedule: from the bottom, as many blocks as SAFE froze, by the same cubic ramp, and no score."""
+    """A fixed schedule: from the bottom, as many blocks as SAFE froze, by the same warm-up and ramp, and no score."""
 
     name = "bottom-up"
     after = ("safe",)
@@ -131,13 +144,46 @@ class BottomUp(Method):
     def configure(self, setup: Setup) -> None:
         """Freeze by place."""
         safe = setup.outcome("safe")
-        fields = {"policy": "bottom_up", "score": "random", "wait_for_loss": False}
+        fields = {**NO_SCORE, **NEVER_SETTLED, "policy": "bottom_up"}
         fields["freeze_share"] = safe.frozen / max(1, len(safe.units))
         setup.safe = SafeConfig.from_dict({**setup.settings, **fields})
 
 
+class StaticPrefix(Method):
+    """The lowest blocks frozen from step 0, with the prefix cache, and nothing later: no score, no warm-up.
+
+    As many blocks as come nearest to SAFE's FLOPs by arithmetic (``costs.expected_ratios``): what the cache alone
+    would give for the same money. Learning rates stay as they were.
+    """
+
+    name = "static-prefix"
+    after = ("safe",)
+
+    def configure(self, setup: Setup) -> None:
+        """Freeze by hand."""
+        safe = setup.outcome("safe")
+        if (theory := safe.theory()) is None or len(safe.units) != safe.blocks:
+            raise ConfigError(
+                "What a static prefix costs cannot be said.",
+                cause=f"SAFE's run had {len(safe.units)} units in {safe.blocks} blocks.",
+                fix="--granularity block, and adapters in every block",
+            )
+        epoch = safe.steps / safe.epochs if safe.cached and safe.epochs else None
+
+        def beside(depth: int) -> float:
+            return abs(expected_ratios(safe.blocks, [depth] * safe.steps, epoch)[1] - theory[1])
+
+        depth = min(range(safe.blocks), key=beside)
+        fields = {**NO_SCORE, "policy": _nothing, "freeze": safe.units[:depth]}
+        setup.safe = SafeConfig.from_dict({**setup.settings, **fields})
+
+
+def _nothing(situation: Situation) -> list[str]:
+    return []
+
+
 class RandomFreezing(Method):
-    """As many units as SAFE froze, at the same steps, drawn at random."""
+    """As many units as SAFE froze, drawn at random, when SAFE did: at the next of 24 steps up to the ramp's end."""
 
     name = "random"
     after = ("safe",)
@@ -147,7 +193,7 @@ class RandomFreezing(Method):
         safe = setup.outcome("safe")
         order = torch.randperm(len(safe.units), generator=torch.Generator().manual_seed(setup.training.seed)).tolist()
         policy = _Replay([safe.units[i] for i in order], [(step, frozen) for step, frozen, _ in safe.freezes])
-        setup.safe = SafeConfig.from_dict({**setup.settings, "score": "random", "policy": policy})
+        setup.safe = SafeConfig.from_dict({**setup.settings, **NO_SCORE, "warmup": 0.0, "policy": policy})
 
 
 class _Replay:

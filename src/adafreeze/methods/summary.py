@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from .outcome import Outcome
 
-__all__ = ["Difference", "Row", "default_metric", "is_better_high", "summarize"]
+__all__ = ["Difference", "Row", "default_metric", "summarize"]
 
 # The first of these that a task gives is its score.
 METRICS = ("accuracy", "matthews_correlation", "pearson", "f1", "exact_match", "bleu", "rougeL", "perplexity", "loss")
+BETTER_LOW = ("perplexity", "loss")
 RATIOS = ("mean_saved_bytes", "peak_saved_bytes", "flops", "seconds")
 
 
@@ -34,7 +35,8 @@ class Row:
         task: None: averaged over the tasks.
         method: its name.
         seeds: that it ran with; over all tasks: runs.
-        score: mean over seeds; over all tasks: the mean of their means.
+        score: mean over seeds; over all tasks: the mean of their means, NaN where of some scores more is better, and
+            of others less.
         sd: standard deviation over seeds; None over all tasks, or of one seed.
         difference: of the score against the reference's on the same task and seed; None for the reference itself.
         ratios: mean saved bytes, peak, FLOPs and seconds against the reference's, means over pairs.
@@ -63,11 +65,6 @@ def default_metric(outcomes: Iterable[Outcome]) -> str | None:
     return next((name for name in METRICS if found and all(name in metrics for metrics in found)), None)
 
 
-def is_better_high(metric: str) -> bool:
-    """Whether more of it is better."""
-    return metric not in ("perplexity", "loss")
-
-
 def summarize(outcomes: Sequence[Outcome], metrics: Mapping[str, str], reference: str) -> list[Row]:
     """Rows by task and method, in the order in which they come, then the averages over tasks.
 
@@ -84,32 +81,46 @@ def summarize(outcomes: Sequence[Outcome], metrics: Mapping[str, str], reference
     methods = list(dict.fromkeys(outcome.method for outcome in outcomes))
     rows: list[Row] = []
     pairs: dict[tuple[str | None, str], list[float]] = {}
+    alike = len({metric in BETTER_LOW for metric in metrics.values()}) < 2
     for task in tasks:
+        scale = _scale(metrics[task], [outcome for outcome in outcomes if outcome.task == task])
         for method in methods:
             here = [outcome for outcome in outcomes if (outcome.task, outcome.method) == (task, method)]
             there = {o.seed: o for o in outcomes if (o.task, o.method) == (task, reference) and o.reason is None}
             if here:
-                row, differences = _row(task, method, here, there, metrics[task], method == reference)
+                row, differences = _row(task, method, here, there, metrics[task], scale, method == reference)
                 rows.append(row)
                 pairs[task, method] = differences
     if len(tasks) > 1:
         for method in methods:
             of_method = [row for row in rows if row.method == method]
-            rows.append(_average(method, of_method, [pairs[row.task, method] for row in of_method], len(tasks)))
+            rows.append(_average(method, of_method, [pairs[row.task, method] for row in of_method], len(tasks), alike))
     return rows
 
 
+def _scale(metric: str, outcomes: Sequence[Outcome]) -> float:
+    """100 for a score that is a share: it is shown in points. F1 is one in GLUE, and in points in SQuAD."""
+    if metric in BETTER_LOW:
+        return 1.0
+    return 100.0 if all(abs(o.metrics[metric]) <= 1 for o in outcomes if o.reason is None) else 1.0
+
+
 def _row(
-    task: str, method: str, here: list[Outcome], there: Mapping[int, Outcome], metric: str, is_reference: bool
+    task: str,
+    method: str,
+    here: list[Outcome],
+    there: Mapping[int, Outcome],
+    metric: str,
+    scale: float,
+    is_reference: bool,
 ) -> tuple[Row, list[float]]:
     ran = [outcome for outcome in here if outcome.reason is None]
     if not ran:
         return Row(task, method, reason=here[0].reason), []
-    scale = 100.0 if all(abs(o.metrics[metric]) <= 1 for o in ran) and metric not in ("perplexity", "loss") else 1.0
     scores = [outcome.metrics[metric] * scale for outcome in ran]
     both = [(outcome, there[outcome.seed]) for outcome in ran if outcome.seed in there]
     differences = [(one.metrics[metric] - other.metrics[metric]) * scale for one, other in both]
-    theories = [outcome.theory() for outcome in ran if outcome.freezes]
+    theories = [outcome.theory() for outcome in ran] if any(outcome.freezes for outcome in ran) else []
     known = [theory for theory in theories if theory is not None]
     row = Row(
         task,
@@ -133,7 +144,7 @@ def _row(
     return row, differences
 
 
-def _average(method: str, rows: list[Row], differences: list[list[float]], tasks: int) -> Row:
+def _average(method: str, rows: list[Row], differences: list[list[float]], tasks: int, alike: bool) -> Row:
     ran = [row for row in rows if row.reason is None]
     if len(ran) < tasks:  # an average over fewer tasks could not be compared with the others
         reason = next((row.reason for row in rows if row.reason), "not run on every task")
@@ -145,8 +156,8 @@ def _average(method: str, rows: list[Row], differences: list[list[float]], tasks
         None,
         method,
         seeds=sum(row.seeds for row in ran),
-        score=statistics.fmean(row.score for row in ran),
-        difference=_interval(differences) if all(row.difference is not None for row in ran) else None,
+        score=statistics.fmean(row.score for row in ran) if alike else math.nan,
+        difference=_interval(differences) if alike and all(row.difference is not None for row in ran) else None,
         ratios={name: statistics.fmean(r[name] for r in compared) for name in RATIOS}
         if len(compared) == tasks
         else None,
@@ -154,10 +165,6 @@ def _average(method: str, rows: list[Row], differences: list[list[float]], tasks
         units=round(statistics.fmean(row.units for row in ran)),
         theory=(statistics.fmean(a for a, _ in theories), statistics.fmean(b for _, b in theories)) if whole else None,
     )
-
-
-def _ratio(one: Outcome, other: Outcome, name: str) -> float:
-    return getattr(one, name) / getattr(other, name) if getattr(other, name) else math.nan
 
 
 def _interval(groups: list[list[float]]) -> Difference:
