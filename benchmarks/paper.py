@@ -38,7 +38,7 @@ from adafreeze.errors import AdafreezeError
 from adafreeze.methods import Outcome
 from tasks import draw
 
-MAIN = ["plain", "safe", "safe-paper", "bottom-up", "random", "top-blocks", "equal-flops", "grades"]
+MAIN = ["plain", "safe", "safe-paper", "bottom-up", "random", "static-prefix", "top-blocks", "equal-flops", "grades"]
 EVALUATE = 2000  # of two runs of one task some 6 % of answers differ: one standard error is then half a point
 PLACES = ("model_name_or_path", "train_file", "validation_file")
 BERT = ["query", "key", "value", "intermediate.dense", "output.dense"]

@@ -353,9 +353,7 @@ def open_budget(limit: int | float | str | None, probe: Probe, rows: int, *parts
     if limit is not None:
         (budget := Budget(limit, *parts)).check(probe, rows)
         return budget
-    note(
-        "No memory budget: the peak of the run is the plain run's; SafeConfig(memory_budget=...) lowers it from step 0."
-    )
+    note("No memory budget: the peak of the run is that of its first steps; SafeConfig(memory_budget=...) lowers it.")
     return None
 
 

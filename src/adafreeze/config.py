@@ -32,7 +32,7 @@ class SafeConfig:
     Args:
         policy: which units freeze next. ``"share"`` (default) freezes the longest prefix whose scores sum to at
             most ``freeze_share`` of the total; ``"threshold"`` is the paper's: every unit whose score is below
-            τ(t); ``"bottom_up"`` freezes ``freeze_share`` of the blocks from the bottom, whatever they score; or a
+            τ(t); ``"bottom_up"`` freezes ``freeze_share`` of the blocks with adapters, from the bottom; or a
             function of a ``Situation`` that returns unit names.
         score: how a unit's importance is measured: ``"cka"`` (default), ``"cka_debiased"``, ``"local_cka"``,
             ``"grad_norm"``, ``"weight_change"``, ``"random"``, or a function of two tensors of shape
@@ -66,12 +66,14 @@ class SafeConfig:
             off.
         lr_scale: what the learning rates are multiplied by, while the optimizer steps, once units have frozen.
             ``"sqrt"`` (default): √(units / live units), at most 3, which keeps a step of Adam's as long as it was
-            with all of them; a number; 1 leaves them alone. Units that ``freeze`` froze do not count.
+            with all of them; a number; 1 leaves them alone. Units that were frozen before step 0 do not count.
         memory_budget: the most that a training step may hold on the device, weights included, from the first step
             on: bytes, a text such as ``"6GiB"``, a share of the device such as 0.5, or ``"auto"`` for what is free.
             Blocks above the prefix recompute their activations as far as that takes. None (default): the peak of
             the run is the plain run's.
         dry_run: log what would freeze, freeze nothing.
+        freeze_at_start: the share of the blocks with adapters that is frozen before step 0, from the bottom, whatever
+            would become of their scores: the peak falls from the first step on, and the cache fills in the first epoch.
         freeze: unit names to freeze by hand, at once.
         seed: of the probe's own random generator; the run's random state is never advanced.
 
@@ -107,6 +109,7 @@ class SafeConfig:
     lr_scale: float | str = "sqrt"
     memory_budget: int | float | str | None = None
     dry_run: bool = False
+    freeze_at_start: float = 0.0
     freeze: tuple[str, ...] = ()
     seed: int = 0
 
@@ -116,6 +119,7 @@ class SafeConfig:
         _one_of("score", self.score, SCORES)
         _one_of("granularity", self.granularity, ("block", "site"))
         _within("freeze_share", self.freeze_share, 0, 1)
+        _within("freeze_at_start", self.freeze_at_start, 0, 1)
         _within("threshold", self.threshold, 0, 1)
         _within("warmup", self.warmup, 0, 1)
         _within("ramp_end", self.ramp_end, 0, 1)

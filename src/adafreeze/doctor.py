@@ -94,7 +94,7 @@ def examine_run(safe: Safe, model: nn.Module | None = None) -> Iterator[Finding]
     reason = safe.caching.off_because
     yield Finding("prefix cache", "ok" if reason is None else "costs", "on" if reason is None else f"off: {reason}")
     if safe.budget is None:
-        text = "none: the peak of the run is the plain run's; SafeConfig(memory_budget=...) lowers it from step 0"
+        text = "none: the peak of the run is that of its first steps; SafeConfig(memory_budget=...) lowers it"
         yield Finding("memory budget", "ok", text)
     else:
         yield Finding("memory budget", "ok", f"{readable(safe.budget.limit)} from the first step on")

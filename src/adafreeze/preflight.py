@@ -9,13 +9,14 @@ from typing import Any
 from torch import nn
 
 from .config import SafeConfig
+from .decide.policy import Situation, choose
 from .decide.scores import resolve_score
 from .errors import ConfigError, ProbeError, RunError, note, warn
 from .freeze.parallel import Parallel
 from .model import Flow, Probe, Stack, Unit, trace_flow
 from .model.draw import keep_random_state
 
-__all__ = ["check_parallel", "check_run", "check_units", "flows_of"]
+__all__ = ["check_parallel", "check_run", "check_units", "flows_of", "frozen_at_start"]
 
 
 def check_run(total_steps: Any) -> None:
@@ -70,6 +71,20 @@ def check_units(names: tuple[str, ...], units: Mapping[str, Unit]) -> None:
                 cause=f"Its units are {', '.join(list(units)[:3])}, ... ({len(units)} in all).",
                 fix=f'SafeConfig(freeze=["{next(iter(units))}"])',
             )
+
+
+def frozen_at_start(config: SafeConfig, chains: tuple[tuple[tuple[str, ...], ...], ...], *, head: bool) -> list[str]:
+    """Names of the units that are frozen before step 0: by hand, and the lowest blocks' (in a dry run those are not).
+
+    Args:
+        config: ``freeze``, ``freeze_at_start``, and ``min_live_blocks``, which holds here as well.
+        chains: unit names by block by chain.
+        head: something else than adapters trains.
+    """
+    share = 0.0 if config.dry_run else config.freeze_at_start
+    rest: dict[str, Any] = {"min_live_blocks": config.min_live_blocks, "something_else_trains": head}
+    situation = Situation(0, 1.0, {}, chains, frozenset(config.freeze), freeze_share=share, **rest)
+    return [*config.freeze, *(choose("bottom_up", situation) if share else ())]
 
 
 def flows_of(

@@ -28,7 +28,7 @@ from .model.blocks import device_of, unwrap
 from .model.draw import batch_size_of, samples_of
 from .model.flow import chains_of
 from .model.units import units_along, warn_of_other_trainables
-from .preflight import check_parallel, check_run, check_units, flows_of
+from .preflight import check_parallel, check_run, check_units, flows_of, frozen_at_start
 from .scoring import Scorer
 from .state import opened, packed_random_state, restore_random_state, sealed
 
@@ -122,13 +122,13 @@ class Safe:
         held = self.model, self.stacks, self.prefix, optimizer, self.journal, self._bytes_beside
         self.budget = open_budget(self.config.memory_limit, drawn, batch_size or batch_size_of(probe), *held)
         self._observer = Observer(self.model, optimizer, self._audit, self._look_at_gradients)
-        by_choice = [unit for name, unit in self.units.items() if name not in self.config.freeze]
+        at_start = frozen_at_start(self.config, chains, head=self._guard.something_else_trains())
+        by_choice = [unit for name, unit in self.units.items() if name not in at_start]
         self._step_length = StepLength(optimizer, self.config.lr_scale, by_choice)
         if samples_per_step is not None:
             self._announce()
         # Even where no adapter stands at the bottom of the stack: until something freezes, the run is as it was.
-        if self.config.freeze:
-            self._freeze(list(self.config.freeze), by="hand")
+        self._freeze(at_start, by="hand")
 
     # What a host reads.
 

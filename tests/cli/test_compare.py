@@ -133,6 +133,10 @@ def test_cells_with_other_settings_are_not_mixed(task, folder, capsys):
     outcome.write_text(whole.replace('"SafeConfig.probe_tokens": 2048', '"SafeConfig.probe_tokens": 1024'))
     assert main(call) == 2  # of a version with other defaults
     assert "SafeConfig.probe_tokens was 1024, and is 2048" in capsys.readouterr().err
+    line = '"SafeConfig.freeze_at_start": 0.0,'
+    assert line in whole
+    outcome.write_text(whole.replace(line, ""))
+    assert main(call) == 0  # of a version that knew no such thing
     outcome.write_text(whole[:40])
     assert main(call) == 2
     assert "Remove" in capsys.readouterr().err

@@ -106,6 +106,9 @@ def test_bottom_up_goes_by_place_alone():
     assert choose("bottom_up", situation(chain(9, 9, 0, 0), freeze_share=0.5)) == ["u0", "u1"]
     assert choose("bottom_up", situation(chain(9, 9, 0, 0), freeze_share=0.5, ramp=0.5)) == ["u0"]
     assert len(choose("bottom_up", situation(chain(*range(50)), freeze_share=0.58))) == 29  # 28.999… in floats
+    scores = chain(9, 9, 0, 0)
+    upper = (((), (), *((name,) for name in scores)),)  # of six blocks the upper four have adapters
+    assert choose("bottom_up", situation(scores, chains=upper, freeze_share=0.5)) == ["u0", "u1"]
 
 
 def test_sites_of_one_block_count_as_one_live_block():

@@ -25,7 +25,7 @@ VALID = {
     "policy": st.sampled_from(["share", "threshold", "bottom_up"]),
     "score": st.sampled_from(["cka", "cka_debiased", "local_cka", "grad_norm", "weight_change", "random"]),
     "granularity": st.sampled_from(["block", "site"]),
-    **dict.fromkeys(["freeze_share", "threshold", "settle_tolerance", "overhead"], shares),
+    **dict.fromkeys(["freeze_share", "freeze_at_start", "threshold", "settle_tolerance", "overhead"], shares),
     "settle_patience": st.integers(1),
     "min_live_blocks": st.integers(0),
     "probe_tokens": st.integers(2),

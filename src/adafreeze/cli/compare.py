@@ -24,6 +24,8 @@ __all__ = ["main"]
 
 OUTCOME_FILE = "outcome.json"
 DEFAULTS = {"save_strategy": "no", "report_to": "none"}
+# Settings that came later: what they would have been before there were any.
+BEFORE = {"SafeConfig.wait_for_loss": False, "SafeConfig.freeze_at_start": 0.0}
 USAGE = "adafreeze compare [TASK.yaml ...] --output_dir FOLDER [--methods NAME ...] [--seeds N ...] [flags of train]"
 
 
@@ -243,13 +245,12 @@ def _known(path: Path, settings: Mapping[str, Any], made_by: str) -> Outcome | N
         ) from error
     if outcome.reason is not None:
         return None
-    now = json.loads(json.dumps(settings))
-    differing = [k for k in {*now, *outcome.settings} if now.get(k) != outcome.settings.get(k)]
+    now, then = json.loads(json.dumps(settings)), BEFORE | dict(outcome.settings)
+    differing = [name for name in {*now, *then} if now.get(name) != then.get(name)]
     if differing:
         name = min(differing)
         raise RunError(
-            f"{path.parent} was trained with other settings: {name} was {outcome.settings.get(name)!r}, "
-            f"and is {now.get(name)!r}.",
+            f"{path.parent} was trained with other settings: {name} was {then.get(name)!r}, and is {now.get(name)!r}.",
             cause="A table of cells with different settings compares nothing.",
             fix=f"Give another --output_dir, or remove {path.parent}.",
         )

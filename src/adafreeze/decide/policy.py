@@ -85,10 +85,11 @@ def threshold(situation: Situation) -> Iterator[str]:
 
 
 def bottom_up(situation: Situation) -> Iterator[str]:
-    """The lowest ⌊ramp · freeze_share · blocks⌋ blocks of each chain, whatever they score."""
+    """The lowest ⌊ramp · freeze_share · B⌋ of the B blocks with adapters of each chain, whatever they score."""
     for chain in situation.chains:
-        blocks = situation.ramp * situation.freeze_share * len(chain)
-        for block in chain[: int(blocks + 1e-9)]:  # 0.58 · 50 is 28.999999999999996
+        filled = [block for block in chain if block]
+        count = situation.ramp * situation.freeze_share * len(filled)
+        for block in filled[: int(count + 1e-9)]:  # 0.58 · 50 is 28.999999999999996
             yield from block
 
 

@@ -1,0 +1,107 @@
+"""Blocks that are frozen before step 0: which, what that saves from the first step on, and that it stays so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import cases
+from adafreeze import Safe, SafeConfig
+from adafreeze.costs.memory import SavedBytes
+from adafreeze.decide.scores import SCORES
+from adafreeze.errors import ConfigError
+
+
+def started(family: str = "bert", optimizer=None, model=None, **config) -> Safe:
+    model = model or cases.lora_model(family)
+    parts = {"optimizer": optimizer, "probe": cases.loader(family), "total_steps": 20}
+    return Safe(model, SafeConfig(**{"freeze_at_start": 0.5, **config}), **parts)
+
+
+@pytest.mark.parametrize("family", cases.FAMILIES)
+def test_the_lowest_blocks_of_each_chain_are_frozen(family):
+    safe = started(family)
+    units = list(safe.units)
+    assert safe.frozen == set(units[: len(units) // 2])
+    assert sum(safe.prefixes.values()) == len(units) // 2
+    (event,) = [event for event in safe.journal.events if event["event"] == "freeze"]
+    assert (event["step"], event["by"], event["lr_scale"]) == (0, "hand", 1.0)
+
+
+def test_a_third_of_six_is_two_in_floats_as_well():
+    chains = (tuple((f"u{index}",) for index in range(6)),)
+    from adafreeze.preflight import frozen_at_start
+
+    assert frozen_at_start(SafeConfig(freeze_at_start=1 / 3), chains, head=True) == ["u0", "u1"]
+    by_hand = SafeConfig(freeze_at_start=1 / 3, freeze=("u1", "u5"))
+    assert frozen_at_start(by_hand, chains, head=True) == ["u1", "u5", "u0"]
+
+
+def test_the_first_step_already_keeps_less():
+    def saved(**config) -> int:
+        model = cases.lora_model("bert")
+        safe = started(model=model, **config)
+        with SavedBytes(model) as counted:
+            model(**cases.batch("bert")).loss.backward()
+        safe.close()
+        return counted.total
+
+    assert saved() < 0.6 * saved(freeze_at_start=0.0)
+
+
+def test_what_freezes_later_comes_on_top_and_what_froze_first_does_not_move():
+    torch.manual_seed(0)
+    model = cases.lora_model("bert")
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    safe = started(model=model, optimizer=optimizer, freeze_at_start=0.25, freeze_share=0.9, wait_for_loss=False)
+    first = {id(p): p.detach().clone() for name in safe.frozen for p in safe.units[name].parameters()}
+    for _ in range(20):
+        model(**cases.batch("bert")).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        safe.step()
+    assert len(safe.frozen) > 1
+    assert all(torch.equal(p, first[id(p)]) for p in model.parameters() if id(p) in first)
+    live = len(safe.units) - len(safe.frozen)
+    last = [event for event in safe.journal.events if event["event"] == "freeze"][-1]
+    assert last["lr_scale"] == pytest.approx((3 / live) ** 0.5)  # of the three that trained at first
+
+    again = started(freeze_at_start=0.25, freeze_share=0.9, wait_for_loss=False)
+    again.load_state_dict(safe.state_dict())
+    assert again.frozen == safe.frozen
+    assert again.prefixes == safe.prefixes
+
+
+@pytest.mark.parametrize(
+    ("config", "frozen"),
+    [
+        ({"dry_run": True}, 0),
+        ({"freeze_at_start": 0.0}, 0),
+        ({"freeze_at_start": 1.0}, 3),
+        ({"min_live_blocks": 3}, 1),
+        ({"freeze_at_start": 1.0, "min_live_blocks": 0}, 3),  # nothing else trains
+        ({"granularity": "site"}, 4),
+    ],
+)
+def test_how_many(config, frozen):
+    assert len(started(**config).frozen) == frozen
+
+
+@pytest.mark.parametrize("score", sorted(SCORES))
+def test_every_score_is_measured_above_it(score):
+    model = cases.lora_model("bert")
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    safe = started(model=model, optimizer=optimizer, score=score, freeze_share=0.0)
+    for _ in range(10):
+        model(**cases.batch("bert")).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        safe.step()
+    live = [name for name in safe.units if name not in safe.frozen]
+    assert all(safe.scores[name] > 0 for name in live)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, "half", None, float("nan")])
+def test_a_share_it_must_be(value):
+    with pytest.raises(ConfigError, match="freeze_at_start"):
+        SafeConfig(freeze_at_start=value)
