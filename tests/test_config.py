@@ -61,7 +61,7 @@ def test_plain_values_round_trip_and_functions_by_name():
     config = SafeConfig(freeze=("a",), freeze_share=0.2)
     assert SafeConfig.from_dict(config.to_dict()) == config
     assert SafeConfig(score=max).to_dict()["score"] == "max"
-    published = {"policy": "threshold", "lr_scale": 1.0, "wait_for_loss": False}
+    published = {"policy": "threshold", "freeze_at_start": 0.0, "lr_scale": 1.0, "wait_for_loss": False}
     assert SafeConfig.paper(threshold=0.002) == SafeConfig(threshold=0.002, **published)
 
 

@@ -18,7 +18,7 @@ from .sizes import parse_size
 __all__ = ["AS_PUBLISHED", "PAPER", "SafeConfig"]
 
 # What we have added to when and how units freeze, switched off: for methods as others published them.
-AS_PUBLISHED: dict[str, Any] = {"lr_scale": 1.0, "wait_for_loss": False}
+AS_PUBLISHED: dict[str, Any] = {"freeze_at_start": 0.0, "lr_scale": 1.0, "wait_for_loss": False}
 # What the published method has other than our defaults.
 PAPER: dict[str, Any] = {"policy": "threshold", **AS_PUBLISHED}
 

@@ -26,7 +26,7 @@ __all__ = ["AutoFreeze", "BottomUp", "GradES", "RandomFreezing", "StaticPrefix"]
 # The warm-up then lasts its whole share of the run: scores that settle would end it sooner.
 NEVER_SETTLED: dict[str, Any] = {"settle_patience": 10**9}
 # For a rule that asks nobody: nothing is measured, and the loss is not waited for.
-NO_SCORE: dict[str, Any] = {"score": "random", "wait_for_loss": False}
+NO_SCORE: dict[str, Any] = {"score": "random", "wait_for_loss": False, "freeze_at_start": 0.0}
 
 
 class AutoFreeze(Method):
