@@ -57,6 +57,16 @@ def finished(tmp_path_factory):
     return run
 
 
+@pytest.mark.parametrize("at_start", [{"freeze_at_start": 0.5}, {"freeze": ["bert.encoder.layer.0"]}])
+def test_what_froze_before_step_0_scores_nothing(finished, at_start):
+    found = export_config(finished("bert", policy="share", freeze_share=0.0, **at_start))
+    assert [block.name for block in found.blocks if block.frozen_at == 0] == [
+        f"bert.encoder.layer.{n}" for n in range(2 if "freeze_at_start" in at_start else 1)
+    ]
+    assert all(block.score == 0 and not block.kept for block in found.blocks if block.frozen_at == 0)
+    assert all(block.score > 0 and block.kept for block in found.blocks if block.frozen_at is None)
+
+
 def next_model(family: str, folder, base: torch.nn.Module | None = None) -> torch.nn.Module:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*did not match any targeted module")  # of PEFT, about rank_pattern

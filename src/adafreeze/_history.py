@@ -52,6 +52,8 @@ class History:
         self.frozen: dict[str, int] = {}
         measured: dict[str, float] = {}
         for event in later:
+            if event.get("event") == "freeze" and event["step"] == 0:  # what nobody has trained has moved nothing
+                measured.update(dict.fromkeys(event["units"], 0.0))
             if event.get("event") in ("measure", "freeze", "resume"):
                 # Of a score that is not finite, or a unit frozen unmeasured, the one before stands.
                 measured.update({n: s for n, s in event["scores"].items() if isinstance(s, (int, float))})

@@ -195,6 +195,17 @@ def test_equal_flops_takes_as_many_steps_as_safes_flops_pay_for(trained):
     assert outcome.steps == STEPS // 2
 
 
+def test_what_is_frozen_at_the_start_is_safes_alone(trained):
+    words = ("--freeze_at_start", "0.5")
+    safe, _ = trained("safe", *words)
+    plain, _ = trained("plain", *words)
+    assert safe.freezes[0] == (0, 2, 2)
+    assert safe.peak_saved_bytes < 0.7 * plain.peak_saved_bytes
+    for name in ("safe-paper", "grades", "bottom-up", "random"):
+        other, _ = trained(name, *words, found={"safe": safe})
+        assert all(step > 0 for step, _, _ in other.freezes), name
+
+
 def test_bottom_up_freezes_as_many_blocks_as_safe(trained):
     outcome, _ = trained("bottom-up", found={"safe": FROZEN})
     assert outcome.frozen == 2
