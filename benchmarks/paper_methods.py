@@ -56,4 +56,18 @@ class LongRamp(Safe):
     fields: ClassVar[dict[str, Any]] = {"ramp_end": 0.8, "min_measurements": 12}
 
 
-GRID = (Unscaled, NoWait, Share10, Sooner, Fifth, Later, LongRamp)
+class Third(Safe):
+    """A third of the blocks frozen before step 0, the default depth from the middle of the run on."""
+
+    name = "third-at-start"
+    fields: ClassVar[dict[str, Any]] = {"freeze_at_start": 1 / 3, "warmup": 0.5, "ramp_end": 0.7}
+
+
+class Half(Safe):
+    """Half of the blocks frozen before step 0, the default depth from the middle of the run on."""
+
+    name = "half-at-start"
+    fields: ClassVar[dict[str, Any]] = {"freeze_at_start": 0.5, "warmup": 0.5, "ramp_end": 0.7}
+
+
+GRID = (Unscaled, NoWait, Share10, Sooner, Fifth, Later, LongRamp, Third, Half)
