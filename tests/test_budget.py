@@ -218,6 +218,23 @@ def test_a_budget_that_cannot_be_met_is_refused_with_what_would_fit():
         Safe(model, SafeConfig(memory_budget=limit), probe=cases.loader("bert", rows=fits + 1), total_steps=9)
 
 
+def test_with_blocks_frozen_at_the_start_less_is_enough():
+    def least(**config) -> int:
+        """To 1/64 MiB."""
+        low, high = 0, 64 * 2**20
+        while high - low > 2**14:
+            middle = (low + high) // 2
+            try:
+                options = SafeConfig(memory_budget=middle, **config)
+                Safe(make("bert", 8), options, probe=cases.loader("bert", rows=32), total_steps=9).close()
+                high = middle
+            except RunError:
+                low = middle
+        return high
+
+    assert least(freeze_at_start=0.75) < least() - 2**16
+
+
 def test_a_budget_below_the_weights_says_what_one_sample_takes():
     model = make("bert", 8)
     with pytest.raises(RunError, match="One sample takes") as caught:

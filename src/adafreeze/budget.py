@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +55,8 @@ class Budget:
 
     Args:
         limit: ``memory_budget`` of SafeConfig.
+        probe: whose longest sample makes the micro-batch that it is checked by.
+        rows: samples in it.
         model: that the host calls.
         stacks: of the model.
         prefix: whose blocks keep nothing anyway.
@@ -74,6 +75,8 @@ class Budget:
     def __init__(
         self,
         limit: int | float | str,
+        probe: Probe,
+        rows: int,
         model: nn.Module,
         stacks: list[Stack],
         prefix: Prefix,
@@ -81,6 +84,7 @@ class Budget:
         journal: Journal,
         extra: Callable[[], int] = lambda: 0,
     ) -> None:
+        self.probe, self.rows = probe, rows
         self.model = model
         self.stacks = stacks
         self.prefix = prefix
@@ -140,17 +144,13 @@ class Budget:
         self._hook.remove()
         self.recompute.restore()
 
-    def check(self, probe: Probe, rows: int) -> None:
+    def check(self) -> None:
         """Refuse a budget that full recompute cannot meet, and say in one line what it costs.
-
-        Args:
-            probe: whose longest sample makes the micro-batch.
-            rows: samples in it.
 
         Raises:
             RunError: with the numbers, and the micro-batch that fits.
         """
-        self._longest = partial(probe.micro_batch, rows, self.device)
+        rows = self.rows
         choice = self._choice((), self._longest())
         if choice is None:
             return
@@ -165,13 +165,12 @@ class Budget:
 
         def peak(fewer: int) -> int:
             if fewer not in peaks:
-                batch = self._rounded((), probe.micro_batch(fewer, self.device))
+                batch = self._rounded((), self.probe.micro_batch(fewer, self.device))
                 peaks[fewer] = self._total(self._rehearse(choice.chosen, *batch))
             return peaks[fewer]
 
         fits = largest_that_fits(peak, rows, choice.held, self.limit, most=rows)
         part = max((n for n in range(1, fits + 1) if rows % n == 0), default=0)  # so that as many make a step as before
-        self.close()
         raise RunError(
             f"The memory budget of {readable(self.limit)} cannot be met: with all blocks recomputed, a step on {rows} "
             f"samples of the probe's longest length holds {readable(choice.peak)} ({readable(choice.plain_peak)} with "
@@ -182,6 +181,9 @@ class Budget:
             if fits
             else f'SafeConfig(memory_budget="{-(-choice.peak // 2**20)}MiB"), or shorter samples, or a smaller model',
         )
+
+    def _longest(self) -> dict[str, Any]:
+        return self.probe.micro_batch(self.rows, self.device)
 
     def room(self) -> int | None:
         """Bytes that a step on the probe's longest samples leaves; None if it cannot be rehearsed."""
@@ -338,21 +340,18 @@ class Budget:
             self.journal.write("budget_corrected", excess=self.excess, measured=measured, planned=choice.peak)
 
 
-def open_budget(limit: int | float | str | None, probe: Probe, rows: int, *parts: Any) -> Budget | None:
-    """A ``Budget``, checked before the run; or one line that says what having none means.
+def open_budget(limit: int | float | str | None, *parts: Any) -> Budget | None:
+    """A ``Budget``, not yet checked; or one line that says what having none means.
 
     Args:
         limit: None for no budget.
-        probe: as for ``Budget.check``.
-        rows: of one micro-batch.
         parts: the other arguments of Budget.
 
     Raises:
-        AdafreezeError: the budget cannot be met.
+        ConfigError: the budget is larger than the device.
     """
     if limit is not None:
-        (budget := Budget(limit, *parts)).check(probe, rows)
-        return budget
+        return Budget(limit, *parts)
     note("No memory budget: the peak of the run is that of its first steps; SafeConfig(memory_budget=...) lowers it.")
     return None
 

@@ -16,7 +16,7 @@ from .budget import open_budget
 from .caching import Caching
 from .config import SafeConfig
 from .deciding import Decider
-from .errors import ProbeError, note, warn
+from .errors import AdafreezeError, ProbeError, note, warn
 from .freeze import Freezer, Prefix
 from .freeze.cache import Progress
 from .freeze.parallel import Ranks, find_parallel
@@ -57,11 +57,9 @@ class Safe:
         probe: where scores are measured: the train dataloader (its dataset and collator are used, it is not
             iterated), a batch, or an iterable of batches.
         total_steps: optimizer steps of the whole run.
-        batch_size: samples of one micro-batch, by which a memory budget is checked before the run; if not given, that
-            of the probe where it is a dataloader.
+        batch_size: samples of one micro-batch, for the check of a memory budget; if not given, the probe's.
         samples_per_step: samples of one optimizer step on one rank; observed in the first step if not given.
-        samples_per_epoch: samples of one pass over the data, all ranks together; if not given, those of the probe's
-            dataset where it has a length.
+        samples_per_epoch: samples of one pass over the data, all ranks together; if not given, the probe's dataset's.
         journal: a path or a Journal; None keeps the events in memory. Only rank 0 writes.
 
     Raises:
@@ -89,8 +87,7 @@ class Safe:
         check_run(total_steps)
         self.ranks = Ranks()
         self.model = unwrap(model)
-        self.total_steps = total_steps
-        self.samples_per_step = samples_per_step
+        self.total_steps, self.samples_per_step = total_steps, samples_per_step
         self.samples_per_epoch = samples_per_epoch or samples_of(probe)
         self.steps = 0
         self.stacks = find_stacks(self.model)
@@ -127,8 +124,13 @@ class Safe:
         self._step_length = StepLength(optimizer, self.config.lr_scale, by_choice)
         if samples_per_step is not None:
             self._announce()
-        # Even where no adapter stands at the bottom of the stack: until something freezes, the run is as it was.
         self._freeze(at_start, by="hand")
+        try:
+            if self.budget is not None:
+                self.budget.check()
+        except AdafreezeError:
+            self.close()
+            raise
 
     # What a host reads.
 
@@ -186,8 +188,7 @@ class Safe:
         }
         if (saved := self._observer.saved_bytes) is not None:
             logs["safe/saved_mib"] = round(saved / 2**20, 3)
-        total = sum(self.scores.values())
-        if total > 0:
+        if (total := sum(self.scores.values())) > 0:
             logs["safe/frozen_score_share"] = round(sum(self.scores.get(n, 0.0) for n in self.frozen) / total, 6)
         return logs | self.caching.logs() | (self.budget.logs() if self.budget is not None else {})
 
@@ -379,8 +380,7 @@ class Safe:
             prefixes=self.prefixes,
             lr_scale=self._step_length.scale,
         )
-        if by != "resume":
-            scale = self._step_length.scale
+        if (scale := self._step_length.scale) and by != "resume":
             note(
                 f"Step {self.steps} of {self.total_steps}: {len(self.frozen)} of {len(self.units)} units are frozen, "
                 f"{sum(self.prefixes.values())} of {sum(map(len, self.stacks))} blocks are in the prefix"
