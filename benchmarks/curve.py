@@ -23,6 +23,7 @@ def panel(axes: plt.Axes, table: dict) -> None:
     seeds = table["settings"]["seeds"]
     tasks = table["settings"]["tasks"]
     points = [row for row in table["rows"] if (row["task"] is None or len(tasks) == 1) and row["ratios"]]
+    points = [row for row in points if row["difference"] or row["method"] == table["reference"]]
     for row in points:
         difference = row["difference"] or {"mean": 0.0, "low": None, "high": None}
         cost, mean = row["ratios"]["flops"], difference["mean"]
@@ -53,7 +54,7 @@ def main() -> None:
     for path in options.tables:
         try:
             table = json.loads(path.read_text(encoding="utf-8"))
-            tables.append({name: table[name] for name in ("rows", "settings")})
+            tables.append({name: table[name] for name in ("reference", "rows", "settings")})
         except (OSError, ValueError, LookupError, TypeError):
             parser.error(f"{path} is no table that benchmarks/paper.py wrote")
     figure, panels = plt.subplots(1, len(options.tables), figsize=(5.2 * len(options.tables), 4), squeeze=False)

@@ -7,9 +7,12 @@ import torch
 
 import cases
 from adafreeze import Safe, SafeConfig
+from adafreeze.caching import Caching
 from adafreeze.costs.memory import SavedBytes
 from adafreeze.decide.scores import SCORES
 from adafreeze.errors import ConfigError
+from adafreeze.journal import Journal
+from adafreeze.preflight import frozen_at_start
 
 
 def started(family: str = "bert", optimizer=None, model=None, **config) -> Safe:
@@ -30,11 +33,9 @@ def test_the_lowest_blocks_of_each_chain_are_frozen(family):
 
 def test_a_third_of_six_is_two_in_floats_as_well():
     chains = (tuple((f"u{index}",) for index in range(6)),)
-    from adafreeze.preflight import frozen_at_start
-
-    assert frozen_at_start(SafeConfig(freeze_at_start=1 / 3), chains, head=True) == ["u0", "u1"]
+    assert frozen_at_start(SafeConfig(freeze_at_start=1 / 3), chains, Journal(), head=True) == ["u0", "u1"]
     by_hand = SafeConfig(freeze_at_start=1 / 3, freeze=("u1", "u5"))
-    assert frozen_at_start(by_hand, chains, head=True) == ["u1", "u5", "u0"]
+    assert frozen_at_start(by_hand, chains, Journal(), head=True) == ["u1", "u5", "u0"]
 
 
 def test_the_first_step_already_keeps_less():
@@ -70,6 +71,42 @@ def test_what_freezes_later_comes_on_top_and_what_froze_first_does_not_move():
     again.load_state_dict(safe.state_dict())
     assert again.frozen == safe.frozen
     assert again.prefixes == safe.prefixes
+
+
+@pytest.mark.parametrize(
+    "field", [{"freeze_at_start": 0.5}, {"freeze_at_start": 0.0, "freeze": ["bert.encoder.layer.0"]}]
+)
+def test_it_holds_for_a_run_that_began_without_it(field):
+    before = started(freeze_at_start=0.0)
+    state = before.state_dict()
+    before.close()
+    again = started(**field)
+    first = again.frozen
+    again.load_state_dict(state)
+    assert again.frozen == first
+    assert len(first) in (1, 2)
+
+
+def test_a_dry_run_says_what_would_freeze(caplog):
+    with caplog.at_level("INFO", "adafreeze"):
+        safe = started(dry_run=True)
+    assert "Before step 0 2 units would freeze" in caplog.text
+    (event,) = [event for event in safe.journal.events if event["event"] == "would_freeze"]
+    assert (event["step"], len(event["units"])) == (0, 2)
+
+
+def test_a_freeze_that_fails_leaves_the_model_as_it_was(monkeypatch):
+    model = cases.lora_model("bert")
+    before = [(name, p.requires_grad) for name, p in model.named_parameters()]
+
+    def fail(self):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Caching, "prefix_changed", fail)
+    with pytest.raises(OSError, match="No space"):
+        started(model=model)
+    assert [(name, p.requires_grad) for name, p in model.named_parameters()] == before
+    assert not model._forward_pre_hooks
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ class SafeConfig:
         memory_budget: the most that a training step may hold on the device, weights included, from the first step
             on: bytes, a text such as ``"6GiB"``, a share of the device such as 0.5, or ``"auto"`` for what is free.
             Blocks above the prefix recompute their activations as far as that takes. None (default): the peak of
-            the run is the plain run's.
+            the run is that of its first steps.
         dry_run: log what would freeze, freeze nothing.
         freeze_at_start: the share of the blocks with adapters that is frozen before step 0, from the bottom, whatever
             would become of their scores: the peak falls from the first step on, and the cache fills in the first epoch.

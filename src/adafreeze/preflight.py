@@ -13,6 +13,7 @@ from .decide.policy import Situation, choose
 from .decide.scores import resolve_score
 from .errors import ConfigError, ProbeError, RunError, note, warn
 from .freeze.parallel import Parallel
+from .journal import Journal
 from .model import Flow, Probe, Stack, Unit, trace_flow
 from .model.draw import keep_random_state
 
@@ -73,18 +74,27 @@ def check_units(names: tuple[str, ...], units: Mapping[str, Unit]) -> None:
             )
 
 
-def frozen_at_start(config: SafeConfig, chains: tuple[tuple[tuple[str, ...], ...], ...], *, head: bool) -> list[str]:
-    """Names of the units that are frozen before step 0: by hand, and the lowest blocks' (in a dry run those are not).
+def frozen_at_start(
+    config: SafeConfig, chains: tuple[tuple[tuple[str, ...], ...], ...], journal: Journal, *, head: bool
+) -> list[str]:
+    """Names of the units that are frozen before step 0: by hand, and the lowest blocks'; those a dry run only tells.
 
     Args:
         config: ``freeze``, ``freeze_at_start``, and ``min_live_blocks``, which holds here as well.
         chains: unit names by block by chain.
+        journal: of the run.
         head: something else than adapters trains.
     """
-    share = 0.0 if config.dry_run else config.freeze_at_start
+    if not config.freeze_at_start:
+        return list(config.freeze)
     rest: dict[str, Any] = {"min_live_blocks": config.min_live_blocks, "something_else_trains": head}
-    situation = Situation(0, 1.0, {}, chains, frozenset(config.freeze), freeze_share=share, **rest)
-    return [*config.freeze, *(choose("bottom_up", situation) if share else ())]
+    by_hand = frozenset(config.freeze)
+    lowest = choose("bottom_up", Situation(0, 1.0, {}, chains, by_hand, freeze_share=config.freeze_at_start, **rest))
+    if config.dry_run and lowest:
+        journal.write("would_freeze", step=0, units=lowest)
+        note(f"Before step 0 {len(lowest)} units would freeze (freeze_at_start); a dry run goes on without that.")
+        return list(config.freeze)
+    return [*config.freeze, *lowest]
 
 
 def flows_of(

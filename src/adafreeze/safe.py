@@ -16,7 +16,7 @@ from .budget import open_budget
 from .caching import Caching
 from .config import SafeConfig
 from .deciding import Decider
-from .errors import AdafreezeError, ProbeError, note, warn
+from .errors import ProbeError, note, warn
 from .freeze import Freezer, Prefix
 from .freeze.cache import Progress
 from .freeze.parallel import Ranks, find_parallel
@@ -89,8 +89,7 @@ class Safe:
         self.model = unwrap(model)
         self.total_steps, self.samples_per_step = total_steps, samples_per_step
         self.samples_per_epoch = samples_per_epoch or samples_of(probe)
-        self.steps = 0
-        self.stacks = find_stacks(self.model)
+        self.steps, self.stacks = 0, find_stacks(self.model)
         self.backend = find_backend(self.model)
         self.units = find_units(self.model, self.stacks, self.backend, self.config.granularity)
         drawn = self._draw(probe)
@@ -119,16 +118,16 @@ class Safe:
         held = self.model, self.stacks, self.prefix, optimizer, self.journal, self._bytes_beside
         self.budget = open_budget(self.config.memory_limit, drawn, batch_size or batch_size_of(probe), *held)
         self._observer = Observer(self.model, optimizer, self._audit, self._look_at_gradients)
-        at_start = frozen_at_start(self.config, chains, head=self._guard.something_else_trains())
-        by_choice = [unit for name, unit in self.units.items() if name not in at_start]
+        self._at_start = frozen_at_start(self.config, chains, self.journal, head=self._guard.something_else_trains())
+        by_choice = [unit for name, unit in self.units.items() if name not in self._at_start]
         self._step_length = StepLength(optimizer, self.config.lr_scale, by_choice)
         if samples_per_step is not None:
             self._announce()
-        self._freeze(at_start, by="hand")
         try:
+            self._freeze(self._at_start, by="hand")
             if self.budget is not None:
                 self.budget.check()
-        except AdafreezeError:
+        except BaseException:
             self.close()
             raise
 
@@ -272,7 +271,8 @@ class Safe:
         self.steps = content["steps"]
         self._observer.load_state_dict(content)
         self.journal.rewind(content.get("journal"))
-        if not self.frozen <= set(content["frozen"]):
+        frozen = dict.fromkeys([*content["frozen"], *self._at_start])
+        if not self.frozen <= frozen.keys():
             self._thaw()
         self.decider.load_state_dict(content["deciding"], self.steps)
         self.caching.load_state_dict(content["cache"])
@@ -280,7 +280,7 @@ class Safe:
             self._announce()
         if self.budget is not None and content["budget"] is not None:
             self.budget.load_state_dict(content["budget"])
-        self._freeze([name for name in content["frozen"] if name not in self.frozen], by="resume")
+        self._freeze([name for name in frozen if name not in self.frozen], by="resume")
         restore_random_state(content.get("random"), self.ranks.rank)
 
     # What holds it together.

@@ -11,6 +11,7 @@ from filelock import FileLock
 
 from adafreeze.cli import compare
 from adafreeze.cli.main import main
+from adafreeze.methods.method import _source
 from text_cases import reviews, write
 
 OWN = """
@@ -98,6 +99,7 @@ def test_a_cell_of_a_method_that_was_changed_is_not_taken_up(task, folder, tmp_p
     assert json.loads((folder / "reviews" / "frugal" / "seed-0" / "outcome.json").read_text())["made_by"]
     own.write_text(OWN.replace('"min_live_blocks": 2', '"min_live_blocks": 1'))
     linecache.clearcache()  # as a new process would
+    _source.cache_clear()
     assert main(call) == 2
     assert "a method 'frugal' that is not today's" in capsys.readouterr().err
 

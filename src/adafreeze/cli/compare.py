@@ -25,6 +25,8 @@ __all__ = ["main"]
 OUTCOME_FILE = "outcome.json"
 DEFAULTS = {"save_strategy": "no", "report_to": "none"}
 # Settings that came later: what they would have been before there were any.
+# Methods that had other rules when nobody wrote down yet what made a cell.
+REVISED = ("autofreeze", "bottom-up", "safe+adapterdrop")
 BEFORE = {"SafeConfig.wait_for_loss": False, "SafeConfig.freeze_at_start": 0.0}
 USAGE = "adafreeze compare [TASK.yaml ...] --output_dir FOLDER [--methods NAME ...] [--seeds N ...] [flags of train]"
 
@@ -89,6 +91,8 @@ class _Grid:
                 cause=f"--methods are {' '.join(names)}.",
                 fix=f"--reference {names[0]}",
             )
+        for method in self.methods:
+            method.digest({})  # of its file as it is now, whatever an editor does to that during the run
         self.tasks = self._tasks(options.tasks, flags)
         self.outcomes: dict[tuple[str, str, int], Outcome] = {}
 
@@ -243,7 +247,7 @@ def _known(path: Path, settings: Mapping[str, Any], made_by: str) -> Outcome | N
         raise RunError(
             f"{error}", cause="The file was changed.", fix=f"Remove {path}; the cell is then trained again."
         ) from error
-    if outcome.reason is not None:
+    if outcome.reason is not None or (outcome.made_by is None and outcome.method in REVISED):
         return None
     now, then = json.loads(json.dumps(settings)), BEFORE | dict(outcome.settings)
     differing = [name for name in {*now, *then} if now.get(name) != then.get(name)]
@@ -257,7 +261,8 @@ def _known(path: Path, settings: Mapping[str, Any], made_by: str) -> Outcome | N
     if outcome.made_by not in (None, made_by):  # None: of a version that did not write it down
         raise RunError(
             f"{path.parent} was trained by a method {outcome.method!r} that is not today's.",
-            cause="Its code was changed since, or what it takes over from another method came to something else.",
+            cause="Its file was changed since, or Python's version, or what it takes over from another method came to "
+            "something else.",
             fix=f"Give another --output_dir, or remove {path.parent}; the cell is then trained again.",
         )
     return outcome

@@ -62,7 +62,7 @@ class _Hooks:
         self._loaded = state
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Look at the model, when weights and optimizer have their state; nothing of the run changes yet.
+        """Look at the model, when weights and optimizer have their state, and freeze what is to be from the start.
 
         Raises:
             ModelError: PEFT put adapters into no part of the LightningModule, or into several.

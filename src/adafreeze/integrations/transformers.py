@@ -68,7 +68,7 @@ class SafeCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Look at the model before step 0; nothing of the run changes yet."""
+        """Look at the model before step 0, and freeze what is to be frozen from the start."""
         if args.n_gpu > 1:
             raise RunError(
                 f"The Trainer would spread the model over {args.n_gpu} GPUs by nn.DataParallel.",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
-import textwrap
+import sys
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..config import SafeConfig
@@ -97,22 +98,23 @@ class Method:
         """With the adapters in, before there is a Trainer; raises as ``configure``."""
 
     def digest(self, found: Mapping[str, Outcome]) -> str:
-        """Of the code of this class and those that it is made from, and of the results ``found`` that it builds on.
+        """Of the files of this class and those that it is made from, and of the results ``found`` that it builds on.
 
-        Cells of a table are taken up only if it is the same.
+        Cells of a table are taken up only if it is the same. Files are read once, when this is first asked.
         """
         kinds = [kind for kind in type(self).__mro__ if kind not in (Method, object)]
-        parts = [_source(kind) for kind in kinds]
+        parts = [type(self).__qualname__, *dict.fromkeys(_source(kind.__module__) for kind in kinds)]
         parts += [repr((name, one.steps, one.flops, one.freezes)) for name, one in sorted(found.items())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _source(kind: type) -> str:
+@cache
+def _source(module: str) -> str:
     """Its code without comments and docstrings, which change no result."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    except (OSError, TypeError):  # typed at a prompt
-        return kind.__qualname__
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError, SyntaxError):  # typed at a prompt, or edited since
+        return module
     for node in ast.walk(tree):
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]

@@ -192,8 +192,11 @@ class RandomFreezing(Method):
         """Freeze by chance."""
         safe = setup.outcome("safe")
         order = torch.randperm(len(safe.units), generator=torch.Generator().manual_seed(setup.training.seed)).tolist()
-        policy = _Replay([safe.units[i] for i in order], [(step, frozen) for step, frozen, _ in safe.freezes])
-        setup.safe = SafeConfig.from_dict({**setup.settings, **NO_SCORE, "warmup": 0.0, "policy": policy})
+        units = [safe.units[i] for i in order]
+        at_start = max((frozen for step, frozen, _ in safe.freezes if step == 0), default=0)
+        policy = _Replay(units, [(step, frozen) for step, frozen, _ in safe.freezes])
+        fields = {**NO_SCORE, "warmup": 0.0, "policy": policy, "freeze": units[:at_start]}
+        setup.safe = SafeConfig.from_dict({**setup.settings, **fields})
 
 
 class _Replay:
