@@ -1,7 +1,7 @@
 """What a method costs and what it gives, drawn from tables of benchmarks/paper.py.
 
     python benchmarks/curve.py benchmarks/results/paper-large-5.json benchmarks/results/paper-large-share-5.json
-                               [-o docs/img/cost.png]
+                               benchmarks/results/paper-start-5.json [-o docs/img/cost.png]
 
 One panel a table: FLOPs against plain training to the right, the difference of the score up, both averaged over its
 tasks; a bar is the 95 % interval, where there are several seeds.
@@ -39,7 +39,8 @@ def panel(axes: plt.Axes, table: dict) -> None:
             fontsize=8, fontweight="bold" if ours else "normal", ha="right" if right else "left",
         )  # fmt: skip
     axes.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
-    axes.set_title(f"{', '.join(tasks)}; {len(seeds)} seed{'s' * (len(seeds) > 1)}", fontsize=9)
+    large = "; --large" if table["settings"].get("large") else ""
+    axes.set_title(f"{', '.join(tasks)}{large}; {len(seeds)} seed{'s' * (len(seeds) > 1)}", fontsize=9)
     axes.set_xlabel("FLOPs, plain = 1")
     axes.set_xlim(min([0.4, *(row["ratios"]["flops"] - 0.05 for row in points)]), 1.05)
     axes.margins(y=0.12)
