@@ -24,9 +24,9 @@ __all__ = ["main"]
 
 OUTCOME_FILE = "outcome.json"
 DEFAULTS = {"save_strategy": "no", "report_to": "none"}
-# Settings that came later: what they would have been before there were any.
 # Methods that had other rules when nobody wrote down yet what made a cell.
 REVISED = ("autofreeze", "bottom-up", "safe+adapterdrop")
+# Settings that came later: what they would have been before there were any.
 BEFORE = {"SafeConfig.wait_for_loss": False, "SafeConfig.freeze_at_start": 0.0}
 USAGE = "adafreeze compare [TASK.yaml ...] --output_dir FOLDER [--methods NAME ...] [--seeds N ...] [flags of train]"
 
