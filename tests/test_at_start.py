@@ -21,6 +21,21 @@ def started(family: str = "bert", optimizer=None, model=None, **config) -> Safe:
     return Safe(model, SafeConfig(**{"freeze_at_start": 0.5, **config}), **parts)
 
 
+def started_to_train(**config) -> tuple[Safe, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = cases.lora_model("bert")
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    return started(model=model, optimizer=optimizer, **config), optimizer
+
+
+def go_on(safe: Safe, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        safe.model(**cases.batch("bert")).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        safe.step()
+
+
 @pytest.mark.parametrize("family", cases.FAMILIES)
 def test_the_lowest_blocks_of_each_chain_are_frozen(family):
     safe = started(family)
@@ -51,23 +66,17 @@ def test_the_first_step_already_keeps_less():
 
 
 def test_what_freezes_later_comes_on_top_and_what_froze_first_does_not_move():
-    torch.manual_seed(0)
-    model = cases.lora_model("bert")
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    safe = started(model=model, optimizer=optimizer, freeze_at_start=0.25, freeze_share=0.9, wait_for_loss=False)
+    config = {"freeze_at_start": 0.25, "freeze_share": 0.9, "wait_for_loss": False}
+    safe, optimizer = started_to_train(**config)
     first = {id(p): p.detach().clone() for name in safe.frozen for p in safe.units[name].parameters()}
-    for _ in range(20):
-        model(**cases.batch("bert")).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        safe.step()
+    go_on(safe, optimizer, 20)
     assert len(safe.frozen) > 1
-    assert all(torch.equal(p, first[id(p)]) for p in model.parameters() if id(p) in first)
+    assert all(torch.equal(p, first[id(p)]) for p in safe.model.parameters() if id(p) in first)
     live = len(safe.units) - len(safe.frozen)
     last = [event for event in safe.journal.events if event["event"] == "freeze"][-1]
     assert last["lr_scale"] == pytest.approx((3 / live) ** 0.5)  # of the three that trained at first
 
-    again = started(freeze_at_start=0.25, freeze_share=0.9, wait_for_loss=False)
+    again = started(**config)
     again.load_state_dict(safe.state_dict())
     assert again.frozen == safe.frozen
     assert again.prefixes == safe.prefixes
@@ -126,14 +135,8 @@ def test_how_many(config, frozen):
 
 @pytest.mark.parametrize("score", sorted(SCORES))
 def test_every_score_is_measured_above_it(score):
-    model = cases.lora_model("bert")
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    safe = started(model=model, optimizer=optimizer, score=score, freeze_share=0.0)
-    for _ in range(10):
-        model(**cases.batch("bert")).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        safe.step()
+    safe, optimizer = started_to_train(score=score, freeze_share=0.0)
+    go_on(safe, optimizer, 10)
     live = [name for name in safe.units if name not in safe.frozen]
     assert all(safe.scores[name] > 0 for name in live)
 

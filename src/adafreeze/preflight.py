@@ -12,12 +12,12 @@ from .config import SafeConfig
 from .decide.policy import Situation, choose
 from .decide.scores import resolve_score
 from .errors import ConfigError, ProbeError, RunError, note, warn
-from .freeze.parallel import Parallel
+from .freeze.parallel import Parallel, Ranks
 from .journal import Journal
 from .model import Flow, Probe, Stack, Unit, trace_flow
 from .model.draw import keep_random_state
 
-__all__ = ["check_parallel", "check_run", "check_units", "flows_of", "frozen_at_start"]
+__all__ = ["check_parallel", "check_run", "check_units", "drawn_by_main", "flows_of", "frozen_at_start"]
 
 
 def check_run(total_steps: Any) -> None:
@@ -72,6 +72,21 @@ def check_units(names: tuple[str, ...], units: Mapping[str, Unit]) -> None:
                 cause=f"Its units are {', '.join(list(units)[:3])}, ... ({len(units)} in all).",
                 fix=f'SafeConfig(freeze=["{next(iter(units))}"])',
             )
+
+
+def drawn_by_main(source: Any, model: nn.Module, config: SafeConfig, ranks: Ranks) -> Probe:
+    """The probe, as rank 0 draws it from ``source``.
+
+    Raises:
+        ProbeError: there is nothing in it that the model takes.
+    """
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    drawn: list[Probe] = []
+    ranks.of_main(lambda: drawn.append(Probe.draw(source, config.probe_tokens, config.seed, pad)))
+    if ranks.size == 1:
+        return drawn[0]
+    chunks = ranks.tensors_of_main(drawn[0].chunks if drawn else [])
+    return drawn[0] if drawn else Probe(chunks, config.probe_tokens, config.seed)
 
 
 def frozen_at_start(

@@ -28,7 +28,7 @@ from .model.blocks import device_of, unwrap
 from .model.draw import batch_size_of, samples_of
 from .model.flow import chains_of
 from .model.units import units_along, warn_of_other_trainables
-from .preflight import check_parallel, check_run, check_units, flows_of, frozen_at_start
+from .preflight import check_parallel, check_run, check_units, drawn_by_main, flows_of, frozen_at_start
 from .scoring import Scorer
 from .state import opened, packed_random_state, restore_random_state, sealed
 
@@ -87,12 +87,14 @@ class Safe:
         check_run(total_steps)
         self.ranks = Ranks()
         self.model = unwrap(model)
-        self.total_steps, self.samples_per_step = total_steps, samples_per_step
+        self.total_steps = total_steps
+        self.samples_per_step = samples_per_step
         self.samples_per_epoch = samples_per_epoch or samples_of(probe)
-        self.steps, self.stacks = 0, find_stacks(self.model)
+        self.steps = 0
+        self.stacks = find_stacks(self.model)
         self.backend = find_backend(self.model)
         self.units = find_units(self.model, self.stacks, self.backend, self.config.granularity)
-        drawn = self._draw(probe)
+        drawn = drawn_by_main(probe, self.model, self.config, self.ranks)
         self.parallel = find_parallel(model, optimizer, self.units)
         self.config = check_parallel(self.config, self.parallel)
         warn_of_other_trainables(self.model, self.stacks, self.units)
@@ -124,6 +126,7 @@ class Safe:
         if samples_per_step is not None:
             self._announce()
         try:
+            # Even where no adapter stands at the bottom of the stack: until something freezes, the run is as it was.
             self._freeze(self._at_start, by="hand")
             if self.budget is not None:
                 self.budget.check()
@@ -329,16 +332,6 @@ class Safe:
         epoch = None if self._rank_epoch is None else math.ceil(self._rank_epoch / self._step_samples)
         self.caching.announce(sum(map(len, self.stacks)), epoch, self.total_steps)
 
-    def _draw(self, source: Any) -> Probe:
-        """The probe, as rank 0 draws it."""
-        pad = getattr(getattr(self.model, "config", None), "pad_token_id", None)
-        drawn: list[Probe] = []
-        self.ranks.of_main(lambda: drawn.append(Probe.draw(source, self.config.probe_tokens, self.config.seed, pad)))
-        if self.ranks.size == 1:
-            return drawn[0]
-        chunks = self.ranks.tensors_of_main(drawn[0].chunks if drawn else [])
-        return drawn[0] if drawn else Probe(chunks, self.config.probe_tokens, self.config.seed)
-
     def _new_scorer(self, probe: Probe) -> Scorer:
         parts = self.model, self.stacks, self.units, self.backend, self.config
         return Scorer(*parts, probe, collective=self.parallel.collective)
@@ -380,7 +373,8 @@ class Safe:
             prefixes=self.prefixes,
             lr_scale=self._step_length.scale,
         )
-        if (scale := self._step_length.scale) and by != "resume":
+        if by != "resume":
+            scale = self._step_length.scale
             note(
                 f"Step {self.steps} of {self.total_steps}: {len(self.frozen)} of {len(self.units)} units are frozen, "
                 f"{sum(self.prefixes.values())} of {sum(map(len, self.stacks))} blocks are in the prefix"
