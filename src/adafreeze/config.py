@@ -19,8 +19,8 @@ __all__ = ["AS_PUBLISHED", "PAPER", "SafeConfig"]
 
 # What we have added to when and how units freeze, switched off: for methods as others published them.
 AS_PUBLISHED: dict[str, Any] = {"freeze_at_start": 0.0, "lr_scale": 1.0, "wait_for_loss": False}
-# What the published method has other than our defaults.
-PAPER: dict[str, Any] = {"policy": "threshold", **AS_PUBLISHED}
+# What the published method has other than our defaults; it leaves the warm-up's length open, and this is our reading.
+PAPER: dict[str, Any] = {"policy": "threshold", "warmup": 0.3, "ramp_end": 0.5, **AS_PUBLISHED}
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SafeConfig:
             is its own.
         freeze_share: the part of the total score that may be frozen by the end of the ramp.
         threshold: τ_T of the paper, the score below which units freeze at the end of the ramp.
-        warmup: the share of the run before the first freeze; it ends sooner once the scores have settled.
+        warmup: the share of the run before the first freeze by score; it ends sooner once the scores have settled.
         wait_for_loss: let the warm-up go on, at most to ``ramp_end``, while the training loss falls faster than it has
             on average: what has not moved yet may still be about to. Needs a model that returns its loss.
         ramp_end: the share of the run at which the threshold stops rising (t_f).
@@ -74,6 +74,7 @@ class SafeConfig:
         dry_run: log what would freeze, freeze nothing.
         freeze_at_start: the share of the blocks with adapters that is frozen before step 0, from the bottom, whatever
             would become of their scores: the peak falls from the first step on, and the cache fills in the first epoch.
+            None (default): a third if the policy is "share", and none if another policy says what freezes.
         freeze: unit names to freeze by hand, at once.
         seed: of the probe's own random generator; the run's random state is never advanced.
 
@@ -91,9 +92,9 @@ class SafeConfig:
     granularity: str = "block"
     freeze_share: float = 0.6
     threshold: float = 0.01
-    warmup: float = 0.3
+    warmup: float = 0.5
     wait_for_loss: bool = True
-    ramp_end: float = 0.5
+    ramp_end: float = 0.7
     settle_patience: int = 2
     settle_tolerance: float = 0.1
     min_live_blocks: int = 1
@@ -109,12 +110,14 @@ class SafeConfig:
     lr_scale: float | str = "sqrt"
     memory_budget: int | float | str | None = None
     dry_run: bool = False
-    freeze_at_start: float = 0.0
+    freeze_at_start: float | None = None
     freeze: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "freeze", _names("freeze", self.freeze))
+        if self.freeze_at_start is None:
+            object.__setattr__(self, "freeze_at_start", 1 / 3 if self.policy == "share" else 0.0)
         _one_of("policy", self.policy, POLICIES)
         _one_of("score", self.score, SCORES)
         _one_of("granularity", self.granularity, ("block", "site"))

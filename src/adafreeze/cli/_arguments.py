@@ -183,6 +183,8 @@ class _TrainingFlags(TrainingArguments):
 _CACHE = ("cache", "cache_budget", "cache_dir", "cache_dtype")
 _RENAMED = {"seed": "probe_seed", **{name: f"prefix_{name}" for name in _CACHE}}
 _SAFE_FLAGS = {field.name: _RENAMED.get(field.name, field.name) for field in dataclasses.fields(SafeConfig)}
+# By annotation; what else there is SafeConfig reads from a text.
+_KINDS: dict[str, Any] = {"bool": bool, "int": int, "float": float, "float | None": float, "tuple[str, ...]": list[str]}
 
 
 def _safe_arguments() -> type:
@@ -201,7 +203,7 @@ def _safe_arguments() -> type:
     for entry in dataclasses.fields(SafeConfig):
         found = re.search(rf"^ +{entry.name}: (.*?)(?=^ +\w+: |^\S|\Z)", text, re.MULTILINE | re.DOTALL)
         described = " ".join(textwrap.dedent(found[1]).split()).replace("`", "") if found else ""
-        kind = {tuple: list[str], bool: bool, int: int, float: float}.get(type(entry.default), str)
+        kind = _KINDS.get(str(entry.type), str)
         hint = {"help": f"{described} (SafeConfig: {entry.default!r})".replace("%", "%%")}
         fields.append((_SAFE_FLAGS[entry.name], kind | None, field(default=None, metadata=hint)))
     return dataclasses.make_dataclass("SafeArguments", fields, namespace={"_argument_group_name": "freezing"})
