@@ -116,8 +116,9 @@ class Run:
         **config: Any,
     ) -> Safe:
         rows = len(self.batch["input_ids"])
+        settings = SafeConfig(cache=cache, memory_budget=budget, freeze_at_start=0, **config)
         return Safe(
-            self.model, SafeConfig(cache=cache, memory_budget=budget, **config), optimizer=self.optimizer,
+            self.model, settings, optimizer=self.optimizer,
             probe=self.batch, total_steps=steps, samples_per_step=rows, batch_size=rows,
             samples_per_epoch=batches and batches * rows,
         )  # fmt: skip

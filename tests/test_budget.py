@@ -46,7 +46,9 @@ def train(model, family, budget=None, steps=16, rows=16, accumulate=1, after=Non
     losses, peaks = [], []
     with StorageTracker() as tracker:
         tracker.hold(*model.parameters(), *model.buffers())
-        settings = SafeConfig(memory_budget=budget, **{"cache": "off", "probe_tokens": 64, **config})
+        settings = SafeConfig(
+            memory_budget=budget, **{"freeze_at_start": 0, "cache": "off", "probe_tokens": 64, **config}
+        )
         safe = Safe(model, settings, optimizer=optimizer, probe=loader, total_steps=steps)
         batches = itertools.chain.from_iterable(itertools.repeat(loader))
         for _ in range(steps):
@@ -192,7 +194,7 @@ def test_counting_a_step_from_outside_does_not_see_its_rehearsal():
     model, batch = make("bert", 8), cases.batch("bert", rows=16, length=24)
     with SavedBytes(model) as plain:
         model(**batch)
-    Safe(model, SafeConfig(memory_budget="1GiB"), probe=cases.loader("bert"), total_steps=9)
+    Safe(model, SafeConfig(memory_budget="1GiB", freeze_at_start=0), probe=cases.loader("bert"), total_steps=9)
     with SavedBytes(model) as saved:
         model(**batch)
     assert saved.total == plain.total
@@ -402,7 +404,9 @@ def test_without_a_budget_the_log_says_what_that_means(caplog):
 def test_every_family_under_a_budget(family, dropout):
     def once(budget):
         model = cases.lora_model(family, blocks=4, dropout=dropout, lora_dropout=dropout)
-        safe = Safe(model, SafeConfig(memory_budget=budget), probe=cases.batch(family, rows=8), total_steps=9)
+        safe = Safe(
+            model, SafeConfig(memory_budget=budget, freeze_at_start=0), probe=cases.batch(family, rows=8), total_steps=9
+        )
         torch.manual_seed(4)
         loss = model(**cases.batch(family, rows=8)).loss
         loss.backward()

@@ -57,12 +57,27 @@ def test_unknown_fields_are_named():
         SafeConfig.paper(tau=0.1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        ({}, 1 / 3),
+        ({"freeze_at_start": 0.0}, 0.0),
+        ({"policy": "bottom_up"}, 0.0),
+        ({"policy": lambda situation: []}, 0.0),
+        ({"freeze": ["a"]}, 0.0),
+        ({"freeze": ["a"], "freeze_at_start": 0.5}, 0.5),
+    ],
+)
+def test_a_third_is_frozen_at_the_start_unless_something_else_is_said(settings, share):
+    assert SafeConfig(**settings).freeze_at_start == share
+
+
 def test_plain_values_round_trip_and_functions_by_name():
     config = SafeConfig(freeze=("a",), freeze_share=0.2)
     assert SafeConfig.from_dict(config.to_dict()) == config
     assert SafeConfig(score=max).to_dict()["score"] == "max"
-    published = {"policy": "threshold", "freeze_at_start": 0.0, "lr_scale": 1.0, "wait_for_loss": False}
-    assert SafeConfig.paper(threshold=0.002) == SafeConfig(threshold=0.002, **published)
+    published = {"freeze_at_start": 0.0, "warmup": 0.3, "ramp_end": 0.5, "lr_scale": 1.0, "wait_for_loss": False}
+    assert SafeConfig.paper(threshold=0.002) == SafeConfig(policy="threshold", threshold=0.002, **published)
 
 
 def test_the_fix_is_a_line_that_works():

@@ -73,9 +73,8 @@ def measured(family, depths, kind="lora", dropout=0.0, dtype=torch.float32, chec
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     batch = batch_of(family, dtype)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    safe = Safe(
-        model, SafeConfig(cache="off"), optimizer=optimizer, probe=batch, total_steps=1000, samples_per_step=ROWS
-    )
+    config = SafeConfig(cache="off", freeze_at_start=0)
+    safe = Safe(model, config, optimizer=optimizer, probe=batch, total_steps=1000, samples_per_step=ROWS)
     found = []
     for depth in depths:
         names = [name for name in list(safe.units)[:depth] if name not in safe.frozen]

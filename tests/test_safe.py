@@ -166,7 +166,7 @@ def test_evaluation_bypasses_the_prefix():
 def test_a_decoder_has_no_prefix_while_its_encoder_trains():
     model = cases.lora_model("t5", dropout=0.0)
     twin = copy.deepcopy(model)
-    safe = Safe(model, probe=cases.loader("t5"), total_steps=10)
+    safe = Safe(model, SafeConfig(freeze_at_start=0), probe=cases.loader("t5"), total_steps=10)
     decoder = [name for name in safe.units if name.startswith("decoder.")]
     encoder = [name for name in safe.units if name.startswith("encoder.")]
     safe._freeze(decoder[:3], by="hand")
@@ -187,7 +187,7 @@ def test_a_causal_lm_whose_every_adapter_scores_zero_keeps_its_last_unit():
         _, safe = train(model, [cases.batch("llama")] * 20, {**settings, "policy": "threshold"})
         assert set(safe.units) - safe.frozen == {list(safe.units)[-1]}
         safe.close()
-        _, safe = train(model, [cases.batch("llama")] * 20, settings)
+        _, safe = train(model, [cases.batch("llama")] * 20, {**settings, "freeze_at_start": 0})
         assert not safe.frozen, "by shares of nothing, nothing is judged"
         safe.close()
 
@@ -264,7 +264,9 @@ def test_a_failing_measurement_warns_and_training_goes_on():
         raise ZeroDivisionError("my score is broken")
 
     with pytest.warns(AdafreezeWarning, match="ZeroDivisionError: my score is broken"):
-        losses, safe = train(cases.lora_model("llama"), [cases.batch("llama")] * 20, {"score": broken})
+        losses, safe = train(
+            cases.lora_model("llama"), [cases.batch("llama")] * 20, {"score": broken, "freeze_at_start": 0}
+        )
     assert len(losses) == 20 and not safe.frozen
 
 
@@ -439,7 +441,9 @@ def test_two_towers_each_have_a_prefix_of_their_own():
 
 def test_a_dry_run_says_what_would_freeze_and_freezes_nothing(caplog):
     model = cases.lora_model("bert")
-    _, safe = train(model, [cases.batch("bert")] * 20, {"dry_run": True}, probe=cases.loader("bert"))
+    _, safe = train(
+        model, [cases.batch("bert")] * 20, {"dry_run": True, "freeze_at_start": 0}, probe=cases.loader("bert")
+    )
     would = [event for event in safe.journal.events if event["event"] == "would_freeze"]
     said = [record.message for record in caplog.records if "would freeze" in record.message]
     assert said == [f"Step {e['step']} of 20: {len(e['units'])} of 4 units would freeze." for e in would] != []
@@ -453,10 +457,14 @@ def test_what_the_batch_alone_changes_counts_as_zero():
     noise = 0.05 * torch.randn(8, 1, 32)
     embeddings = model.base_model.model.bert.embeddings
     embeddings.register_forward_hook(lambda _m, _i, o: o if len(o) == 1 else o + noise[: len(o)])
-    _, safe = train(model, [cases.batch("bert")] * 20, {"dry_run": True}, probe=cases.loader("bert"), lr=1e-4)
+    _, safe = train(
+        model, [cases.batch("bert")] * 20, {"dry_run": True, "freeze_at_start": 0}, probe=cases.loader("bert"), lr=1e-4
+    )
     assert min(safe.decider.scorer.floor.values()) > 1e-6
     assert set(safe.scores.values()) == {0.0}
     quiet = cases.lora_model("bert", dropout=0.0)
-    _, safe = train(quiet, [cases.batch("bert")] * 20, {"dry_run": True}, probe=cases.loader("bert"), lr=1e-4)
+    _, safe = train(
+        quiet, [cases.batch("bert")] * 20, {"dry_run": True, "freeze_at_start": 0}, probe=cases.loader("bert"), lr=1e-4
+    )
     assert max(safe.decider.scorer.floor.values()) < 1e-9
     assert min(safe.scores.values()) > 0

@@ -90,7 +90,8 @@ class Caching:
         if self._said:
             return
         frozen_at = (self.config.warmup + self.config.ramp_end) / 2
-        line = outlook(blocks, steps_per_epoch, total_steps, frozen_at, self._reason)
+        at_start = int((self.config.freeze_at_start or 0) * blocks + 1e-9)
+        line = outlook(blocks, steps_per_epoch, total_steps, frozen_at, self._reason, at_start=at_start)
         self.journal.write("cache_outlook", step=self.progress().step, off=self._reason, text=line)
         if self.config.cache != "off":
             note(line)
@@ -203,7 +204,13 @@ class Caching:
 
 
 def outlook(
-    blocks: int, steps_per_epoch: float | None, total_steps: int, frozen_at: float, reason: str | None = None
+    blocks: int,
+    steps_per_epoch: float | None,
+    total_steps: int,
+    frozen_at: float,
+    reason: str | None = None,
+    *,
+    at_start: int = 0,
 ) -> str:
     """One line: what the cache saves if a half, or two thirds, of the blocks freeze in the middle of the ramp.
 
@@ -213,6 +220,7 @@ def outlook(
         total_steps: of the run.
         frozen_at: share of the run.
         reason: why there is no cache.
+        at_start: blocks that are frozen from the first step on.
     """
     if reason is not None:
         return f"Prefix cache off: {reason}."
@@ -221,8 +229,8 @@ def outlook(
     scale = max(1.0, total_steps / 1000)  # a thousand steps tell as much as a million
     total, per_epoch, costs = round(total_steps / scale), steps_per_epoch / scale, []
     for share in (1 / 2, 2 / 3):
-        depth = round(share * blocks)
-        depths = [depth if step >= frozen_at * total else 0 for step in range(total)]
+        depth = max(round(share * blocks), at_start)
+        depths = [depth if step >= frozen_at * total else at_start for step in range(total)]
         cached, without = (expected_ratios(blocks, depths, per)[1] for per in (per_epoch, None))
         costs.append(f"{depth} of {blocks} blocks {cached:.0%} ({without:.0%} without the cache)")
     return (

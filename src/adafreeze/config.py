@@ -74,7 +74,7 @@ class SafeConfig:
         dry_run: log what would freeze, freeze nothing.
         freeze_at_start: the share of the blocks with adapters that is frozen before step 0, from the bottom, whatever
             would become of their scores: the peak falls from the first step on, and the cache fills in the first epoch.
-            None (default): a third if the policy is "share", and none if another policy says what freezes.
+            None (default): a third, or none if ``freeze`` or another policy than "share" says what freezes.
         freeze: unit names to freeze by hand, at once.
         seed: of the probe's own random generator; the run's random state is never advanced.
 
@@ -117,7 +117,8 @@ class SafeConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "freeze", _names("freeze", self.freeze))
         if self.freeze_at_start is None:
-            object.__setattr__(self, "freeze_at_start", 1 / 3 if self.policy == "share" else 0.0)
+            by_default = self.policy == "share" and not self.freeze
+            object.__setattr__(self, "freeze_at_start", 1 / 3 if by_default else 0.0)
         _one_of("policy", self.policy, POLICIES)
         _one_of("score", self.score, SCORES)
         _one_of("granularity", self.granularity, ("block", "site"))

@@ -46,8 +46,8 @@ class Safe:
             safe.step()
         safe.close()
 
-    Nothing about the run changes before the first freeze: no random state advances, no batch is taken, losses are the
-    same to the last bit. Of several processes every rank makes a Safe and calls ``step``; rank 0 decides for all.
+    Nothing changes but what freezing does: no random state advances, no batch is taken, and with ``freeze_at_start=0``
+    losses are the same to the last bit until the first freeze. Of several processes every rank makes a Safe and calls ``step``; rank 0 decides for all.
 
     Args:
         model: with PEFT adapters in its blocks; the module itself, or wrapped by DistributedDataParallel, torch.compile
@@ -127,7 +127,7 @@ class Safe:
             self._announce()
         try:
             # Even where no adapter stands at the bottom of the stack: until something freezes, the run is as it was.
-            self._freeze(self._at_start, by="hand")
+            self._freeze(self._at_start, by="start")
             if self.budget is not None:
                 self.budget.check()
         except BaseException:

@@ -119,12 +119,15 @@ def test_the_ramp_rises_from_zero_to_one(a, b, step):
     assert cubic_ramp(end, start, end) == 1
 
 
+TIMES = {"freeze_at_start": 0.0, "warmup": 0.1, "ramp_end": 0.3}
+
+
 def freeze_steps(monkeypatch, scripted, measurements=30, **settings):
     """Run the real loop over 100 steps without training. Returns (t_w, {block: step at which it froze})."""
     monkeypatch.setattr(Scorer, "prepare", lambda self, run_samples, most: min(most, measurements))
     monkeypatch.setattr(Scorer, "measure", lambda self, prefix: dict(zip(self.units, scripted(), strict=True)))
     model = cases.lora_model("llama", blocks=len(scripted()))
-    safe = Safe(model, SafeConfig(warmup=0.1, ramp_end=0.3, **settings), probe=cases.loader("llama"), total_steps=100)
+    safe = Safe(model, SafeConfig(**TIMES, **settings), probe=cases.loader("llama"), total_steps=100)
     frozen_at = {int(name.split(".")[-1]): safe.steps for _ in range(100) for name in safe.step()}
     return safe.warmup_end, frozen_at
 

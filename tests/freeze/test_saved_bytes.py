@@ -136,7 +136,7 @@ def test_with_as_many_blocks_as_real_models_have_the_head_no_longer_hides_it(fam
 @pytest.mark.parametrize("family", cases.FAMILIES)
 def test_bytes_fall_with_every_block_of_the_prefix(family):
     model = cases.lora_model(family, blocks=4)
-    safe = Safe(model, probe=cases.loader(family), total_steps=10)
+    safe = Safe(model, SafeConfig(freeze_at_start=0), probe=cases.loader(family), total_steps=10)
     counted = [saved(model, family)]
     for name in list(safe.units)[:4]:
         safe._freeze([name], by="hand")
@@ -147,7 +147,7 @@ def test_bytes_fall_with_every_block_of_the_prefix(family):
 def test_frozen_units_outside_the_prefix_keep_no_dropped_copies():
     model = cases.lora_model("llama", lora_dropout=0.1)
     plain = saved(model, "llama")
-    safe = Safe(model, probe=cases.loader("llama"), total_steps=10)
+    safe = Safe(model, SafeConfig(freeze_at_start=0), probe=cases.loader("llama"), total_steps=10)
     safe._freeze(["model.layers.2"], by="hand")
     assert safe.prefixes == {"model.layers": 0}
     copies = 2 * 8 * 24 * 32 * 4  # two targets keep a dropped input of 8 × 24 tokens × 32 features in float32

@@ -27,7 +27,7 @@ def test_load_state_goes_on_as_if_the_run_had_never_stopped(tmp_path, family, dr
 
 
 def test_load_state_in_mid_run_thaws_what_froze_since(tmp_path):
-    settings = {"save_at": 7}
+    settings = {"save_at": 7, "config": {"freeze_at_start": 0}}
     whole = accelerate_worker.train(tmp_path, "whole", **settings)
     back = accelerate_worker.train(tmp_path, "back", back=True, **settings)
     assert not whole["history"][6] and whole["history"][-1]

@@ -51,7 +51,7 @@ def losses(trainer):
 @pytest.mark.parametrize("family", cases.FAMILIES)
 def test_one_line_freezes_in_every_family(family, tmp_path):
     plain = run(family, tmp_path / "plain", None)
-    callback = SafeCallback(SafeConfig(freeze_share=0.6), journal=tmp_path / "journal.jsonl")
+    callback = SafeCallback(SafeConfig(freeze_at_start=0), journal=tmp_path / "journal.jsonl")
     trainer = run(family, tmp_path / "safe", callback)
     events = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
     freezes = [event for event in events if event["event"] == "freeze"]
@@ -117,7 +117,7 @@ def test_checkpointing_and_accumulation_in_the_trainer(tmp_path):
     # transformers 4 would checkpoint reentrantly, and then plain training of an adapter learns nothing.
     settings |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     plain = run("llama", tmp_path / "a", None, **settings)
-    callback = SafeCallback(SafeConfig(freeze_share=0.6))
+    callback = SafeCallback(SafeConfig(freeze_at_start=0))
     trainer = run("llama", tmp_path / "b", callback, **settings)
     step = next(event["step"] for event in callback.safe.journal.events if event["event"] == "freeze")
     assert losses(trainer)[:step] == losses(plain)[:step]
@@ -127,9 +127,10 @@ def test_checkpointing_and_accumulation_in_the_trainer(tmp_path):
 def test_resume_takes_the_freeze_up_again(tmp_path):
     # Samples come at other widths than before: what a cache holds of them is the same up to rounding alone.
     settings = {"save_strategy": "steps", "save_steps": 12, "lr_scheduler_type": "constant"}
-    full = SafeCallback(SafeConfig(freeze_share=0.6, cache="off"))
+    config = SafeConfig(warmup=0.3, ramp_end=0.5, cache="off")
+    full = SafeCallback(config)
     whole = run("bert", tmp_path / "run", full, **settings)
-    again = SafeCallback(SafeConfig(freeze_share=0.6, cache="off"))
+    again = SafeCallback(config)
     model = cases.lora_model("bert")
     trainer = Trainer(
         model=model,

@@ -18,7 +18,7 @@ STEPS = 30
 
 def start(model=None, optimizer=None, **settings) -> Safe:
     probe = torch.utils.data.DataLoader(cases.Samples("llama", 16, length=12), 4, collate_fn=cases.collate)
-    settings = {"warmup": 0.3, "ramp_end": 0.7, "cache": "off", **settings}
+    settings = {"freeze_at_start": 0.0, "warmup": 0.3, "ramp_end": 0.7, "cache": "off", **settings}
     model = model or cases.lora_model("llama")
     return Safe(model, SafeConfig(**settings), optimizer=optimizer, probe=probe, total_steps=STEPS)
 
@@ -157,7 +157,7 @@ def test_a_cache_that_could_not_pay_stays_off():
 
     def begin():
         probe = torch.utils.data.DataLoader(cases.Samples("llama", 16, length=12), 4, collate_fn=Masking())
-        return Safe(cases.lora_model("llama"), SafeConfig(), probe=probe, total_steps=STEPS)
+        return Safe(cases.lora_model("llama"), SafeConfig(freeze_at_start=0), probe=probe, total_steps=STEPS)
 
     safe = begin()
     safe.model(**cases.batch("llama"))

@@ -52,7 +52,8 @@ class FreezeOrders(RuleBasedStateMachine):
         self.open()
 
     def open(self, state=None):
-        config = SafeConfig(granularity=self.granularity, cache="ram" if self.cached else "off")
+        cache = "ram" if self.cached else "off"
+        config = SafeConfig(granularity=self.granularity, cache=cache, freeze_at_start=0)
         self.safe = Safe(
             self.model,
             config,

@@ -117,6 +117,7 @@ def test_a_run_whose_scores_are_any_numbers_freezes_within_its_bounds(numbers, p
         min_live_blocks=least,
         overhead=1.0,
         cache="off",
+        freeze_at_start=0.0,
     )
     safe = Safe(llama(), config, probe=[cases.batch("llama", rows=2)], total_steps=12, samples_per_step=64)
     units, frozen, ramp = list(safe.units), set(), 0.0

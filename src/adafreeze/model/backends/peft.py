@@ -153,7 +153,7 @@ class PeftBackend:
                 warn(
                     "AdaLoRA's rank allocation ends at the first freeze.",
                     cause="It would rewrite the ranks of frozen adapters; the ranks stay as they are now.",
-                    fix="Give AdaLoraConfig a tfinal that ends before the freezing starts, or use LoRA.",
+                    fix="SafeConfig(freeze_at_start=0) and a tfinal that ends before the warm-up does, or LoRA.",
                 )
 
     def resume_rank_allocation(self) -> None:
