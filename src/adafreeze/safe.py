@@ -47,7 +47,8 @@ class Safe:
         safe.close()
 
     Nothing changes but what freezing does: no random state advances, no batch is taken, and with ``freeze_at_start=0``
-    losses are the same to the last bit until the first freeze. Of several processes every rank makes a Safe and calls ``step``; rank 0 decides for all.
+    losses are the same to the last bit until the first freeze. Of several processes every rank makes a Safe and calls
+    ``step``; rank 0 decides for all.
 
     Args:
         model: with PEFT adapters in its blocks; the module itself, or wrapped by DistributedDataParallel, torch.compile
