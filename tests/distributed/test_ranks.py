@@ -136,4 +136,4 @@ def test_a_rank_that_disagrees_stops_all_and_is_named(tmp_path):
     wait(start("worker.py", 3, tmp_path, "disagree"), tmp_path)
     for rank in range(3):
         error = found(tmp_path, "disagree", rank)["error"]
-        assert "'model.layers.0' is frozen on rank 1, not on 0 and 2" in error and "Fix: " in error
+        assert "'model.layers.1' is frozen on rank 1, not on 0 and 2" in error and "Fix: " in error

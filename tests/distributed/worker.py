@@ -161,7 +161,7 @@ def disagree(rank, ranks, folder):
 
     def spy(step, safe, wrapped):
         if rank == 1 and step + 1 == (safe.decider.plan or [0])[0]:
-            safe.freezer.freeze([next(iter(safe.units))])
+            safe.freezer.freeze([list(safe.units)[1]])
 
     try:
         train("llama", ddp(), rank, ranks, spy=spy)
