@@ -30,7 +30,7 @@ model = get_peft_model(
 )
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
 
-settings = SafeConfig(memory_budget="6MiB")  # adafreeze
+settings = SafeConfig(memory_budget="5MiB")  # adafreeze
 safe = Safe(model, settings, optimizer=optimizer, probe=batches, total_steps=EPOCHS * len(batches))  # adafreeze
 model.train()
 for epoch in range(EPOCHS):

@@ -141,6 +141,13 @@ def test_every_score_is_measured_above_it(score):
     assert all(safe.scores[name] > 0 for name in live)
 
 
+@pytest.mark.parametrize(("blocks", "frozen"), [(1, 0), (2, 0), (3, 1), (4, 1), (6, 2)])
+def test_by_default_a_third_is_frozen_rounded_down(blocks, frozen):
+    safe = Safe(cases.lora_model("llama", blocks=blocks), probe=cases.loader("llama"), total_steps=100)
+    assert sorted(safe.frozen) == [f"model.layers.{n}" for n in range(frozen)]
+    safe.close()
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.1, "half", float("nan")])
 def test_a_share_it_must_be(value):
     with pytest.raises(ConfigError, match="freeze_at_start"):

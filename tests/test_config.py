@@ -61,6 +61,7 @@ def test_unknown_fields_are_named():
     ("settings", "share"),
     [
         ({}, 1 / 3),
+        ({"freeze_share": 0}, 0.0),
         ({"freeze_at_start": 0.0}, 0.0),
         ({"policy": "bottom_up"}, 0.0),
         ({"policy": lambda situation: []}, 0.0),
@@ -69,7 +70,14 @@ def test_unknown_fields_are_named():
     ],
 )
 def test_a_third_is_frozen_at_the_start_unless_something_else_is_said(settings, share):
-    assert SafeConfig(**settings).freeze_at_start == share
+    assert SafeConfig(**settings).share_at_start == share
+
+
+def test_what_is_not_said_stays_unsaid_when_other_settings_change():
+    config = SafeConfig()
+    assert dataclasses.replace(config, policy="threshold").share_at_start == 0
+    assert SafeConfig.from_dict({**config.to_dict(), "freeze": ["a"]}).share_at_start == 0
+    assert dataclasses.replace(SafeConfig(policy="threshold"), policy="share").share_at_start == 1 / 3
 
 
 def test_plain_values_round_trip_and_functions_by_name():

@@ -441,11 +441,11 @@ def test_two_towers_each_have_a_prefix_of_their_own():
 
 def test_a_dry_run_says_what_would_freeze_and_freezes_nothing(caplog):
     model = cases.lora_model("bert")
-    _, safe = train(
-        model, [cases.batch("bert")] * 20, {"dry_run": True, "freeze_at_start": 0}, probe=cases.loader("bert")
-    )
+    _, safe = train(model, [cases.batch("bert")] * 20, {"dry_run": True}, probe=cases.loader("bert"))
     would = [event for event in safe.journal.events if event["event"] == "would_freeze"]
-    said = [record.message for record in caplog.records if "would freeze" in record.message]
+    start, *said = [record.message for record in caplog.records if "would freeze" in record.message]
+    assert start.startswith("Before step 0 1 units would freeze (freeze_at_start)")
+    assert would.pop(0)["step"] == 0
     assert said == [f"Step {e['step']} of 20: {len(e['units'])} of 4 units would freeze." for e in would] != []
     assert not safe.frozen
 

@@ -115,3 +115,5 @@ class History:
             yield f"The run ends at step {self.end} of {self.total_steps}: its scores and blocks are of then."
         if not self.frozen:
             yield "Nothing froze in this run."
+        if unmeasured := sum(step == 0 for step in self.frozen.values()):
+            yield f"{unmeasured} blocks were frozen before step 0 and never scored; freeze_at_start=0 scores all."

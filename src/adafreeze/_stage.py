@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .config import AT_START
 from .costs.memory import bytes_of
 from .costs.optimizer import optimizer_bytes
 from .costs.rehearse import Rehearsal, faked, rehearse
@@ -156,11 +157,16 @@ class Stage:
         """One step on ``rows`` samples at the depth as it is; with activation checkpointing on, or off."""
         return self._priced(self._rehearse(rows, recompute))
 
+    @property
+    def at_start(self) -> int:
+        """Blocks that SafeConfig() freezes before step 0."""
+        return sum(int(AT_START * len(chain) + 1e-9) for chain in self.chains)
+
     def depths(self) -> list[int]:
-        """Prefix depths to look at: none, a quarter, a half, three quarters, and the deepest that leaves one live."""
+        """Prefix depths to look at: none, SafeConfig()'s at the start, a half, three quarters, and the deepest."""
         blocks = sum(map(len, self.chains))
         deepest = sum(len(chain) - 1 for chain in self.chains)
-        return sorted({0, *(min(round(share * blocks), deepest) for share in (0.25, 0.5, 0.75)), deepest})
+        return sorted({0, self.at_start, *(min(round(share * blocks), deepest) for share in (0.5, 0.75)), deepest})
 
     def freeze_to(self, depth: int) -> None:
         """Freeze the lowest blocks of every chain, ``depth`` in all; deeper ones stay frozen."""

@@ -75,8 +75,15 @@ class Caching:
         if config.cache == "disk" and self._reason is None:
             DiskTier.check_installed()
 
-    def announce(self, blocks: int, steps_per_epoch: float | None, total_steps: int) -> None:
-        """Say in one line, once, what the cache is going to save; or that it will not, and why."""
+    def announce(self, blocks: int, steps_per_epoch: float | None, total_steps: int, at_start: int = 0) -> None:
+        """Say in one line, once, what the cache is going to save; or that it will not, and why.
+
+        Args:
+            blocks: of all stacks.
+            steps_per_epoch: optimizer steps of one pass over the data; None if not known.
+            total_steps: of the run.
+            at_start: blocks in the prefix from the first step on.
+        """
         if self._announced:
             return
         self._announced = True
@@ -90,7 +97,6 @@ class Caching:
         if self._said:
             return
         frozen_at = (self.config.warmup + self.config.ramp_end) / 2
-        at_start = int((self.config.freeze_at_start or 0) * blocks + 1e-9)
         line = outlook(blocks, steps_per_epoch, total_steps, frozen_at, self._reason, at_start=at_start)
         self.journal.write("cache_outlook", step=self.progress().step, off=self._reason, text=line)
         if self.config.cache != "off":
@@ -228,14 +234,15 @@ def outlook(
         return "Prefix cache on: a sample that comes again starts above the frozen prefix."
     scale = max(1.0, total_steps / 1000)  # a thousand steps tell as much as a million
     total, per_epoch, costs = round(total_steps / scale), steps_per_epoch / scale, []
-    for share in (1 / 2, 2 / 3):
-        depth = max(round(share * blocks), at_start)
+    for depth in sorted({max(round(share * blocks), at_start) for share in (1 / 2, 2 / 3)}):
         depths = [depth if step >= frozen_at * total else at_start for step in range(total)]
         cached, without = (expected_ratios(blocks, depths, per)[1] for per in (per_epoch, None))
         costs.append(f"{depth} of {blocks} blocks {cached:.0%} ({without:.0%} without the cache)")
+    by = f"by {frozen_at:.0%} of the run"
+    when = f"{at_start} blocks are frozen from the start and {by}" if at_start else f"{by} there freeze"
     return (
         f"Prefix cache on: {total_steps / steps_per_epoch:.3g} epochs; FLOPs, and time nearly so, against plain "
-        f"training if by {frozen_at:.0%} of the run there freeze {', '.join(costs)}."
+        f"training if {when} {', '.join(costs)}."
     )
 
 

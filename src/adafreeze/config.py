@@ -15,8 +15,10 @@ from .decide.scores import SCORES
 from .errors import ConfigError
 from .sizes import parse_size
 
-__all__ = ["AS_PUBLISHED", "PAPER", "SafeConfig"]
+__all__ = ["AS_PUBLISHED", "AT_START", "PAPER", "SafeConfig"]
 
+# The share of the blocks that is frozen before step 0, unless something else is said.
+AT_START = 1 / 3
 # What we have added to when and how units freeze, switched off: for methods as others published them.
 AS_PUBLISHED: dict[str, Any] = {"freeze_at_start": 0.0, "lr_scale": 1.0, "wait_for_loss": False}
 # What the published method has other than our defaults; it leaves the warm-up's length open, and this is our reading.
@@ -31,9 +33,9 @@ class SafeConfig:
 
     Args:
         policy: which units freeze next. ``"share"`` (default) freezes the longest prefix whose scores sum to at
-            most ``freeze_share`` of the total; ``"threshold"`` is the paper's: every unit whose score is below
-            τ(t); ``"bottom_up"`` freezes ``freeze_share`` of the blocks with adapters, from the bottom; or a
-            function of a ``Situation`` that returns unit names.
+            most ``freeze_share`` of the total; ``"threshold"`` every unit whose score is below τ(t), the paper's rule
+            (with the rest of its settings: ``SafeConfig.paper()``); ``"bottom_up"`` freezes ``freeze_share`` of the
+            blocks with adapters, from the bottom; or a function of a ``Situation`` that returns unit names.
         score: how a unit's importance is measured: ``"cka"`` (default), ``"cka_debiased"``, ``"local_cka"``,
             ``"grad_norm"``, ``"weight_change"``, ``"random"``, or a function of two tensors of shape
             (tokens, features): the unit's representation before (pre-trained) and now.
@@ -72,9 +74,10 @@ class SafeConfig:
             Blocks above the prefix recompute their activations as far as that takes. None (default): the peak of
             the run is that of its first steps.
         dry_run: log what would freeze, freeze nothing.
-        freeze_at_start: the share of the blocks with adapters that is frozen before step 0, from the bottom, whatever
-            would become of their scores: the peak falls from the first step on, and the cache fills in the first epoch.
-            None (default): a third, or none if ``freeze`` or another policy than "share" says what freezes.
+        freeze_at_start: the share of the blocks with adapters, rounded down, that is frozen before step 0, from the
+            bottom, whatever would become of their scores: the peak falls from the first step on, and the cache fills in
+            the first epoch. None (default): a third; none if ``freeze`` or another policy than "share" says what
+            freezes, if ``freeze_share`` is 0, or for AdaLoRA, whose ranks could then never move.
         freeze: unit names to freeze by hand, at once.
         seed: of the probe's own random generator; the run's random state is never advanced.
 
@@ -116,14 +119,12 @@ class SafeConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "freeze", _names("freeze", self.freeze))
-        if self.freeze_at_start is None:
-            by_default = self.policy == "share" and not self.freeze
-            object.__setattr__(self, "freeze_at_start", 1 / 3 if by_default else 0.0)
         _one_of("policy", self.policy, POLICIES)
         _one_of("score", self.score, SCORES)
         _one_of("granularity", self.granularity, ("block", "site"))
         _within("freeze_share", self.freeze_share, 0, 1)
-        _within("freeze_at_start", self.freeze_at_start, 0, 1)
+        if self.freeze_at_start is not None:
+            _within("freeze_at_start", self.freeze_at_start, 0, 1)
         _within("threshold", self.threshold, 0, 1)
         _within("warmup", self.warmup, 0, 1)
         _within("ramp_end", self.ramp_end, 0, 1)
@@ -177,8 +178,15 @@ class SafeConfig:
             raise ConfigError(
                 f"SafeConfig.ramp_end ({self.ramp_end}) is before warmup ({self.warmup}).",
                 cause="The threshold rises from the end of the warm-up to ramp_end.",
-                fix=f"SafeConfig(warmup={self.warmup}, ramp_end={min(1.0, self.warmup + 0.2):g})",
+                fix=f"SafeConfig(warmup={max(0.0, self.ramp_end - 0.2):g}, ramp_end={self.ramp_end})",
             )
+
+    @property
+    def share_at_start(self) -> float:
+        """``freeze_at_start``, and what None stands for."""
+        if self.freeze_at_start is not None:
+            return self.freeze_at_start
+        return AT_START if self.policy == "share" and self.freeze_share > 0 and not self.freeze else 0.0
 
     @property
     def cache_bytes(self) -> int:

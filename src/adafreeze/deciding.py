@@ -254,8 +254,9 @@ class Decider:
         if not self._went_on:
             self._went_on = True
             note(
-                f"Step {step} of {self.total_steps}: nothing freezes yet, at the latest at step {self._ramp_end}: the "
-                "training loss falls faster than it has on average (wait_for_loss=False does not wait)."
+                f"Step {step} of {self.total_steps}: no further block freezes yet, at the latest at step "
+                f"{self._ramp_end}: the training loss falls faster than it has on average (wait_for_loss=False does "
+                "not wait)."
             )
 
     def _situation(self, step: int, ramp: float, frozen: frozenset[str]) -> Situation:

@@ -33,12 +33,12 @@ class Plan:
     Attributes:
         model: its class.
         blocks: in all stacks.
-        steps: at prefix depth 0, a quarter, a half, three quarters, and the deepest; by depth.
+        steps: at prefix depth 0, that of SafeConfig() at the start, a half, three quarters, and the deepest; by depth.
         plain: plain adapter-tuning: nothing frozen, nothing recomputed.
         checkpointed: the same with activation checkpointing of every block, as transformers switches it on.
         limit: bytes that may be held; None if no device was named.
-        micro_batches: how many samples fit: ``"plain"``, and ``"checkpointed"``, which is what a memory budget can
-            come down to. Empty without a device.
+        micro_batches: how many samples fit: ``"plain"``, ``"safe"`` (SafeConfig() at the start), and
+            ``"checkpointed"``, which is what a memory budget can come down to. Empty without a device.
         causes: what makes it hold more than it would have to, with the remedy.
         advice: what to change, if not even one sample fits.
         estimated: parts that are estimates and not counted.
@@ -180,21 +180,29 @@ def _drawn_up(stage: Stage, rows: int, checkpointing: bool, limit: int | None, s
     plain, checkpointed = stage.step(rows), stage.step(rows, recompute=True)
     causes = tuple(stage.causes(rows))
     micro_batches = {}
-    for name, known in (("plain", plain), ("checkpointed", checkpointed)) if limit is not None else ():
+
+    def fit(name: str, known: PlannedStep, recompute: bool) -> None:
+        if limit is None:
+            return
         peaks = {rows: known.peak}
 
-        def peak(count: int, name: str = name, peaks: dict[int, int] = peaks) -> int:
+        def peak(count: int) -> int:
             if count not in peaks:
-                peaks[count] = stage.step(count, recompute=name == "checkpointed").peak
+                peaks[count] = stage.step(count, recompute=recompute).peak
             return peaks[count]
 
-        assert limit is not None
         micro_batches[name] = largest_that_fits(peak, rows, known.peak - known.saved - known.transient, limit)
+
     recompute = checkpointing or stage.was_checkpointed
+    fit("plain", plain, False)
+    fit("checkpointed", checkpointed, True)
     steps = [checkpointed if recompute else plain]
-    for depth in stage.depths()[1:]:
-        stage.freeze_to(depth)
-        steps.append(stage.step(rows, recompute=recompute))
+    for depth in stage.depths():
+        if depth:
+            stage.freeze_to(depth)
+            steps.append(stage.step(rows, recompute=recompute))
+        if depth == stage.at_start:
+            fit("safe", steps[-1], recompute)
     estimated = []
     if stage.quantization is not None:
         estimated.append(f"weights in {stage.quantization}, by their bytes an element")

@@ -90,7 +90,12 @@ def drawn_by_main(source: Any, model: nn.Module, config: SafeConfig, ranks: Rank
 
 
 def frozen_at_start(
-    config: SafeConfig, chains: tuple[tuple[tuple[str, ...], ...], ...], journal: Journal, *, head: bool
+    config: SafeConfig,
+    chains: tuple[tuple[tuple[str, ...], ...], ...],
+    journal: Journal,
+    *,
+    head: bool,
+    ranks_move: bool = False,
 ) -> list[str]:
     """Names of the units that are frozen before step 0: by hand, and the lowest blocks'; those a dry run only tells.
 
@@ -99,12 +104,13 @@ def frozen_at_start(
         chains: unit names by block by chain.
         journal: of the run.
         head: something else than adapters trains.
+        ranks_move: of AdaLoRA, until something freezes: then only what was asked for is frozen.
     """
-    if not config.freeze_at_start:
+    if not config.share_at_start or (ranks_move and config.freeze_at_start is None):
         return list(config.freeze)
     rest: dict[str, Any] = {"min_live_blocks": config.min_live_blocks, "something_else_trains": head}
     by_hand = frozenset(config.freeze)
-    lowest = choose("bottom_up", Situation(0, 1.0, {}, chains, by_hand, freeze_share=config.freeze_at_start, **rest))
+    lowest = choose("bottom_up", Situation(0, 1.0, {}, chains, by_hand, freeze_share=config.share_at_start, **rest))
     if config.dry_run and lowest:
         journal.write("would_freeze", step=0, units=lowest)
         note(f"Before step 0 {len(lowest)} units would freeze (freeze_at_start); a dry run goes on without that.")

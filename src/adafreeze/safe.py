@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -121,7 +122,8 @@ class Safe:
         held = self.model, self.stacks, self.prefix, optimizer, self.journal, self._bytes_beside
         self.budget = open_budget(self.config.memory_limit, drawn, batch_size or batch_size_of(probe), *held)
         self._observer = Observer(self.model, optimizer, self._audit, self._look_at_gradients)
-        self._at_start = frozen_at_start(self.config, chains, self.journal, head=self._guard.something_else_trains())
+        trains = {"head": self._guard.something_else_trains(), "ranks_move": self.backend.moves_ranks}
+        self._at_start = frozen_at_start(self.config, chains, self.journal, **trains)
         by_choice = [unit for name, unit in self.units.items() if name not in self._at_start]
         self._step_length = StepLength(optimizer, self.config.lr_scale, by_choice)
         if samples_per_step is not None:
@@ -331,7 +333,9 @@ class Safe:
 
     def _announce(self) -> None:
         epoch = None if self._rank_epoch is None else math.ceil(self._rank_epoch / self._step_samples)
-        self.caching.announce(sum(map(len, self.stacks)), epoch, self.total_steps)
+        frozen = frozenset(self._at_start)
+        at_start = sum(len([*takewhile(frozen.issuperset, chain)]) for chain in self.decider.chains) if frozen else 0
+        self.caching.announce(sum(map(len, self.stacks)), epoch, self.total_steps, at_start)
 
     def _new_scorer(self, probe: Probe) -> Scorer:
         parts = self.model, self.stacks, self.units, self.backend, self.config
@@ -377,7 +381,8 @@ class Safe:
         if by != "resume":
             scale = self._step_length.scale
             note(
-                f"Step {self.steps} of {self.total_steps}: {len(self.frozen)} of {len(self.units)} units are frozen, "
+                f"Step {self.steps} of {self.total_steps}: {len(self.frozen)} of {len(self.units)} units are frozen"
+                f"{' (freeze_at_start)' if by == 'start' and self.config.share_at_start else ''}, "
                 f"{sum(self.prefixes.values())} of {sum(map(len, self.stacks))} blocks are in the prefix"
                 + (f", learning rates × {scale:.3g}." if scale != 1 else ".")
             )

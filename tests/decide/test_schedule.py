@@ -193,8 +193,8 @@ def test_the_warm_up_goes_on_while_the_loss_falls_fast_and_no_longer_than_the_ra
     faster = [3.0, 2.99, 2.95, 2.88, 2.78, 2.65, 2.48, 2.27, 2.0, 1.65]  # up to step 20
     slower = [1.6, 1.58, 1.57, 1.56, 1.55]
     assert run(faster + slower) == (10, {0: 22})
-    said = [record.message for record in caplog.records if "nothing freezes yet" in record.message]
-    assert len(said) == 1 and "Step 6 of 100: nothing freezes yet, at the latest at step 30" in said[0]
+    said = [record.message for record in caplog.records if "no further block freezes yet" in record.message]
+    assert len(said) == 1 and "Step 6 of 100: no further block freezes yet, at the latest at step 30" in said[0]
     assert run(faster + slower, wait_for_loss=False) == (6, {0: 8})
     assert run([*faster, 1.25, 0.8, 0.3, -0.3, -1.0]) == (10, {0: 30})  # no longer than the ramp
     assert run([3.0, 2.8, 2.7, 2.65, 2.62, 2.6, *faster]) == (6, {0: 8})  # what comes later does not matter

@@ -46,7 +46,7 @@ def test_one_line_before_training_says_what_to_expect(caplog):
     # of the six epochs the second to fifth find 2, 2, 2 and 2.4 blocks looked up, the last 3. So 11.75 − 2.4 − 1.9. Of
     # a block's 12 products of d × d, the lowest that trains does without three in its backward.
     assert line.startswith("Prefix cache on: 6 epochs;")
-    assert "by 60% of the run" in line
+    assert "if 2 blocks are frozen from the start and by 60% of the run 3 of 6 blocks" in line
     assert "3 of 6 blocks 63% (80% without the cache)" in line and "4 of 6 blocks 58% (76% without" in line
 
 

@@ -107,6 +107,15 @@ assert torch.equal(model(**batch).logits, expected)
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+@pytest.mark.parametrize("family", cases.FAMILIES)
+def test_the_one_line_alone_starts_with_a_third(family, tmp_path):
+    callback = SafeCallback()
+    trainer = run(family, tmp_path / "safe", callback)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert history[0]["safe/frozen_units"] == len(callback.safe.units) // 3 == history[0]["safe/frozen_prefix"]
+    assert history[-1]["safe/frozen_units"] == len(callback.safe.frozen) > history[0]["safe/frozen_units"]
+
+
 def test_checkpointing_and_accumulation_in_the_trainer(tmp_path):
     settings = {"gradient_accumulation_steps": 2, "num_train_epochs": 6}
     name = (

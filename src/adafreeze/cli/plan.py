@@ -155,10 +155,11 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 def _conclusions(plan: Plan) -> list[str]:
     lines = []
     if plan.limit is not None:
-        plain, leanest = plan.micro_batches["plain"], plan.micro_batches["checkpointed"]
+        plain, safe, leanest = (plan.micro_batches[name] for name in ("plain", "safe", "checkpointed"))
         lines.append(
             f"Of {plan.settings['device_memory']}, {readable(plan.limit)} can be used. Micro-batches that fit: {plain} "
-            f'plain, up to {leanest} with SafeConfig(memory_budget="auto"), which recomputes as needed.'
+            f'plain, {safe} with SafeConfig(), up to {leanest} with SafeConfig(memory_budget="auto"), which recomputes '
+            "as needed."
         )
         if not leanest:
             lines.append("Nothing fits. " + "; ".join(plan.advice) + ".")

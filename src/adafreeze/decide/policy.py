@@ -55,7 +55,7 @@ def share(situation: Situation) -> Iterator[str]:
     Where every score is 0, nothing has moved yet that could be judged by, and nothing freezes.
 
     Only a prefix truncates the backward pass, so nothing else is frozen. A live unit without a finite score ends
-    the prefix; a frozen one counts with its last score, or 0 if it was frozen by hand before any was taken.
+    the prefix; a frozen one counts with its last score, or 0 if it was frozen before any was taken.
     """
     if situation.ramp <= 0:
         return

@@ -21,8 +21,6 @@ from .method import Method, Setup
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from .outcome import Outcome
-
 __all__ = ["AutoFreeze", "BottomUp", "GradES", "RandomFreezing", "StaticPrefix"]
 
 # The warm-up then lasts its whole share of the run: scores that settle would end it sooner.
@@ -140,7 +138,7 @@ class _Forget(TrainerCallback):
 class BottomUp(Method):
     """A fixed schedule: from the bottom, as many blocks as SAFE froze, by the same warm-up and ramp, and no score.
 
-    What SAFE froze before step 0 is frozen before step 0 here as well.
+    ``freeze_at_start`` is SAFE's.
     """
 
     name = "bottom-up"
@@ -149,14 +147,10 @@ class BottomUp(Method):
     def configure(self, setup: Setup) -> None:
         """Freeze by place."""
         safe = setup.outcome("safe")
-        fields = {**NO_SCORE, **NEVER_SETTLED, "policy": "bottom_up", "freeze": safe.units[: _at_start(safe)]}
+        fields = {**NO_SCORE, **NEVER_SETTLED, "policy": "bottom_up"}
         fields["freeze_share"] = safe.frozen / max(1, len(safe.units))
+        fields["freeze_at_start"] = SafeConfig.from_dict(setup.settings).share_at_start
         setup.safe = SafeConfig.from_dict({**setup.settings, **fields})
-
-
-def _at_start(outcome: Outcome) -> int:
-    """Units that were frozen before step 0."""
-    return max((frozen for step, frozen, _ in outcome.freezes if step == 0), default=0)
 
 
 class StaticPrefix(Method):
@@ -203,8 +197,9 @@ class RandomFreezing(Method):
         safe = setup.outcome("safe")
         order = torch.randperm(len(safe.units), generator=torch.Generator().manual_seed(setup.training.seed)).tolist()
         units = [safe.units[i] for i in order]
+        at_start = max((frozen for step, frozen, _ in safe.freezes if step == 0), default=0)
         policy = _Replay(units, [(step, frozen) for step, frozen, _ in safe.freezes])
-        fields = {**NO_SCORE, "warmup": 0.0, "policy": policy, "freeze": units[: _at_start(safe)]}
+        fields = {**NO_SCORE, "warmup": 0.0, "policy": policy, "freeze": units[:at_start]}
         setup.safe = SafeConfig.from_dict({**setup.settings, **fields})
 
 

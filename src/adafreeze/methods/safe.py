@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..config import PAPER, SafeConfig
+from ..config import AS_PUBLISHED, SafeConfig
 from .method import Method, Setup
 
 if TYPE_CHECKING:
@@ -40,7 +40,11 @@ class SafePaper(Safe):
     """As published (Son et al. 2025): the cubic threshold on raw scores, units anywhere, no cache."""
 
     name = "safe-paper"
-    fields: ClassVar[dict[str, Any]] = {**PAPER, "cache": "off", "cache_dir": None}
+    fields: ClassVar[dict[str, Any]] = {"policy": "threshold", **AS_PUBLISHED, "cache": "off", "cache_dir": None}
+
+    def configure(self, setup: Setup) -> None:
+        """Freeze, in the user's time or the paper's."""
+        setup.safe = SafeConfig.paper(**{**setup.settings, **self.fields})
 
 
 class SafeBudget(Safe):

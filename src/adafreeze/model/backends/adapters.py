@@ -118,6 +118,11 @@ class AdapterHubBackend:
                         (parent, key) for key, child in parent.named_children() if isinstance(child, nn.Dropout)
                     )
 
+    @property
+    def moves_ranks(self) -> bool:
+        """No."""
+        return False
+
     def stop_rank_allocation(self) -> None:
         """Nothing does that here."""
 

@@ -47,6 +47,10 @@ class Backend(Protocol):
     def dropouts(self, site: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         """The adapter dropouts of ``site``: (parent, name), each a child module that may become Identity."""
 
+    @property
+    def moves_ranks(self) -> bool:
+        """Whether there is something to stop."""
+
     def stop_rank_allocation(self) -> None:
         """End whatever rewrites adapters across layers in mid-run."""
 

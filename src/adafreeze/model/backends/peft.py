@@ -142,6 +142,11 @@ class PeftBackend:
             if name.endswith("dropout") and isinstance(child, nn.ModuleDict):
                 yield from ((child, key) for key in child)
 
+    @property
+    def moves_ranks(self) -> bool:
+        """Whether ``stop_rank_allocation`` has something to stop."""
+        return bool(self._allocators)
+
     def stop_rank_allocation(self) -> None:
         """AdaLoRA moves ranks between layers: that would rewrite frozen adapters, and it crashes on missing gradients.
 
@@ -153,7 +158,7 @@ class PeftBackend:
                 warn(
                     "AdaLoRA's rank allocation ends at the first freeze.",
                     cause="It would rewrite the ranks of frozen adapters; the ranks stay as they are now.",
-                    fix="SafeConfig(freeze_at_start=0) and a tfinal that ends before the warm-up does, or LoRA.",
+                    fix="Give AdaLoraConfig a tfinal that ends before the freezing starts, or use LoRA.",
                 )
 
     def resume_rank_allocation(self) -> None:
