@@ -1,7 +1,7 @@
 """What a method costs and what it gives, drawn from tables of benchmarks/paper.py.
 
     python benchmarks/curve.py benchmarks/results/paper-large-5.json benchmarks/results/paper-large-share-5.json
-                               benchmarks/results/paper-start-5.json [-o docs/img/cost.png]
+                               benchmarks/results/paper-main-5.json [-o docs/img/cost.png]
 
 One panel a table: FLOPs against plain training to the right, the difference of the score up, both averaged over its
 tasks; a bar is the 95 % interval, where there are several seeds.

@@ -13,9 +13,9 @@ same command goes on, and started twice the cells are shared out between the two
 to: name all its tasks and seeds, and more.
 
 ``--grid main``: plain, SAFE as published, SAFE's defaults (with cache), the same number of blocks from the bottom up
-and at random, adapters on the top blocks alone, plain for as many FLOPs, GradES. ``--grid share``: SAFE with other
-``freeze_share`` and ``warmup``, from which the defaults were chosen. ``--large``: some 4,000 rows to train on,
-which takes an accelerator.
+and at random, a static prefix, adapters on the top blocks alone, plain for as many FLOPs, GradES. ``--grid share``:
+SAFE with other settings, from which the defaults were chosen. ``--large``: some 4,000 rows to train on, which takes an
+accelerator.
 """
 
 from __future__ import annotations

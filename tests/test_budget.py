@@ -268,10 +268,10 @@ def test_shares_of_the_device(budget):
 def test_a_longer_batch_than_the_probe_had_warns_once_and_trains_on():
     model = make("bert")
     probe = cases.batch("bert", rows=16, length=8)
-    small = Safe(model, SafeConfig(memory_budget="1GiB"), probe=probe, total_steps=9)
+    small = Safe(model, SafeConfig(memory_budget="1GiB", freeze_at_start=0), probe=probe, total_steps=9)
     limit = small.budget._choice((), probe).peak
     small.close()
-    safe = Safe(model, SafeConfig(memory_budget=limit), probe=probe, total_steps=9)
+    safe = Safe(model, SafeConfig(memory_budget=limit, freeze_at_start=0), probe=probe, total_steps=9)
     model(**probe).loss.backward()
     with pytest.warns(AdafreezeWarning, match="all blocks recomputed") as caught:
         for length in (60, 64):
