@@ -20,7 +20,7 @@ from adafreeze.model import find_stacks
 def measured(model: torch.nn.Module, inputs: dict[str, torch.Tensor], depth: int) -> tuple[int, int]:
     (stack,) = find_stacks(model)
     frozen = [stack.block_name(index) for index in range(depth)]
-    safe = Safe(model, SafeConfig(freeze=frozen, cache="off"), probe=inputs, total_steps=10)
+    safe = Safe(model, SafeConfig(freeze_at_start=0, freeze=frozen, cache="off"), probe=inputs, total_steps=10)
     flops = CountFlops()
     with SavedBytes(model) as saved, flops:
         loss = model(**inputs).loss

@@ -62,7 +62,9 @@ def test_gradients_are_looked_at_when_the_closure_has_made_them(tmp_path):
                 trainer.should_stop = True
 
     heard, made, norms = {}, {}, {}
-    freezing = AdapterFreezing(lightning_worker.SafeConfig(**{**lightning_worker.CONFIG, "score": "grad_norm"}))
+    freezing = AdapterFreezing(
+        lightning_worker.SafeConfig(**lightning_worker.CONFIG, score="grad_norm", freeze_at_start=0)
+    )
     trainer = Trainer(
         accelerator="cpu", max_epochs=6, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         callbacks=[Listening(), freezing], default_root_dir=tmp_path,
