@@ -132,7 +132,7 @@ def train(settings: SafeConfig | None = None, steps: int = 12) -> tuple[list[flo
 def identical() -> bool:
     """Whether losses and trained weights are the same to the bit with measuring and without."""
     losses, weights = train()
-    for settings in (SafeConfig(dry_run=True), SafeConfig(freeze_share=0, freeze_at_start=0)):
+    for settings in (SafeConfig(dry_run=True), SafeConfig(freeze_share=0)):
         other_losses, other_weights = train(settings)
         if losses != other_losses or not all(map(torch.equal, weights, other_weights)):
             return False

@@ -182,7 +182,7 @@ def measure(houlsby: bool) -> dict[str, Any]:
             continue  # in the paper with LoRA
         blocks, known = case.config.num_hidden_layers, patterns()
         by_step = [pattern.depths(blocks) for pattern in known.values()]
-        starts = {depths[0] for depths in by_step}
+        starts = {0, *(depths[0] for depths in by_step)}
         steps, recomputed = steps_at(case, houlsby, {0}.union(*by_step), starts)
         results[name] = {
             "micro_batch": [case.rows, case.length],
@@ -196,19 +196,8 @@ def measure(houlsby: bool) -> dict[str, Any]:
 
 def table(title: str, results: dict[str, Any]) -> Table:
     made = Table(title=f"{title}; against plain adapter-tuning = 1", title_justify="left")
-    columns = (
-        "model",
-        "batch",
-        "plain: step",
-        "saved",
-        "frozen",
-        "saved: mean",
-        "after",
-        "step: mean",
-        "after",
-        "first",
-    )
-    for column in (*columns, "FLOPs", "with cache", "budget: peak", "FLOPs, at most"):
+    columns = ("model", "batch", "plain: step", "saved", "frozen", "saved: mean", "after", "step: mean", "after")
+    for column in (*columns, "first", "FLOPs", "with cache", "budget: peak", "FLOPs, at most"):
         made.add_column(column, justify="left" if column == "model" else "right")
     for name, found in results.items():
         for key, run in found["patterns"].items():

@@ -45,7 +45,7 @@ def run(overhead, settings):
     return losses, batches, gradients, safe
 
 
-@pytest.mark.parametrize("settings", [{"dry_run": True}, {"freeze_share": 0, "freeze_at_start": 0}])
+@pytest.mark.parametrize("settings", [{"dry_run": True}, {"freeze_share": 0}])
 def test_losses_batches_and_gradients_are_those_of_the_run_without_it(overhead, settings):
     losses, batches, gradients, _ = run(overhead, None)
     others, other_batches, other_gradients, safe = run(overhead, SafeConfig(**settings))

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import AT_START
 from .costs.memory import bytes_of
 from .costs.optimizer import optimizer_bytes
 from .costs.rehearse import Rehearsal, faked, rehearse
@@ -28,6 +27,8 @@ __all__ = ["QUANTISED", "PlannedStep", "Stage"]
 
 # Bytes an element of a quantised weight, scales included: nf4 with double quantisation, and int8 with a scale a row.
 QUANTISED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+
+
 # Of a stack of like blocks so many live ones say what each further one costs, and that it is the same.
 FEW = (3, 4, 5)
 
@@ -155,21 +156,13 @@ class Stage:
         """One step on ``rows`` samples at the depth as it is; with activation checkpointing on, or off."""
         return self._priced(self._rehearse(rows, recompute))
 
-    @property
-    def at_start(self) -> int:
-        """Blocks that SafeConfig() freezes before step 0."""
-        return sum(int(AT_START * len(chain) + 1e-9) for chain in self.chains)
-
-    def depths(self) -> list[int]:
-        """Prefix depths to look at: none, SafeConfig()'s at the start, a half, three quarters, and the deepest."""
-        blocks, deepest = sum(map(len, self.chains)), sum(len(chain) - 1 for chain in self.chains)
-        return sorted({0, self.at_start, deepest, *(min(round(share * blocks), deepest) for share in (0.5, 0.75))})
-
     def freeze_to(self, depth: int) -> None:
         """Freeze the lowest blocks of every chain, ``depth`` in all; deeper ones stay frozen."""
-        share = depth / sum(map(len, self.chains))
-        lowest = [chain[: min(round(share * len(chain)), len(chain) - 1)] for chain in self.chains]
-        names = [name for chain in lowest for units in chain for name in units]
+        blocks = sum(map(len, self.chains))
+        names = []
+        for chain in self.chains:
+            count = min(round(depth / blocks * len(chain)), len(chain) - 1)
+            names += [name for units in chain[:count] for name in units]
         self.freezer.freeze(name for name in names if name not in self.freezer.frozen)
         self.prefix.update()
 

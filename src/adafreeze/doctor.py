@@ -91,7 +91,7 @@ def examine_run(safe: Safe, model: nn.Module | None = None) -> Iterator[Finding]
     yield Finding("processes", "ok" if safe.parallel.name == "none" else "arranged", f"{ranks}, {text}")
     probe = safe.decider.probe
     yield Finding("probe", "ok", f"{probe.samples} samples, {probe.real_tokens:,} tokens ({probe.digest()})")
-    if safe.config.share_at_start:
+    if safe.frozen and safe.config.share_at_start:
         text = f"{len(safe.frozen)} of {len(safe.units)} units; none with SafeConfig(freeze_at_start=0)"
         yield Finding("frozen at start", "ok", text)
     reason = safe.caching.off_because

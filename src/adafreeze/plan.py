@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ._stage import QUANTISED, PlannedStep, Stage
+from .config import AT_START
 from .costs.devices import GPUS, usable_memory
 from .costs.optimizer import optimizer_names
 from .costs.rehearse import failing_module, largest_that_fits
+from .decide.policy import Situation, bottom_up
 from .errors import AdafreezeError, ConfigError, ModelError, warn
+from .model.units import blocks_below
 from .sizes import readable
 from .tasks.weightless import PLANNED_TASKS, adapted, build, configuration, example_inputs
 
@@ -197,11 +200,12 @@ def _drawn_up(stage: Stage, rows: int, checkpointing: bool, limit: int | None, s
     fit("plain", plain, False)
     fit("checkpointed", checkpointed, True)
     steps = [checkpointed if recompute else plain]
-    for depth in stage.depths():
+    at_start = _at_start(stage)
+    for depth in _depths(stage, at_start):
         if depth:
             stage.freeze_to(depth)
             steps.append(stage.step(rows, recompute=recompute))
-        if depth == stage.at_start:
+        if depth == at_start:
             fit("safe", steps[-1], recompute)
     estimated = []
     if stage.quantization is not None:
@@ -223,6 +227,18 @@ def _drawn_up(stage: Stage, rows: int, checkpointing: bool, limit: int | None, s
         estimated=tuple(estimated),
         settings=settings,
     )
+
+
+def _at_start(stage: Stage) -> int:
+    """Blocks that SafeConfig() freezes before step 0."""
+    lowest = bottom_up(Situation(0, 1.0, {}, stage.chains, freeze_share=AT_START))
+    return 0 if stage.freezer.backend.moves_ranks else blocks_below(stage.chains, lowest)
+
+
+def _depths(stage: Stage, at_start: int) -> list[int]:
+    """Prefix depths to look at: none, ``at_start``, a half, three quarters, and the deepest that leaves one live."""
+    blocks, deepest = sum(map(len, stage.chains)), sum(len(chain) - 1 for chain in stage.chains)
+    return sorted({0, at_start, deepest, *(min(round(share * blocks), deepest) for share in (0.5, 0.75))})
 
 
 def _advice(leanest: PlannedStep, rows: int, limit: int | None, quantization: str | None) -> Iterator[str]:

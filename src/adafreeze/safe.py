@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from .model.backends import find_backend
 from .model.blocks import device_of, unwrap
 from .model.draw import batch_size_of, samples_of
 from .model.flow import chains_of
-from .model.units import units_along, warn_of_other_trainables
+from .model.units import blocks_below, units_along, warn_of_other_trainables
 from .preflight import check_parallel, check_run, check_units, drawn_by_main, flows_of, frozen_at_start
 from .scoring import Scorer
 from .state import opened, packed_random_state, restore_random_state, sealed
@@ -122,8 +121,8 @@ class Safe:
         held = self.model, self.stacks, self.prefix, optimizer, self.journal, self._bytes_beside
         self.budget = open_budget(self.config.memory_limit, drawn, batch_size or batch_size_of(probe), *held)
         self._observer = Observer(self.model, optimizer, self._audit, self._look_at_gradients)
-        trains = {"head": self._guard.something_else_trains(), "ranks_move": self.backend.moves_ranks}
-        self._at_start = frozen_at_start(self.config, chains, self.journal, **trains)
+        head, ranks_move = self._guard.something_else_trains(), self.backend.moves_ranks
+        self._at_start = frozen_at_start(self.config, chains, self.journal, head=head, ranks_move=ranks_move)
         by_choice = [unit for name, unit in self.units.items() if name not in self._at_start]
         self._step_length = StepLength(optimizer, self.config.lr_scale, by_choice)
         if samples_per_step is not None:
@@ -333,8 +332,7 @@ class Safe:
 
     def _announce(self) -> None:
         epoch = None if self._rank_epoch is None else math.ceil(self._rank_epoch / self._step_samples)
-        frozen = frozenset(self._at_start)
-        at_start = sum(len([*takewhile(frozen.issuperset, chain)]) for chain in self.decider.chains) if frozen else 0
+        at_start = blocks_below(self.decider.chains, self._at_start)
         self.caching.announce(sum(map(len, self.stacks)), epoch, self.total_steps, at_start)
 
     def _new_scorer(self, probe: Probe) -> Scorer:

@@ -144,7 +144,7 @@ def test_frozen_adapters_do_not_move_though_train_adapter_is_called():
 def test_a_resumed_run_is_that_which_was_never_stopped(family, config, tmp_path):
     def run(folder, resume=None, steps=24):
         model = hub_model(family, config)
-        callback = SafeCallback(SafeConfig(warmup=0.3, ramp_end=0.5, cache="off"))
+        callback = SafeCallback(SafeConfig(freeze_at_start=0, warmup=0.3, ramp_end=0.5))
         args = TrainingArguments(
             output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2,
             weight_decay=0.1, save_strategy="steps", save_steps=16, report_to=[], disable_tqdm=True, use_cpu=True,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from torch import nn
 
@@ -105,6 +106,16 @@ def units_along(
         names.setdefault((unit.stack, unit.block), []).append(name)
     blocks = {stack.path: [tuple(names.get((stack.path, i), ())) for i in range(len(stack))] for stack in stacks}
     return tuple(tuple(block for path in chain for block in blocks[path]) for chain in chains)
+
+
+def blocks_below(chains: Sequence[Sequence[Sequence[str]]], names: Iterable[str]) -> int:
+    """Blocks at the bottom of the chains that have no unit but those of ``names``; 0 if there are no names.
+
+    >>> blocks_below([[(), ("a",), ("b", "c"), ("d",)]], ["a", "b", "d"])
+    2
+    """
+    frozen = frozenset(names)
+    return sum(len([*takewhile(frozen.issuperset, chain)]) for chain in chains) if frozen else 0
 
 
 def warn_of_other_trainables(model: nn.Module, stacks: list[Stack], units: dict[str, Unit]) -> list[str]:
