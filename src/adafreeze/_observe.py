@@ -12,6 +12,7 @@ from .costs.memory import SavedBytes
 from .decide.schedule import Losses
 from .freeze.before_step import before_step
 from .model.draw import rows_of
+from .model.patches import forward_hook, forward_pre_hook
 
 __all__ = ["Observer"]
 
@@ -43,9 +44,9 @@ class Observer:
         self._saved_per_token: float | None = None
         self._count_next = True
         self._counting: SavedBytes | None = None
-        self._handles = [
-            model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            model.register_forward_hook(self._leave, always_call=True),
+        self._handles: list[Any] = [
+            forward_pre_hook(model, self._enter),
+            forward_hook(model, self._leave, always=True),
         ]
         torch_optimizer = getattr(optimizer, "optimizer", optimizer)
         if isinstance(torch_optimizer, torch.optim.Optimizer):

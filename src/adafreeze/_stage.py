@@ -19,8 +19,8 @@ from .freeze import Freezer, Prefix
 from .freeze.recompute import Recompute
 from .model import Stack, find_stacks, find_units, trace_flow
 from .model.backends import find_backend
-from .model.blocks import patched_forward
 from .model.flow import chains_of
+from .model.patches import patched_forward
 from .model.units import units_along
 
 __all__ = ["QUANTISED", "PlannedStep", "Stage"]

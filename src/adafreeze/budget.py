@@ -20,6 +20,7 @@ from .journal import Journal
 from .model import Probe, Stack
 from .model.blocks import device_of
 from .model.flow import tensors_in
+from .model.patches import forward_pre_hook
 from .sizes import readable
 
 __all__ = ["Budget", "open_budget"]
@@ -106,7 +107,7 @@ class Budget:
         self._warned = False
         self.recompute.install()
         # First of all hooks: whoever counts a step from a hook does not count its rehearsal.
-        self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
+        self._hook = forward_pre_hook(model, self._before, prepend=True)
 
     # What the loop reads and calls.
 

@@ -16,8 +16,25 @@ from .freeze.parallel import Parallel, Ranks
 from .journal import Journal
 from .model import Flow, Probe, Stack, Unit, trace_flow
 from .model.draw import keep_random_state
+from .model.patches import owners
 
-__all__ = ["check_parallel", "check_run", "check_units", "drawn_by_main", "flows_of", "frozen_at_start"]
+__all__ = [
+    "check_parallel",
+    "check_run",
+    "check_units",
+    "close_earlier",
+    "drawn_by_main",
+    "flows_of",
+    "frozen_at_start",
+]
+
+
+def close_earlier(model: nn.Module) -> None:
+    """Close every Safe that still has ``model``, or a part of it: of a run that was interrupted, or left open."""
+    for earlier in owners(model):
+        frozen = len(earlier.frozen)
+        earlier.close()
+        note(f"An earlier Safe still had this model; it was closed, and its {frozen} frozen units train again.")
 
 
 def check_run(total_steps: Any) -> None:

@@ -27,8 +27,9 @@ from .model.backends import find_backend
 from .model.blocks import device_of, unwrap
 from .model.draw import batch_size_of, samples_of
 from .model.flow import chains_of
+from .model.patches import claim, forwarders, release
 from .model.units import blocks_below, units_along, warn_of_other_trainables
-from .preflight import check_parallel, check_run, check_units, drawn_by_main, flows_of, frozen_at_start
+from .preflight import check_parallel, check_run, check_units, close_earlier, drawn_by_main, flows_of, frozen_at_start
 from .scoring import Scorer
 from .state import opened, packed_random_state, restore_random_state, sealed
 
@@ -88,6 +89,7 @@ class Safe:
         check_run(total_steps)
         self.ranks = Ranks()
         self.model = unwrap(model)
+        close_earlier(self.model)
         self.total_steps = total_steps
         self.samples_per_step = samples_per_step
         self.samples_per_epoch = samples_per_epoch or samples_of(probe)
@@ -106,7 +108,9 @@ class Safe:
         except ProbeError:
             self.parallel.release()
             raise
+        claim(self, self._claimed)
         self.prefix = Prefix(self.model, self.stacks, flows, keep_dropout=self.config.prefix_dropout)
+        self.prefix.on_end = self._prefix_ended
         self._owns_journal = not isinstance(journal, Journal)
         given = journal if self.ranks.is_main else None
         self.journal = given if isinstance(given, Journal) else Journal(given)
@@ -211,6 +215,7 @@ class Safe:
         if not self.decider.due(self.steps):
             return []
         self.ranks.check_alike("frozen", self.frozen, self.steps)
+        self._take_the_strictest()
         names = self.decider.decide(self.steps, self.frozen, self.prefixes, self._observer.take_losses())
         if self.config.dry_run:
             if names:
@@ -233,6 +238,7 @@ class Safe:
                 self.budget.close()
             self.freezer.restore()
             self.parallel.release()
+            release(self, self._claimed)
             self.journal.write("close", step=self.steps, frozen=self.frozen, flops_spent=self.flops_spent)
             if self._owns_journal:
                 self.journal.close()
@@ -297,6 +303,46 @@ class Safe:
         self.prefix.update()
         self.parallel.after_freeze(())
         self.caching.prefix_changed()
+
+    @property
+    def _claimed(self) -> list[nn.Module]:
+        blocks = [block for stack in self.stacks for block in stack.blocks]
+        return [self.model, *blocks, *forwarders(self.model)]
+
+    def _prefix_ended(self, path: str) -> None:
+        """Something that trains feeds the blocks of this stack, as a training pass has just shown."""
+        names = [name for name, unit in self.units.items() if unit.stack == path]
+        self.decider.leave_out(names)
+        # Of several ranks another one may not have seen it; and a unit that was frozen for some steps has no way back.
+        thawed = [name for name in names if name in self._at_start] if self.steps == 0 and self.ranks.size == 1 else []
+        if thawed:
+            others = [name for name in self.frozen if name not in thawed]
+            self._at_start = [name for name in self._at_start if name not in thawed]
+            self._thaw()
+            self.freezer.freeze(others)
+            self._step_length.after_freeze(self.frozen)
+            self.prefix.update()
+            self.parallel.after_freeze(self.frozen)
+        self.caching.prefix_changed()
+        self.journal.write("prefix_ended", step=self.steps, stack=path, thawed=thawed)
+        note(
+            f"Step {self.steps}: something that trains feeds the blocks of {path} (a projector, a vision tower, inputs "
+            "that require grad). Its gradient passes through them, so they have no frozen prefix, and no cache; "
+            + (f"the {len(thawed)} units frozen there train again." if thawed else "nothing more freezes there.")
+        )
+
+    def _take_the_strictest(self) -> None:
+        """What one rank has found wrong, no rank does."""
+        cache, paths = self.caching.cache, [stack.path for stack in self.stacks]
+        wrong = [cache is not None and cache.distrusted, *(path in self.prefix.ended for path in paths)]
+        distrusted, *ended = self.ranks.any_of(wrong)
+        if distrusted and cache is not None:
+            cache.switch_off("another rank has found that its passes cannot be served")
+        for path, is_so in zip(paths, ended, strict=True):
+            if is_so and path not in self.prefix.ended:
+                self.prefix.ended.add(path)
+                self.prefix.update()
+                self._prefix_ended(path)
 
     @property
     def _step_samples(self) -> int:

@@ -50,16 +50,31 @@ def test_any_change_of_the_sample_changes_its_key(index, data):
     assert key(Rows(padded({**one, name: one[name].int()}, 0, 3)), 0) != before  # another dtype is another input
 
 
-def test_labels_matter_to_a_decoder_alone():
-    inputs = batch("llama")
-    other = inputs | {"labels": inputs["labels"] + 1, "num_items_in_batch": torch.tensor(7)}
-    assert [key(Rows(inputs), n) for n in range(4)] == [key(Rows(other), n) for n in range(4)]
-    inputs = batch("t5")
-    other = inputs | {"labels": inputs["labels"] + 1}
-    keys = [[key(Rows(one, encoder_decoder=True), n) for n in range(4)] for one in (inputs, other)]
-    assert not set(keys[0]) & set(keys[1])
-    given_ids = [Rows(one | {"decoder_input_ids": inputs["labels"]}, encoder_decoder=True) for one in (inputs, other)]
-    assert key(given_ids[0], 0) == key(given_ids[1], 0)
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("name", ["labels", "label_input_ids", "start_positions", "weights"])
+def test_whatever_the_model_gets_for_a_sample_is_part_of_its_key(family, name):
+    inputs = batch(family) | {name: torch.arange(4)}
+    other = inputs | {name: inputs[name] + 4}
+    rows = [Rows(one, encoder_decoder=family == "t5") for one in (inputs, other)]
+    assert not {key(rows[0], n) for n in range(4)} & {key(rows[1], n) for n in range(4)}
+
+
+def test_what_is_of_the_whole_batch_is_no_part_of_a_key_and_can_be_put_otherwise():
+    inputs = batch("llama") | {"num_items_in_batch": torch.tensor(7)}
+    rows = Rows(inputs)
+    assert [key(rows, n) for n in range(4)] == [key(Rows(batch("llama")), n) for n in range(4)]
+    otherwise = rows.otherwise()
+    assert int(otherwise["num_items_in_batch"]) == 8 and otherwise["input_ids"] is inputs["input_ids"]
+
+
+def test_labels_beyond_the_text_are_padding_only_where_they_are_all_one_value():
+    one = padded(sample("bert", 1) | {"labels": torch.arange(9)}, 0, 3)
+    assert one["labels"].shape == one["input_ids"].shape
+    other, longer = dict(one), dict(one)
+    other["labels"] = one["labels"].clone()
+    other["labels"][0, -1] = 7
+    longer = padded(sample("bert", 1) | {"labels": torch.arange(9)}, 0, 5)
+    assert key(Rows(one), 0) == key(Rows(longer), 0) != key(Rows(other), 0)
 
 
 def test_labels_of_a_decoder_without_their_padding():
@@ -91,7 +106,6 @@ def test_images_and_embeddings():
         ({"cu_seq_lens_q": torch.tensor([0, 3, 6])}, "not one entry per sample"),
         ({"position_ids": torch.zeros(3, 4, 12)}, "not one entry per sample"),
         ({"attention_mask": {"full": torch.ones(4, 12)}}, "is a dict"),
-        ({"pixel_values": torch.zeros(4, 3, 8, 8)}, "come together"),
     ],
 )
 def test_what_cannot_be_told_apart_by_sample(more, reason):
@@ -100,8 +114,8 @@ def test_what_cannot_be_told_apart_by_sample(more, reason):
 
 
 def test_without_an_input_there_are_no_samples():
-    with pytest.raises(NotBySample, match="without input_ids"):
-        Rows({"labels": torch.ones(3)})
+    with pytest.raises(NotBySample, match="without a tensor"):
+        Rows({"use_cache": True})
 
 
 def test_taking_rows_keeps_the_width_and_one_alone_loses_its_padding():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..model.backends import Backend
+from ..model.patches import replaced_child, trainable_in_copies
 from ..model.units import Unit
 from .lorafa import LoraFAPairs
 
@@ -36,7 +37,8 @@ class Freezer:
         self.backend = backend
         self.optimizer: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the real one
         self.frozen: frozenset[str] = frozenset()
-        self._dropouts: list[tuple[nn.Module, str, nn.Module]] = []
+        self._dropouts: list[Callable[[], None]] = []
+        self._slots: list[tuple[nn.Module, str]] = []
         self._pairs = LoraFAPairs.of(self.optimizer, self.parameters)
 
     def freeze(self, names: Iterable[str]) -> None:
@@ -50,13 +52,13 @@ class Freezer:
                 for parent, key in self.backend.dropouts(site):
                     dropout = parent.get_submodule(key)
                     if not isinstance(dropout, nn.Identity):
-                        self._dropouts.append((parent, key, dropout))
-                        parent.set_submodule(key, nn.Identity())
+                        self._dropouts.append(replaced_child(parent, key, nn.Identity()))
         for parameter in self.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
             if self.optimizer is not None:
                 self.optimizer.state.pop(parameter, None)
+        self._mark_slots()
         if self._pairs is not None:
             self._pairs.freeze()
 
@@ -107,10 +109,25 @@ class Freezer:
         self.backend.resume_rank_allocation()
         if self._pairs is not None:
             self._pairs.restore()
-        for parent, key, dropout in reversed(self._dropouts):
-            parent.set_submodule(key, dropout)
+        for undo in reversed(self._dropouts):
+            undo()
         self._dropouts.clear()
         self.frozen = frozenset()
+        self._mark_slots()
+
+    def _mark_slots(self) -> None:
+        """Let copies of the model have trainable adapters, as it had them before."""
+        for module, name in self._slots:
+            trainable_in_copies(module, name, False)
+        live = self._live()
+        self._slots = [
+            slot
+            for unit in (self.units[name] for name in sorted(self.frozen))
+            for slot in (*unit.slots, *unit.shared)
+            if id(slot[0]._parameters.get(slot[1])) not in live
+        ]
+        for module, name in self._slots:
+            trainable_in_copies(module, name, True)
 
     def _live(self) -> set[int]:
         """Ids of the parameters of live units."""

@@ -2,40 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from ..model.blocks import Stack, StopForward, held_attribute, hidden_states, patched_forward, without_cache
-from ..model.flow import Flow, tensors_in
+from ..model.blocks import Stack, StopForward, hidden_states, without_cache
+from ..model.calls import Call
+from ..model.flow import Flow, leaves, tensors_in
+from ..model.patches import Hook, forward_hook, forward_pre_hook, held_attribute, patched, patched_forward
+from .traces import without_users_hooks
 
-__all__ = ["Prefix", "Start", "autocast_now"]
+__all__ = ["Prefix", "Start", "Starts", "autocast_now"]
+
+# Settings under which a model skips whole blocks in training, each with a probability.
+LAYER_DROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop", "layer_drop")
 
 
 @dataclass
 class Start:
-    """Where a forward pass begins in one stack: above ``depth`` blocks, whose output was ``states``."""
+    """Where one call of a stack begins: above ``depth`` blocks, whose output was ``states``."""
 
     depth: int
     states: Tensor
+
+
+Starts = Mapping[str, Sequence[Start | None]]
+"""By stack path, for each call of the stack in one pass of the model."""
+
+
+class Around(Protocol):
+    """Whoever wants to know of each pass of the model."""
+
+    def before_pass(self) -> None:
+        """It begins."""
+
+    def after_pass(self) -> None:
+        """It has ended."""
 
 
 @dataclass
 class _Pass:
     """One forward pass of the model.
 
-    ``recorded`` is None in a training pass; a nested one puts the hidden states at the boundaries there, and ends.
-    ``handed_on`` is what blocks return beside their hidden states (T5's position bias), by stack.
+    ``recorded`` is None in a training pass; in a nested one the hidden states at the boundaries are put there, call by
+    call, and with ``until`` (calls of each stack) the pass is left when all have come. ``handed_on`` is what blocks
+    return beside their hidden states in the present call (T5's position bias), by stack.
     """
 
-    starts: Mapping[str, Start] = field(default_factory=dict)
-    recorded: dict[str, Tensor] | None = None
+    starts: Starts = field(default_factory=dict)
+    recorded: dict[str, list[Tensor]] | None = None
+    until: Mapping[str, int] | None = None
+    calls: dict[str, int] = field(default_factory=dict)
     handed_on: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)
+
+    def start(self, path: str) -> Start | None:
+        """Where the present call of this stack begins."""
+        starts, call = self.starts.get(path, ()), self.calls.get(path, 1) - 1
+        return starts[call] if call < len(starts) else None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all that this nested pass was made for is recorded."""
+        recorded = self.recorded or {}
+        return self.until is not None and all(len(recorded.get(path, ())) >= n for path, n in self.until.items())
 
 
 class Prefix:
@@ -43,7 +76,12 @@ class Prefix:
 
     The prefix of a stack is the longest run of its blocks from the bottom that holds no live parameter, provided
     nothing upstream is live (trainable embeddings; an encoder that a decoder attends to). Its output for a
-    sample is then a constant but for dropout, and dropout in it regularises nothing that still trains.
+    sample is then a constant but for dropout, and dropout in it regularizes nothing that still trains.
+
+    What stands upstream is read off a traced pass, and looked at again in every training pass: a tensor that enters a
+    block of the prefix, requires grad and was computed from anything but frozen embeddings (a projector outside the
+    model, a vision tower that most samples do without, adversarial noise) ends the prefix of that stack there and then,
+    before anything is cut off.
 
     Whoever installed hooks that make embeddings require grad, no graph is built below the boundary. Evaluation,
     generation and passes without gradients run the model's own code.
@@ -55,9 +93,17 @@ class Prefix:
         keep_dropout: leave dropout in the prefix on.
 
     Attributes:
-        look_up: asked before each training pass of the model, with its arguments, where to start: stack path to
-            ``Start``. Stacks that it leaves out run their prefix.
-        watch_boundary: called with a stack's path and the hidden states at its boundary in a training pass.
+        look_up: asked before each training pass of the model where to start. Stacks and calls that it leaves out run
+            their prefix.
+        watch_boundary: called with a stack's path, the number of the call and the hidden states at its boundary in a
+            training pass.
+        finished: called after each training pass with what the model returned, None if it failed; and with how often
+            each stack was called. What it returns, if anything, takes the output's place.
+        around: told before and after each pass of the model, whatever for.
+        ended: stacks that have no prefix any more, since something that trains was seen to enter it.
+        on_end: called with the path when that happens.
+        modules: all of the model, as they were when the prefix last changed; walking the tree takes time.
+        drops_layers: the model leaves out blocks by chance in training.
         autocast: (dtype or None) that was in force in the last training pass; "unknown" before the first.
     """
 
@@ -69,13 +115,21 @@ class Prefix:
         self.flows = flows
         self.keep_dropout = keep_dropout
         self.depths: dict[str, int] = {stack.path: 0 for stack in stacks}
-        self.look_up: Callable[[tuple[Any, ...], dict[str, Any]], Mapping[str, Start]] | None = None
-        self.watch_boundary: Callable[[str, Tensor], None] | None = None
+        self.look_up: Callable[[Call], Starts] | None = None
+        self.watch_boundary: Callable[[str, int, Tensor], None] | None = None
+        self.finished: Callable[[Any, Mapping[str, int]], None] | None = None
+        self.around: Around | None = None
+        self.ended: set[str] = set()
+        self.on_end: Callable[[str], None] | None = None
         self.autocast: torch.dtype | str | None = "unknown"
+        self.drops_layers = any(_setting(model, name) for name in LAYER_DROP)
+        self.modules = list(model.modules())
         self._undo = ExitStack()
-        self._handles: list[RemovableHandle] = []
+        self._hooks: list[Hook] = []
         self._entered: set[str] = set()
         self._pass = _Pass()
+        self._root: nn.Module | None = None
+        self._harmless: list[Tensor] = []
         self._hands_on: dict[str, tuple[Any, ...] | bool | None] = {}
 
     def update(self) -> dict[str, int]:
@@ -83,6 +137,7 @@ class Prefix:
         depths = {stack.path: self._depth(stack) for stack in self.stacks}
         if depths != self.depths:
             self._undo.close()
+            self.modules = list(self.model.modules())
             self.depths = depths
             if any(depths.values()):
                 self._install()
@@ -91,13 +146,18 @@ class Prefix:
     def restore(self) -> None:
         """Leave every module, hook and flag as it was before."""
         self._undo.close()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         self.depths = {stack.path: 0 for stack in self.stacks}
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks of all prefixes."""
+        return [block for stack in self.stacks for block in stack.blocks[: self.depths[stack.path]]]
+
     def _depth(self, stack: Stack) -> int:
-        if self.flows[stack.path].live:
+        if stack.path in self.ended or self.flows[stack.path].live:
             return 0
         for index, block in enumerate(stack.blocks):
             if any(parameter.requires_grad for parameter in block.parameters()):
@@ -106,76 +166,93 @@ class Prefix:
 
     def _install(self) -> None:
         enter = self._undo.enter_context
-        if not self._handles:
+        if not self._hooks:
             # They stay while the prefix changes, which it may from a hook of the same pass: torch has listed them then.
             # Whoever calls an inner module between two passes of the model finds nothing to start from.
-            self._handles = [
-                self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
-                self.model.register_forward_hook(self._end, always_call=True),
-            ]
+            for module in _entrances(self.model):
+                self._hooks += [forward_pre_hook(module, self._begin), forward_hook(module, self._end, always=True)]
         for stack in self.stacks:
             depth = self.depths[stack.path]
             for index, block in enumerate(stack.blocks[:depth]):
                 if not self.keep_dropout:
-                    enter(_held_in_evaluation(block, self.model))
+                    enter(_HeldInEvaluation(block, self.model))
                 enter(held_attribute(block, "gradient_checkpointing", False))
                 enter(patched_forward(block, self._graphless(stack, index, block)))
             if depth and not self.keep_dropout:
                 for dropout in self.flows[stack.path].dropouts:
                     enter(patched_forward(dropout, self._until_entered(stack, dropout)))
-        if all(self.depths.values()):
-            # Where one stack still starts from the embeddings, reentrant checkpointing may need their gradient.
-            for embeddings in _input_embeddings(self.model):
-                handle = embeddings.register_forward_hook(self._detached)
-                self._undo.callback(handle.remove)
+        for embeddings in _input_embeddings(self.model):
+            self._undo.callback(forward_hook(embeddings, self._after_embeddings).remove)
 
-    def compute(self, inputs: Mapping[str, Any], starts: Mapping[str, Start]) -> dict[str, Tensor] | None:
-        """Hidden states at the boundary of every stack that has a prefix, by path: a pass nested in a training pass.
+    def compute(
+        self, call: Call, inputs: Mapping[str, Any], starts: Starts, until: Mapping[str, int]
+    ) -> dict[str, list[Tensor]] | None:
+        """Hidden states at the boundary of every stack that has a prefix, by path and call: a pass nested in another.
 
-        The model runs on ``inputs`` as in training, without a graph, from ``starts`` where given, and is left at
-        the last boundary. None if it did not come to all of them.
+        The model runs on ``inputs`` as in training, without a graph, from ``starts`` where given, and is left when
+        each stack has come to its boundary as often as ``until`` says. None if that did not happen.
         """
-        with self._nested(_Pass(starts, recorded={})) as this, torch.no_grad(), suppress(StopForward):
-            self.model.forward(**inputs)  # its hooks are for the outer pass
-        return this.recorded if self._all_recorded(this.recorded) else None
+        this = _Pass(starts, recorded={}, until=until)
+        with self._nested(this), torch.no_grad(), suppress(StopForward):
+            self._run(call, inputs)
+        return this.recorded if this.is_complete else None
+
+    def shadow(self, call: Call, inputs: Mapping[str, Any], starts: Starts) -> Any:
+        """What a training pass from ``starts`` would return: the same, without a graph, noticed by nobody."""
+        with self._nested(_Pass(starts, recorded={})), torch.no_grad():
+            return self._run(call, inputs)
 
     def rehearse(self, *args: Any, **inputs: Any) -> Any:
         """The model's forward pass as in training, the prefix computed, noticed by nobody."""
-        watch, autocast = self.watch_boundary, self.autocast
-        self.watch_boundary = None
-        try:
-            with self._nested(_Pass()):
-                return self.model.forward(*args, **inputs)
-        finally:
-            self.watch_boundary, self.autocast = watch, autocast
+        with self._nested(_Pass()):
+            return self.model.forward(*args, **inputs)
+
+    def _run(self, call: Call, inputs: Mapping[str, Any]) -> Any:
+        args, kwargs = call.arguments(inputs)
+        return call.module.forward(*args, **kwargs)  # its hooks are for the outer pass
 
     @contextmanager
     def _nested(self, this: _Pass) -> Iterator[_Pass]:
         """A pass inside a training pass of the model, which goes on afterwards as if there had been none."""
-        outer, entered = self._pass, self._entered
-        self._pass, self._entered = this, set()
+        outer = self._pass, self._entered, self._root, self.watch_boundary, self.autocast
+        self._pass, self._entered, self._root, self.watch_boundary = this, set(), self.model, None
         try:
-            with torch.compiler.set_stance("force_eager"):  # it is no pass that a compiler would see again
+            # It is no pass that a compiler would see again, and none that a user's hooks should count.
+            with torch.compiler.set_stance("force_eager"), without_users_hooks(self.modules):
                 yield this
         finally:
-            self._pass, self._entered = outer, entered
+            self._pass, self._entered, self._root, self.watch_boundary, autocast = outer
+            if this.recorded is None:
+                self.autocast = autocast
 
     @torch.compiler.disable  # looking up is Python through and through
-    def _begin(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._root is not None:  # PEFT's wrapper calls the model inside
+            return
+        self._root = module
         self._pass = _Pass()
-        if self.look_up is not None and self._active():
-            self._pass = _Pass(self.look_up(args, kwargs))
         self._entered.clear()
+        self._harmless.clear()
+        if self.around is not None:
+            self.around.before_pass()
+        # What is trained through an input must not be cut off; the blocks will see whether it reaches them.
+        trains = any(tensor.requires_grad for tensor in tensors_in((args, kwargs)))
+        if self.look_up is not None and self._active() and not trains:
+            self._pass.starts = self.look_up(Call.of(module, args, kwargs))
 
     @torch.compiler.disable
-    def _end(self, *_: Any) -> None:
-        self._pass = _Pass()
+    def _end(self, module: nn.Module, _args: Any, output: Any = None) -> None:
+        if self._root is not module:
+            return
+        this, self._pass, self._root = self._pass, _Pass(), None
+        self._harmless.clear()
+        if self.finished is not None and self._active():
+            self.finished(output, this.calls)
+        if self.around is not None:
+            self.around.after_pass()
 
     def _active(self) -> bool:
         return self.model.training and (torch.is_grad_enabled() or self._pass.recorded is not None)
-
-    def _all_recorded(self, recorded: dict[str, Tensor] | None) -> bool:
-        return recorded is not None and all(path in recorded for path, depth in self.depths.items() if depth)
 
     def _graphless(self, stack: Stack, index: int, block: nn.Module) -> Callable[..., Any]:
         original = block.forward
@@ -187,10 +264,14 @@ class Prefix:
             self._entered.add(path)
             if not self._active():
                 return original(*args, **kwargs)
-            if index == 0:
-                self._notice_autocast(block)
             this = self._pass
-            start = this.starts.get(path)
+            if index == 0:
+                this.calls[path] = this.calls.get(path, 0) + 1
+                self._notice_autocast(block)
+            if this.recorded is None and self._something_trains(args, kwargs):
+                self._end_prefix(path)
+                return original(*args, **kwargs)
+            start = this.start(path)
             args, kwargs = without_cache(
                 args, kwargs, filled=False
             )  # or it holds keys and values to the end of the pass
@@ -204,18 +285,39 @@ class Prefix:
             if at_boundary:
                 hidden = hidden_states(output)
                 if this.recorded is not None:
-                    this.recorded[path] = hidden
-                    if self._all_recorded(this.recorded):
+                    this.recorded.setdefault(path, []).append(hidden)
+                    if this.is_complete:
                         raise StopForward
                     return output
                 if above is not None and _checkpoints(above):
                     # Reentrant checkpointing gives no gradient to parameters unless an input requires one.
-                    hidden.requires_grad_()
+                    self.mark(hidden)
                 if self.watch_boundary is not None:
-                    self.watch_boundary(path, hidden)
+                    self.watch_boundary(path, this.calls[path] - 1, hidden)
+            if self.drops_layers and this.recorded is None:
+                # All live blocks may be left out of a pass, and its loss must have a graph all the same.
+                self.mark(hidden_states(output))
             return output
 
         return forward
+
+    def mark(self, hidden: Tensor) -> Tensor:
+        """Let ``hidden``, a result of the prefix, require grad; nothing that trains is behind it."""
+        self._harmless.append(hidden)
+        return hidden.requires_grad_()
+
+    @torch.compiler.disable
+    def _something_trains(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether gradients of anything are to flow back through a block's inputs."""
+        wanted = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
+        harmless = {id(tensor) for tensor in self._harmless}
+        return any(id(leaf) not in harmless for leaf in leaves(wanted)) if wanted else False
+
+    def _end_prefix(self, path: str) -> None:
+        self.ended.add(path)
+        self.update()
+        if self.on_end is not None:
+            self.on_end(path)
 
     def _skipped(self, stack: Stack, index: int, start: Start, run: Callable[[], Any]) -> Any:
         """What a skipped block returns: the known hidden states, with what block 0 hands on beside them."""
@@ -243,8 +345,14 @@ class Prefix:
 
         return forward
 
-    def _detached(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
-        return output.detach() if isinstance(output, Tensor) and self._active() else None
+    def _after_embeddings(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.requires_grad or not self._active():
+            return None
+        if all(self.depths.values()):
+            return output.detach()
+        # Where one stack still starts from the embeddings, reentrant checkpointing may need their gradient.
+        self._harmless.append(output)
+        return None
 
 
 def autocast_now(device: torch.device) -> torch.dtype | None:
@@ -266,19 +374,40 @@ def _checkpoints(block: nn.Module) -> bool:
     return bool(getattr(block, "gradient_checkpointing", False))
 
 
-@contextmanager
-def _held_in_evaluation(block: nn.Module, model: nn.Module) -> Iterator[None]:
-    """Keep ``block`` in evaluation mode through ``model.train()``, which hosts call before each micro-step."""
-    flags = [(module, module.training) for module in block.modules()]
-    was = model.training
-    block.eval()
-    block.train = lambda mode=True: block  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del block.train
-        for module, flag in flags:
-            module.training = flag if model.training == was else model.training
+def _setting(model: nn.Module, name: str) -> Any:
+    """What the configuration of ``model``, or of a part of it, says."""
+    return next((value for module in model.modules() if (value := getattr(_config(module), name, None))), None)
+
+
+def _config(module: nn.Module) -> Any:
+    return module.__dict__.get("config")
+
+
+def _entrances(model: nn.Module) -> list[nn.Module]:
+    """The model, and the one inside PEFT's wrapper, which a loss function may call in its place."""
+    base = getattr(model, "get_base_model", None)
+    inner = base() if callable(base) else model
+    return [model] if inner is model else [model, inner]
+
+
+class _HeldInEvaluation:
+    """Keeps ``block`` in evaluation mode through ``model.train()``, which hosts call before each micro-step."""
+
+    def __init__(self, block: nn.Module, model: nn.Module) -> None:
+        self.block, self.model = block, model
+        self._undo = ExitStack()
+
+    def __enter__(self) -> None:
+        self._was = self.model.training
+        self._flags = [(module, module.training) for module in self.block.modules()]
+        for module, _ in self._flags:
+            self._undo.enter_context(patched(module, "training", False, in_copies=lambda: self.model.training))
+        self._undo.enter_context(patched(self.block, "train", lambda mode=True: self.block))
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+        for module, flag in self._flags:
+            module.training = flag if self.model.training == self._was else self.model.training
 
 
 def _input_embeddings(model: nn.Module) -> list[nn.Module]:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..model.blocks import Stack, held_attribute, patched_forward, without_cache
+from ..model.blocks import Stack, without_cache
+from ..model.patches import held_attribute, patched_forward
 
 __all__ = ["BlockCost", "Recompute", "least_recompute"]
 

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from .patches import patched_forward
 
 __all__ = [
     "Stack",
     "StopForward",
     "find_stacks",
-    "held_attribute",
     "hidden_states",
-    "patched_forward",
     "starting_at",
     "unwrap",
     "without_cache",
@@ -113,36 +112,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def hidden_states(output: Any) -> Tensor:
-    """The hidden states in what a block returned: the tensor itself, or the first of a tuple."""
+    """The hidden states in what a block returned: the tensor itself, or the first of a tuple or a mapping."""
+    if isinstance(output, Mapping):
+        return hidden_states(next(iter(output.values())))
     return output if isinstance(output, Tensor) else output[0]
-
-
-@contextmanager
-def patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace ``module.forward`` on the instance, and put back exactly what was there."""
-    before = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before  # type: ignore[method-assign]
-
-
-@contextmanager
-def held_attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Set ``module.name`` where the instance has it, and put back what was there."""
-    absent = object()
-    before = module.__dict__.get(name, absent)
-    if before is not absent:
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        if before is not absent:
-            setattr(module, name, before)
 
 
 def without_cache(

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from .blocks import Stack, StopForward, patched_forward, quiet
+from .blocks import Stack, StopForward, quiet
+from .patches import patched_forward
 
-__all__ = ["Flow", "chains_of", "tensors_in", "trace_flow"]
+__all__ = ["Flow", "chains_of", "leaves", "tensors_in", "trace_flow"]
 
 
 @dataclass
@@ -49,9 +50,8 @@ def trace_flow(
 ) -> dict[str, Flow]:
     """Run ``batch`` once with gradients and read what each stack depends on off the autograd graph.
 
-    Exact for any architecture: no list of model families, no guess from names. A hook that makes embeddings
-    require grad is a leaf that is no Parameter, and is rightly ignored. The pass is left at the last block, unless
-    ``to_the_end``: what wraps the model may wait for its end.
+    Exact for any architecture: no list of model families, no guess from names. The pass is left at the last block,
+    unless ``to_the_end``: what wraps the model may wait for its end.
     """
     inside: dict[int, str] = {}
     places: dict[int, tuple[nn.Module, str]] = {}
@@ -74,7 +74,9 @@ def trace_flow(
             if stack.path not in started:
                 started.add(stack.path)
                 flows[stack.path].dropouts, ran[:] = list(ran), []
-            reached[stack.path].update({id(p): p for p in _leaves((args, kwargs), walked[stack.path])})
+            found = leaves((args, kwargs), walked[stack.path])
+            # A hook that makes embeddings require grad gives a leaf that is no Parameter.
+            reached[stack.path].update({id(p): p for p in found if isinstance(p, nn.Parameter)})
             if block is stack.blocks[-1]:
                 finished.add(stack.path)
             if len(finished) == len(stacks) and not to_the_end:
@@ -101,25 +103,33 @@ def trace_flow(
     return flows
 
 
-def _leaves(value: Any, seen: set[Any]) -> Iterator[nn.Parameter]:
-    """The Parameters from which any tensor in ``value`` was computed, through graph nodes not yet ``seen``."""
-    todo = [tensor.grad_fn for tensor in tensors_in(value) if tensor.grad_fn is not None]
+def leaves(value: Any, seen: set[Any] | None = None) -> Iterator[Tensor]:
+    """The leaves of the graph from which any tensor in ``value`` was computed, through nodes not yet ``seen``.
+
+    Parameters, and tensors that somebody made require grad; a tensor in ``value`` may be one itself.
+    """
+    seen, todo = set() if seen is None else seen, []
+    for tensor in tensors_in(value):
+        if tensor.grad_fn is not None:
+            todo.append(tensor.grad_fn)
+        elif tensor.requires_grad:
+            yield tensor
     while todo:
         node = todo.pop()
         if node in seen:
             continue
         seen.add(node)
         variable = getattr(node, "variable", None)
-        if isinstance(variable, nn.Parameter):
+        if variable is not None:
             yield variable
         todo.extend(parent for parent, _ in node.next_functions if parent is not None)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested dicts, lists and tuples."""
+    """All tensors in nested mappings, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for item in value.values():
             yield from tensors_in(item)
     elif isinstance(value, (tuple, list)):

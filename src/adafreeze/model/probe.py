@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..errors import ProbeError
 from .backends import Backend
-from .blocks import Stack, StopForward, device_of, hidden_states, patched_forward, quiet, starting_at
+from .blocks import Stack, StopForward, device_of, hidden_states, quiet, starting_at
 from .draw import REAL_TOKENS, Chunk, collect, keep_random_state, padded_tokens, real_tokens, rows_of, split
+from .patches import patched_forward
 from .units import Unit
 
 __all__ = ["Outputs", "Probe"]

@@ -10,16 +10,21 @@ import torch
 import xxhash
 from torch import Tensor
 
-from .draw import INPUTS, rows_of
+from .draw import rows_of
 
 __all__ = ["NotBySample", "Rows", "Span"]
 
 Span = tuple[int, int]
 """First position of a sample that is no padding, and the one after its last."""
 
-# What only the loss or the form of the output depends on.
-_TARGETS = ("start_positions", "end_positions", "num_items_in_batch")
-_FORM = {"use_cache", "return_dict", "return_loss", "logits_to_keep", "output_router_logits"}
+# Of the whole batch: another number for the same sample in each batch, so it cannot be part of a sample's key. That it
+# does not reach the prefix is shown with another number in its place (``otherwise``), before anything is looked up.
+OF_THE_BATCH = ("num_items_in_batch", "logits_to_keep")
+# The model's own texts, whose padding is found by the mask; of others it is only left out if it is all one value.
+_TEXTS = {
+    *("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask"),
+    *("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask"),
+}
 
 
 class NotBySample(Exception):
@@ -31,7 +36,7 @@ class Rows:
 
     Args:
         inputs: names to what the model is called with.
-        encoder_decoder: whether labels reach the blocks of a decoder.
+        encoder_decoder: whether a decoder has a text of its own, and is called with labels for it.
         whole: take padding for content: a sample is then its row as it stands in the batch.
 
     Raises:
@@ -42,14 +47,12 @@ class Rows:
         self.inputs = dict(inputs)
         self.count = rows_of(self.inputs)
         if not self.count:
-            raise NotBySample("the model is called without input_ids, inputs_embeds or pixel_values")
-        kinds = [name for name in INPUTS if isinstance(self.inputs.get(name), Tensor)]
-        if len(kinds) > 1:
-            raise NotBySample(f"{' and '.join(kinds)} come together, and which belongs to which sample is not known")
+            raise NotBySample("the model is called without a tensor that could be told apart by sample")
+        self._encoder_decoder = encoder_decoder
         self._read: dict[str, Tensor] = {}
         self._context: list[str] = []
         for name, value in self.inputs.items():
-            self._sort(name, value, encoder_decoder)
+            self._sort(name, value)
         self._host = _on_host(self._read)
         self._widths = (self._width("attention_mask"), self._decoder_width() if encoder_decoder else 0)
         if whole:
@@ -57,13 +60,9 @@ class Rows:
         else:
             self._spans = (self._encoder_spans(), self._decoder_spans() if encoder_decoder else [])
 
-    def _sort(self, name: str, value: Any, encoder_decoder: bool) -> None:
-        """Whether the prefix's output may depend on this input."""
-        label = "label" in name
-        if name in _TARGETS or name in _FORM or (label and not (encoder_decoder and name == "labels")):
-            return
-        decoded = (self.inputs.get("decoder_input_ids"), self.inputs.get("decoder_inputs_embeds"))
-        if label and any(given is not None for given in decoded):
+    def _sort(self, name: str, value: Any) -> None:
+        """Everything that the model's own pass gets is part of the key, wherever it may lead."""
+        if name in OF_THE_BATCH:
             return
         if isinstance(value, Tensor) and value.ndim and len(value) == self.count:
             self._read[name] = value.detach()
@@ -75,6 +74,12 @@ class Rows:
             self._context.append(f"{name}={value.item()}")
         elif value is not None:
             raise NotBySample(f"{name} is a {type(value).__name__}")
+
+    def signature(self) -> tuple[Any, ...]:
+        """Names, ranks and dtypes of what the model is called with, whether there are several samples, and padding."""
+        tensors = sorted((name, value.ndim, str(value.dtype)) for name, value in self._read.items())
+        others = sorted(name for name in self.inputs if name not in self._read)
+        return tuple(tensors), tuple(others), tuple(self._context), self.count > 1, tuple(map(self.is_padded, (0, 1)))
 
     def width(self, side: int) -> int:
         """Positions of a row as the encoder's blocks (side 0) or the decoder's (side 1) see it; 0: not known."""
@@ -95,25 +100,37 @@ class Rows:
     def _key(self, row: int, context: str) -> bytes:
         digest = xxhash.xxh3_128(context.encode())
         for name, (shape, data) in sorted(self._host.items()):
-            side = 1 if name == "labels" or name.startswith("decoder_") else 0
+            side = 1 if self._encoder_decoder and (name == "labels" or name.startswith("decoder_")) else 0
             width = self._widths[side]
             row_bytes = data[row]
             if width and shape[:1] == (width,):
                 first, last = self._spans[side][row]
                 each = len(row_bytes) // width
-                row_bytes = row_bytes[first * each : last * each]
-                shape = (last - first, *shape[1:])
+                inside, outside = row_bytes[first * each : last * each], row_bytes.reshape(width, -1)
+                outside = np.concatenate((outside[:first], outside[last:]))
+                if name in _TEXTS or bool((outside == outside[:1]).all()):
+                    row_bytes, shape = inside, (last - first, *shape[1:])
             digest.update(f";{name}{shape}{self._read[name].dtype};".encode())
             digest.update(row_bytes.data)
         return digest.digest()
 
-    def take(self, rows: Sequence[int]) -> dict[str, Any]:
-        """The inputs of these samples, at the width of the batch."""
-        if len(rows) == self.count:
-            return dict(self.inputs)
+    def otherwise(self) -> dict[str, Any]:
+        """The inputs with another value for each that is of the whole batch."""
+        return {
+            name: (value + 1 if isinstance(value, (int, float, Tensor)) and not isinstance(value, bool) else value)
+            if name in OF_THE_BATCH
+            else value
+            for name, value in self.inputs.items()
+        }
+
+    def take(self, rows: Sequence[int], inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The inputs of these samples, at the width of the batch; of ``inputs`` in place of the batch's own."""
+        inputs = self.inputs if inputs is None else inputs
+        if list(rows) == list(range(self.count)):
+            return dict(inputs)
         index: dict[torch.device, Tensor] = {}
         taken = {}
-        for name, value in self.inputs.items():
+        for name, value in inputs.items():
             if isinstance(value, Tensor) and value.ndim and len(value) == self.count:
                 if value.device not in index:
                     index[value.device] = torch.tensor(rows, device=value.device)

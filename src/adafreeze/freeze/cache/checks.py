@@ -2,241 +2,484 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
-from ...model.blocks import Stack, patched_forward, quiet, starting_at
-from ...model.draw import keep_random_state
-from ...model.flow import tensors_in
-from ...model.rows import Rows, Span
-from ..prefix import Prefix
+from ...costs.flops import CountFlops
+from ...model.calls import Call
+from ...model.rows import Rows
+from ..prefix import Prefix, Starts
+from ..traces import traceless
+from .batches import Layout, Slot, find_layout
 
-__all__ = ["Examiner", "Layout", "differs_without_padding", "is_random", "is_read_elsewhere"]
+__all__ = ["Examiner", "Situation"]
+
+# Kinds of calls that a run may have before it is said that none will come again.
+MOST_SITUATIONS = 32
+# How often a stack is called in a pass may differ so often between passes of one kind.
+MOST_COUNTS = 3
+# The part of a run's FLOPs that looking again may cost.
+SPOT_CHECKS = 0.002
+# Numbers of an output that are compared at most: a sample of its rows, so that no second copy of all logits is held.
+MOST_COMPARED = 2**18
+
+# Relative differences that rounding may make. Kernels for other shapes sum in another order: 1e-6 in float32 a block,
+# more above it, and 1e-2 in the sixteen-bit types and under autocast to them.
+OF_STATES, OF_OUTPUTS, COARSE = 2e-5, 1e-4, 5e-2
 
 
-# Settings under which a model skips whole blocks in training, each with a probability.
-_LAYER_DROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop", "layer_drop")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a stack's hidden states lie in a batch.
+@dataclass
+class Situation:
+    """One kind of training pass: what the result of serving it may depend on, but for the samples.
 
     Attributes:
-        dtype: theirs.
-        by_position: dimension 1 is the text's, so that padding can be left out; else a sample is held whole.
-        side: whose positions they are: 0 the encoder's (or only) text, 1 the decoder's.
+        key: of the names, ranks and dtypes of the inputs, autocast, modules in training mode, and prefix depths.
+        calls: how often each stack is called in such a pass.
+        layouts: of each call of a stack, once the prefix was looked at.
+        verified: what was shown: that passes may start from states ``"computed"`` for them, and from ``"held"`` ones.
+        fresh: hidden states of all rows of the pass at hand, where looking at the prefix has computed them.
+        spot: passes between two looks, from the FLOPs counted at the first.
+        passes: served since the last look.
+        counts: how often ``calls`` turned out to be another number.
     """
 
-    dtype: torch.dtype
-    by_position: bool
-    side: int
+    key: str
+    calls: dict[str, int]
+    layouts: dict[Slot, Layout] = field(default_factory=dict)
+    verified: set[str] = field(default_factory=set)
+    fresh: dict[str, list[Tensor]] | None = None
+    spot: int = 0
+    passes: int = 0
+    counts: int = 0
 
-    def span(self, rows: Rows, row: int, width: int) -> Span:
-        """Which positions of a row are the sample's own."""
-        return rows.spans(self.side)[row] if self.by_position else (0, width)
+    @property
+    def several_calls(self) -> bool:
+        """Whether some stack is called more than once in a pass."""
+        return any(count > 1 for count in self.calls.values())
+
+
+@dataclass
+class _Look:
+    """What a training pass is compared with when it has ended: the same pass, served.
+
+    Attributes:
+        situation: of the pass.
+        kind: of the states: computed or held.
+        starts: that it would have been served.
+        rows: of its batch.
+        outputs: samples of all that the served pass returned.
+        own: hidden states at the boundaries of the model's own pass.
+    """
+
+    situation: Situation
+    kind: str
+    starts: Starts
+    rows: Rows
+    outputs: list[tuple[str, Tensor]]
+    own: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
 
 class Examiner:
-    """Looks at the first training passes: whether any may start at the boundary, and what padding means to them.
+    """Shows on the real batch that serving changes nothing, before anything is served; and again now and then.
+
+    In a new situation the prefix is looked at: it is run on the whole batch and on its rows in other groups and another
+    order, so that what depends on chance, on a row's place or on its company is seen, and how rows lie in its output.
+    Then the whole pass is run as it would be served, without a graph and without a trace (``Prefix.shadow``), the
+    training pass itself runs the model's own code, and all that the two return is compared. The same is done when held
+    states are first to be used, and at times that follow from counted FLOPs. The peak does not rise: the served pass
+    is over, but for a sample of its outputs, when the graph is built.
 
     Attributes:
-        layouts: by stack path.
-        passed: the model was looked at with its prefix as it is, and nothing was found.
+        shown: what an earlier process has shown of situations: verified kinds, and calls.
         whole_rows: padding matters, so it is content.
         padding_known: sides (0 the encoder's, 1 the decoder's) of which it is known whether their padding matters.
         refusal: why no pass may ever start at the boundary.
+        flops: spent on looking.
+        writes: the prefix, or what stands below it, writes to its modules, which a nested pass must not do.
+        collect: called with all that ``watch`` is.
+        rounds: states are held in fewer bits than they had.
     """
 
-    def __init__(self, prefix: Prefix, sides: Mapping[str, int], on_whole_rows: Callable[[], None]) -> None:
+    def __init__(
+        self, prefix: Prefix, sides: Mapping[str, int], on_whole_rows: Callable[[], None], *, rounds: bool = False
+    ) -> None:
         self.prefix = prefix
+        self.rounds = rounds
         self.sides = sides
         self.on_whole_rows = on_whole_rows
-        self.layouts: dict[str, Layout] = {}
+        self.situations: dict[str, Situation] = {}
+        self.shown: dict[str, tuple[Sequence[str], dict[str, int]]] = {}
         self.whole_rows = False
         self.padding_known: set[int] = set()
         self.refusal: str | None = None
-        self.passed = False
-        self._waiting: set[str] = set()
-        self._widths: set[tuple[int, int]] = set()
+        self.flops = 0
+        self._waiting: set[tuple[str, int]] = set()
+        self._widths: set[tuple[str, int, int]] = set()
+        self.writes = False
+        self._rows: Rows | None = None
+        self._situation: Situation | None = None
+        self._look: _Look | None = None
+        self.collect: Callable[[str, int, Tensor], None] | None = None
 
-    def look(self, rows: Rows) -> None:
-        """Look at the model with the first sample, unless it was looked at since the prefix last grew."""
-        if self.passed:
-            return
-        with keep_random_state():
-            self._look(rows, rows.take([0]))
+    # The situation of a pass.
 
-    def _look(self, rows: Rows, one: Mapping[str, Any]) -> None:
-        states = self.prefix.compute(one, {})
-        if states is None:
-            self.refusal = "a training pass does not come to the boundary of every stack"
+    def situation(self, rows: Rows, ambient: Any) -> Situation:
+        """Of a pass on these rows, in the prefix as it is now."""
+        training = tuple(module.training for module in self.prefix.modules)
+        depths = tuple(self.prefix.depths.values())
+        told = rows.signature(), str(ambient), self.whole_rows, depths, hash(training)
+        key = xxhash.xxh3_64_hexdigest(repr(told).encode())
+        if key not in self.situations:
+            if len(self.situations) >= MOST_SITUATIONS:
+                self.refusal = f"the model was called in {MOST_SITUATIONS} different ways"
+            calls = {stack.path: 1 for stack in self.prefix.stacks}
+            verified, counted = self.shown.get(key, ((), {}))
+            self.situations[key] = Situation(key, calls | counted, verified=set(verified))
+        return self.situations[key]
+
+    def slots(self, situation: Situation) -> list[Slot]:
+        """All calls of all stacks in such a pass."""
+        stacks = enumerate(self.prefix.stacks)
+        return [(n, stack.path, call) for n, stack in stacks for call in range(situation.calls[stack.path])]
+
+    def until(self, situation: Situation) -> dict[str, int]:
+        """How often each stack comes to its boundary."""
+        return {path: n for path, n in situation.calls.items() if n and self.prefix.depths[path]}
+
+    # What the prefix makes of a batch, before anything of it is held.
+
+    def examine(self, situation: Situation, rows: Rows, call: Call) -> None:
+        """Look at the prefix in a new situation; ``refusal`` says what was found."""
+        situation.fresh = None
+        if situation.layouts:
             return
-        for path, hidden in states.items():
+        if self.prefix.drops_layers:
+            self.refusal = "a setting for layer drop leaves out blocks of the prefix by chance (set it to 0.0)"
+            return
+        until = self.until(situation)
+        if not until:
+            return
+        written: set[tuple[int, str]] = set()
+        inside = {id(module): type(module).__name__ for block in self.prefix.blocks for module in block.modules()}
+        names: list[str] = []
+
+        def notice(module: nn.Module, name: str) -> None:
+            written.add((id(module), name))
+            if id(module) in inside:
+                names.append(f"{inside[id(module)]}.{name}")
+
+        with traceless(self.prefix.modules, notice):
+            whole = self.prefix.compute(call, rows.inputs, {}, until)
+            if whole is None:
+                if situation.counts:
+                    self.refusal = "a training pass does not come to the boundary of every stack"
+                return
+            problem = self._look_at_rows(situation, rows, call, whole)
+        if problem is None and names:
+            problem = f"a block of the prefix writes to {names[0]} in each pass"
+        if problem is not None:
+            self.refusal = problem
+            situation.layouts = {}
+            return
+        self.writes = self.writes or bool(written)
+        if rows.count and not situation.several_calls:
+            situation.fresh = whole
+        self.keeps_width(situation, rows, call, whole)
+
+    def _look_at_rows(
+        self, situation: Situation, rows: Rows, call: Call, whole: Mapping[str, Sequence[Tensor]]
+    ) -> str | None:
+        """Run the same rows in other groups, and find how they lie; returns what stands against taking them apart."""
+        count = rows.count
+        backwards = list(range(count))[::-1]
+        groups = [backwards[: count - count // 2], backwards[count - count // 2 :]] if count > 1 else [[0, 0]]
+        until = self.until(situation)
+        otherwise = rows.otherwise()
+        parts = [self.prefix.compute(call, rows.take(group, otherwise), {}, until) for group in groups]
+        if any(part is None for part in parts):
+            return "a training pass on a part of the batch does not come to the boundary of every stack"
+        again: Mapping[str, Sequence[Tensor]] | None = None
+        for position, path, number in self.slots(situation):
+            if path not in until:
+                situation.layouts[position, path, number] = Layout(torch.float32)
+                continue
+            hidden, pieces = whole[path][number], [part[path][number] for part in parts if part is not None]
+            layout = find_layout(hidden, pieces[0], count, len(groups[0]))
+            if layout is None:
+                return f"the hidden states of {path}, {tuple(hidden.shape)}, are not so many rows of each sample"
+            for interleaved in (False, True) if layout.rows > 1 else (False,):
+                one = replace(layout, interleaved=interleaved)
+                samples = one.apart(hidden, count)
+                if all(
+                    self._agree(samples[row], one.apart(piece, len(group))[place])
+                    for group, piece in zip(groups, pieces, strict=True)
+                    for place, row in enumerate(group)
+                ):
+                    break
+            else:
+                again = again or self.prefix.compute(call, rows.inputs, {}, until)
+                if again is None or not torch.equal(again[path][number], hidden):
+                    return (
+                        "the prefix gives a sample another output each time (NEFTune noise, or dropout that is a "
+                        "function and no module: BART and its relatives take dropout=0.0 in their configuration)"
+                    )
+                return "what the prefix makes of a sample depends on its place in the batch, or on the others in it"
             side = self.sides[path]
-            by_position = not self.whole_rows and hidden.ndim > 2 and rows.width(side) > 0
-            self.layouts[path] = Layout(hidden.dtype, by_position, side)
-        self._widths.clear()
-        self.keeps_width(rows, states)
-        self._look_at_model(one)
-        self.passed = self.refusal is None
+            width = rows.width(side)
+            plain = one.dimension == 0 and one.rows == 1 and hidden.ndim > 2 and hidden.shape[1] == width
+            situation.layouts[position, path, number] = replace(
+                one, by_position=plain and width > 0 and not self.whole_rows, side=side
+            )
+        return None
 
-    def keeps_width(self, rows: Rows, states: Mapping[str, Tensor] | None = None) -> bool:
+    def keeps_width(
+        self, situation: Situation, rows: Rows, call: Call, states: Mapping[str, Sequence[Tensor]] | None = None
+    ) -> bool:
         """Whether hidden states are as wide as these inputs; if not, whole rows are taken from now on.
 
-        Some models pad inside, to a multiple of a window, and so at some widths only: each is looked at once.
+        Some models pad inside, to a multiple of a window, and so at some widths only: each is looked at once. Where
+        positions are not the second dimension, padding cannot be left out either.
 
         Args:
+            situation: of the pass.
             rows: of a batch.
+            call: as which the model is called with them.
             states: computed of some of them; None: those of the first are, at a width that was not seen before.
         """
-        widths = rows.width(0), rows.width(1)
+        widths = situation.key, rows.width(0), rows.width(1)
         if self.whole_rows or widths in self._widths:
             return True
         if states is None:
-            with keep_random_state():
-                states = self.prefix.compute(rows.take([0]), {})
-        for path, hidden in (states or {}).items():
-            if self.layouts[path].by_position and hidden.shape[1] != widths[self.layouts[path].side]:
+            with traceless(self.prefix.modules):
+                states = self.prefix.compute(call, rows.take([0]), {}, self.until(situation))
+        for (_, path, number), layout in situation.layouts.items():
+            width = widths[1 + layout.side]
+            if states is None or path not in states or not width:
+                continue
+            moved = layout.by_position and states[path][number].shape[1] != width
+            if moved or (not layout.by_position and rows.is_padded(layout.side)):
                 self._take_whole_rows()
                 return False
         self._widths.add(widths)
         return True
 
-    def trusts_padding(self, rows: Rows) -> bool:
+    def _agree(self, a: Tensor, b: Tensor, tolerance: float = OF_STATES) -> bool:
+        coarse = isinstance(self.prefix.autocast, torch.dtype) or self.rounds
+        return _close(a, b, tolerance, coarse)
+
+    # What padding means.
+
+    def trusts_padding(self, situation: Situation, rows: Rows, call: Call) -> bool:
         """Whether held states, which have no padding, may stand in this batch; asks its gradient otherwise."""
-        layouts = [self.layouts[path] for path, depth in self.prefix.depths.items() if depth]
-        sides = {layout.side for layout in layouts if layout.by_position and rows.is_padded(layout.side)}
+        layouts = {slot: layout for slot, layout in situation.layouts.items() if self.prefix.depths[slot[1]]}
+        sides = {one.side for one in layouts.values() if one.by_position and rows.is_padded(one.side)}
         if self.whole_rows or sides <= self.padding_known:
             return True
-        if differs_without_padding(self.prefix, rows, self.layouts):
+        if self._differs_without_padding(situation, rows, call):
             self._take_whole_rows()
             return False
-        self._waiting = {
-            path
-            for path, depth in self.prefix.depths.items()
-            if depth and self.layouts[path].by_position and self.layouts[path].side in sides
-        }
-        self.prefix.watch_boundary = partial(self._ask_for_gradient, rows)
+        self._waiting = {(p, n) for (_, p, n), one in layouts.items() if one.by_position and one.side in sides}
+        self._situation, self._rows = situation, rows
         return False
 
-    def _look_at_model(self, one: Mapping[str, Any]) -> None:
-        config = getattr(self.prefix.model, "config", None)
-        dropped = [name for name in _LAYER_DROP if getattr(config, name, None)]
-        if dropped:
-            self.refusal = f"{dropped[0]} leaves out blocks of the prefix by chance"
-        elif is_random(self.prefix, one):
-            self.refusal = "the prefix gives a sample another output each time (NEFTune noise, or dropout of its own)"
-        elif is_read_elsewhere(self.prefix.model, self.prefix.stacks, self.prefix.depths, one):
-            self.refusal = (
-                "what stands above the prefix reads more of it than its last output "
-                "(shared keys and values, all hidden states, or a loss over routers)"
-            )
+    def _differs_without_padding(self, situation: Situation, rows: Rows, call: Call) -> bool:
+        """Whether a padded sample's own positions come out otherwise when it is run without its padding.
 
-    def _ask_for_gradient(self, rows: Rows, path: str, hidden: Tensor) -> None:
-        if path in self._waiting:
-            hidden.requires_grad_().register_hook(partial(self._see_gradient, rows, path))
+        They do with left padding and absolute positions, and where padding is attended to.
+        """
+        for row in range(rows.count):
+            first, last = rows.spans(0)[row]
+            if (first, last) != (0, rows.width(0)):
+                break
+        else:
+            return False
+        until = self.until(situation)
+        with traceless(self.prefix.modules):
+            padded = self.prefix.compute(call, rows.take([row]), {}, until)
+            alone = self.prefix.compute(call, rows.alone(row), {}, until)
+        if padded is None or alone is None:
+            return True
+        for (_, path, number), layout in situation.layouts.items():
+            if path in padded:
+                states = padded[path][number]
+                if layout.by_position and layout.side == 0:
+                    states = states[:, first:last]
+                if not self._agree(states, alone[path][number]):
+                    return True
+        return False
 
-    def _see_gradient(self, rows: Rows, path: str, gradient: Tensor) -> None:
+    def _see_gradient(self, slot: tuple[str, int], gradient: Tensor) -> None:
         """Where padding has a gradient, something above reads it: labels on padding, a mean over all positions."""
+        assert self._situation is not None and self._rows is not None
+        sides = {(path, n): layout.side for (_, path, n), layout in self._situation.layouts.items()}
         size = gradient.detach().abs()
         largest = float(size.max())
         if largest != largest or largest in (0.0, float("inf")):
             return  # an overflow under loss scaling says nothing; the next padded pass is asked
-        for row, (first, last) in enumerate(rows.spans(self.layouts[path].side)):
+        for row, (first, last) in enumerate(self._rows.spans(sides[slot])):
             size[row, first:last] = 0
-        self._waiting.discard(path)
+        self._waiting.discard(slot)
         if float(size.max()) > 1e-6 * largest:
             self._take_whole_rows()
-        elif not any(self.layouts[other].side == self.layouts[path].side for other in self._waiting):
-            self.padding_known.add(self.layouts[path].side)
+        elif not any(sides[other] == sides[slot] for other in self._waiting):
+            self.padding_known.add(sides[slot])
 
     def _take_whole_rows(self) -> None:
         self.whole_rows = True
         self._waiting = set()
-        for path, layout in self.layouts.items():
-            self.layouts[path] = replace(layout, by_position=False)
+        self.situations.clear()
+        self._look = None
         self.on_whole_rows()
 
+    # The shadow of a pass.
 
-def is_random(prefix: Prefix, inputs: Mapping[str, Any]) -> bool:
-    """Whether two training passes of the prefix over one sample differ (NEFTune, noise, dropout that is no module)."""
-    first, second = prefix.compute(inputs, {}), prefix.compute(inputs, {})
-    if first is None or second is None:
-        return True
-    return not all(torch.equal(first[path], second[path]) for path in first)
-
-
-def is_read_elsewhere(
-    model: nn.Module, stacks: list[Stack], depths: Mapping[str, int], inputs: Mapping[str, Any]
-) -> bool:
-    """Whether the model's output depends on its prefix through more than the boundary.
-
-    Such are blocks that read the keys and values of an earlier block, heads that read all hidden states, losses over
-    the routers of all experts: skipping the prefix would change what they compute. One sample is run whole and from
-    the boundary, without dropout, and all that the model returns is compared.
-    """
-    recorded: dict[int, Any] = {}
-
-    def recording(block: nn.Module, position: int) -> Any:
-        original = block.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            recorded[position] = original(*args, **kwargs)
-            return recorded[position]
-
-        return forward
-
-    with ExitStack() as undo:
-        undo.enter_context(torch.no_grad())
-        undo.enter_context(quiet(model))
-        with ExitStack() as watching:
-            for position, stack in enumerate(stacks):
-                if depths[stack.path]:
-                    block = stack.blocks[depths[stack.path] - 1]
-                    watching.enter_context(patched_forward(block, recording(block, position)))
-            whole = list(tensors_in(model.forward(**inputs)))
-        with starting_at(recorded, stacks, depths):
-            skipped = list(tensors_in(model.forward(**inputs)))
-    return len(whole) != len(skipped) or not all(map(_close, whole, skipped))
-
-
-def differs_without_padding(prefix: Prefix, rows: Rows, layouts: Mapping[str, Layout]) -> bool:
-    """Whether a padded sample's own positions come out otherwise when it is run without its padding.
-
-    They do with left padding and absolute positions, and where padding is attended to.
-    """
-    for row in range(rows.count):
-        first, last = rows.spans(0)[row]
-        if (first, last) != (0, rows.width(0)):
-            break
-    else:
-        return False
-    with keep_random_state():
-        padded, alone = prefix.compute(rows.take([row]), {}), prefix.compute(rows.alone(row), {})
-    if padded is None or alone is None:
-        return True
-    for path, states in padded.items():
-        if layouts[path].by_position and layouts[path].side == 0:
-            states = states[:, first:last]
-        if not _close(states, alone[path]):
+    def shadow(self, situation: Situation, kind: str, rows: Rows, call: Call, starts: Starts) -> bool:
+        """Whether this pass may be served; if that is still to be shown, its shadow is run, and compared at its end."""
+        due = situation.spot and situation.passes >= situation.spot
+        if kind in situation.verified and not due:
+            situation.passes += 1
             return True
-    return False
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal but for rounding, position by position: one huge position may not hide another."""
-    if a.shape != b.shape:
+        before = self.flops
+        try:
+            with traceless(self.prefix.modules), CountFlops() as count:
+                outputs = self.prefix.shadow(call, rows.inputs, starts)
+        except Exception as error:
+            self.refusal = f"a pass that starts above the prefix fails ({type(error).__name__}: {_first_line(error)})"
+            return False
+        self.flops += count.total
+        self._look = _Look(situation, kind, starts, rows, _sampled(outputs, rows))
+        situation.passes = 0
+        if not situation.spot:
+            blocks, skipped = sum(map(len, self.prefix.stacks)), sum(self.prefix.depths.values())
+            prefix = count.total * skipped / max(1, blocks - skipped)
+            # Of a served pass, forward and backward, which takes about three times its forward pass.
+            situation.spot = max(1, round((prefix + self.flops - before) / (3 * max(1, count.total) * SPOT_CHECKS)))
         return False
+
+    def watch(self, path: str, number: int, hidden: Tensor) -> None:
+        """The boundary of a training pass."""
+        if (path, number) in self._waiting:
+            self.prefix.mark(hidden).register_hook(partial(self._see_gradient, (path, number)))
+        if self._look is not None:
+            self._look.own[path, number] = hidden.detach()
+        if self.collect is not None:
+            self.collect(path, number, hidden.detach())
+
+    def finished(self, output: Any, calls: Mapping[str, int], situation: Situation | None) -> str | None:
+        """The training pass has ended; returns what differs from serving it, if something was compared and does."""
+        look, self._look = self._look, None
+        if situation is not None and output is not None and not self._has_learned(situation, calls):
+            return None
+        if look is None or output is None:
+            return None
+        problem = self._difference(look, output)
+        if problem is None:
+            look.situation.verified.add(look.kind)
+        return problem
+
+    def _has_learned(self, situation: Situation, calls: Mapping[str, int]) -> bool:
+        """Whether stacks were called as often as was thought; if not, the situation is looked at anew."""
+        seen = {path: calls.get(path, 0) for path, depth in self.prefix.depths.items() if depth}
+        if all(situation.calls[path] == count for path, count in seen.items()):
+            return True
+        situation.calls.update(seen)
+        situation.layouts, situation.verified, situation.fresh = {}, set(), None
+        situation.counts += 1
+        if situation.counts > MOST_COUNTS:
+            self.refusal = "a stack is called another number of times in each pass"
+        return False
+
+    def _difference(self, look: _Look, output: Any) -> str | None:
+        layouts = {(path, number): layout for (_, path, number), layout in look.situation.layouts.items()}
+        for (path, number), own in look.own.items():
+            starts = look.starts.get(path, ())
+            start = starts[number] if number < len(starts) else None
+            if start is None:
+                continue
+            served, layout = start.states, layouts[path, number]
+            if own.shape != served.shape:
+                return f"the states of {path} have the shape {tuple(own.shape)} and not {tuple(served.shape)}"
+            if layout.by_position and look.rows.is_padded(layout.side):
+                real = _real(look.rows, layout.side, own.device)
+                own, served = own[real], served[real]
+            if not self._agree(own, served):
+                return f"the states of {path} are others than a pass of the model gives now"
+        own_outputs = _sampled(output, look.rows)
+        if [name for name, _ in own_outputs] != [name for name, _ in look.outputs]:
+            return "the model returns other things"
+        for (name, own), (_, served) in zip(own_outputs, look.outputs, strict=True):
+            if not self._agree(own, served, OF_OUTPUTS):
+                values = ""
+                if own.ndim == 0 or own.numel() == 1:
+                    values = f" ({float(served):.4g} and not {float(own):.4g})"
+                return f"{name or 'the output'} is another one{values}"
+        return None
+
+
+def _real(rows: Rows, side: int, device: torch.device) -> Tensor:
+    """(samples, positions) bool: which are no padding."""
+    real = torch.zeros(rows.count, rows.width(side), dtype=torch.bool)
+    for row, (first, last) in enumerate(rows.spans(side)):
+        real[row, first:last] = True
+    return real.to(device)
+
+
+def _named_tensors(output: Any, name: str = "") -> list[tuple[str, Tensor]]:
+    """All tensors of an output, each with where it stands."""
+    if isinstance(output, Tensor):
+        return [(name, output)]
+    if isinstance(output, Mapping):
+        # Keys and values for generation come unasked, and of skipped blocks there are none.
+        items = [(str(key), item) for key, item in output.items() if key != "past_key_values"]
+        return [pair for key, item in items for pair in _named_tensors(item, key)]
+    if isinstance(output, (tuple, list)):
+        return [pair for n, item in enumerate(output) for pair in _named_tensors(item, f"{name}[{n}]")]
+    if dataclasses.is_dataclass(output):
+        return [pair for key, item in vars(output).items() for pair in _named_tensors(item, key)]
+    return []
+
+
+def _sampled(output: Any, rows: Rows) -> list[tuple[str, Tensor]]:
+    """Of each tensor of an output some rows, evenly spaced, and nothing at padded positions."""
+    found = []
+    for name, tensor in _named_tensors(output):
+        tensor = tensor.detach()
+        for side in (0, 1):
+            width = rows.width(side)
+            if width and tensor.shape[:2] == (rows.count, width) and rows.is_padded(side):
+                tensor = tensor[_real(rows, side, tensor.device)]
+                break
+        if tensor.ndim > 1:
+            tensor = tensor.reshape(-1, tensor.shape[-1])
+            most = max(1, MOST_COMPARED // max(1, tensor.shape[-1]))
+            tensor = tensor[:: max(1, -(-len(tensor) // most))]
+        found.append((name, tensor.clone()))
+    return found
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float, coarse: bool) -> bool:
+    """Equal but for rounding, position by position: one huge position may not hide another."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if torch.equal(a, b) or not a.numel():
+        return True
     if not a.is_floating_point():
-        return torch.equal(a, b)
-    # Kernels for other shapes round otherwise: by 1e-6 in float32, by 1e-2 in the sixteen-bit types.
-    tolerance = 5e-2 if a.dtype.itemsize < 4 else 1e-3
+        return False
+    tolerance = COARSE if coarse or a.dtype.itemsize < 4 else tolerance
     a, b = (t.float().reshape(-1, t.shape[-1] if t.ndim else 1) for t in (a, b))
-    return bool(((a - b).norm(dim=1) <= tolerance * a.norm(dim=1) + 1e-6).all())
+    if not torch.equal(a.isfinite(), b.isfinite()):
+        return False
+    a, b = a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0)
+    least = 1e-3 * tolerance * float(a.norm(dim=1).mean()) + 1e-7
+    return bool(((a - b).norm(dim=1) <= tolerance * a.norm(dim=1) + least).all())
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")

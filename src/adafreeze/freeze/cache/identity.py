@@ -46,8 +46,9 @@ class Identity:
         self._stacks = stacks
         self._backend = backend
         self._chains: list[list[bytes]] = [[] for _ in stacks]
-        self._watched: list[Tensor] = []
+        self._places: list[tuple[dict[str, Any], str]] = []
         self._seen: tuple[int, int] = (0, 0)
+        self._changed = False
 
     def of(self, depths: Sequence[int]) -> bytes:
         """The digest of prefixes of these depths, one for each stack; hashes what it has not hashed yet."""
@@ -64,16 +65,45 @@ class Identity:
             digest.update(chain[depth])
         return digest.digest()
 
+    def of_calls(self, depths: Sequence[int], stacks: Sequence[int]) -> bytes:
+        """The same, of the depths of calls, with the position of the stack that each is of."""
+        by_stack = dict(zip(stacks, depths, strict=True))
+        return self.of([by_stack.get(position, 0) for position in range(len(self._stacks))])
+
     def watch(self, depths: Sequence[int]) -> None:
         """Take the weights of these prefixes, as they are now, for what ``changed`` compares with."""
         blocks = [block for stack, depth in zip(self._stacks, depths, strict=True) for block in stack.blocks[:depth]]
-        inside = [tensor for block in blocks for _, tensor in _named_tensors(block)]
-        self._watched = [*(tensor for _, tensor in self._outside()), *inside]
-        self._seen = _versions(self._watched)
+        # Places, not tensors: what stands there may be replaced by another Parameter.
+        inside = [(module, True) for block in blocks for module in block.modules()]
+        self._places = []
+        for module, whole in [*inside, *((module, False) for module in self._outside_modules())]:
+            own = {name: p for name, p in module._parameters.items() if p is not None}
+            frozen = [name for name, p in own.items() if whole or not p.requires_grad]
+            self._places += [(module._parameters, name) for name in frozen]
+            if len(frozen) == len(own):
+                self._places += [(module._buffers, name) for name in module._buffers]
+        self._seen, self._changed = self._now(), False
+
+    def before_pass(self) -> None:
+        """Of the model, whatever for: see whether a weight was written to since the last one."""
+        self._changed = self._changed or self._now() != self._seen
+
+    def after_pass(self) -> None:
+        """What a pass itself does to its weights is no change: PEFT parametrizes experts' weights in each of them."""
+        self._seen = self._now()
 
     def changed(self) -> bool:
-        """Whether a watched weight was written to or replaced since; costs no look at its values."""
-        return _versions(self._watched) != self._seen
+        """Whether a watched weight was written to or replaced between two passes; costs no look at its values."""
+        return self._changed
+
+    def _now(self) -> tuple[int, int]:
+        writes = objects = 0
+        for table, name in self._places:
+            tensor = table.get(name)
+            if tensor is not None:
+                objects += id(tensor)
+                writes += 0 if tensor.is_inference() else tensor._version
+        return writes, objects
 
     def forget(self) -> None:
         """Hash anew at the next ``of``."""
@@ -98,11 +128,15 @@ class Identity:
         _add_tensors(digest, self._outside())
         return digest.digest()
 
+    def _outside_modules(self) -> list[nn.Module]:
+        inside = {id(module) for stack in self._stacks for block in stack.blocks for module in block.modules()}
+        return [module for module in self._model.modules() if id(module) not in inside]
+
     def _outside(self) -> Iterator[tuple[str, Tensor]]:
         """Frozen parameters outside the blocks, and buffers of modules in which nothing trains."""
-        inside = {id(module) for stack in self._stacks for block in stack.blocks for module in block.modules()}
+        outside = {id(module) for module in self._outside_modules()}
         for name, module in self._model.named_modules():
-            if id(module) in inside:
+            if id(module) not in outside:
                 continue
             own = dict(module.named_parameters(recurse=False))
             yield from ((f"{name}.{key}", p) for key, p in own.items() if not p.requires_grad)
@@ -128,15 +162,6 @@ def _bytes_of(tensor: Tensor) -> memoryview | bytes:
     buffer = io.BytesIO()  # a subclass: whatever it is made of
     torch.save([tensor, state.as_dict() if hasattr(state, "as_dict") else None], buffer)
     return buffer.getvalue()
-
-
-def _versions(tensors: Sequence[Tensor]) -> tuple[int, int]:
-    writes, places = 0, 0
-    for tensor in tensors:
-        if not tensor.is_inference():
-            writes += tensor._version
-        places += id(tensor)
-    return writes, places
 
 
 def _version(package: str) -> str:

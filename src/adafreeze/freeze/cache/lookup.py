@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -15,10 +14,12 @@ from ...errors import AdafreezeError, note
 from ...journal import Journal
 from ...model.backends import Backend
 from ...model.blocks import device_of
+from ...model.calls import Call
 from ...model.rows import NotBySample, Rows
-from ..prefix import Prefix, Start, autocast_now
+from ..prefix import Prefix, Starts, autocast_now
+from ..traces import read_by, traceless
 from .batches import Batches, Computed
-from .checks import Examiner
+from .checks import Examiner, Situation
 from .identity import Identity
 from .store import Store
 from .tiers import Entry, Tier
@@ -40,20 +41,31 @@ class Progress(NamedTuple):
     epoch: int | None
 
 
+class _Pass(NamedTuple):
+    """What is known of the training pass that was looked up, until it ends."""
+
+    situation: Situation
+    rows: Rows
+    keys: list[bytes]
+    missing: list[int]
+
+
 class PrefixCache:
     """Looks up what the frozen prefix makes of a sample, and computes it where it is not held.
 
-    Before each training pass the batch is taken apart into samples. Key of a sample: 128 bits of its unpadded inputs
-    and of the autocast state. Value: its unpadded hidden states at the boundary, with the identity of the prefix
-    that gave them (``Identity``). What is not held is computed by a nested pass over those rows
-    alone, which ends at the boundary; what is held at a smaller depth goes through the new blocks alone. Then the
-    training pass starts at the boundary, with the hidden states that running the prefix would give: to the bit at
-    fixed padding, up to rounding where a sample comes at another width.
+    Before each training pass the batch is taken apart into samples. Key of a sample: 128 bits of all that the model is
+    called with for it, unpadded, and of the autocast state. Value: its unpadded hidden states at the boundary, one for
+    each call of a stack in the pass, with the identity of the prefix that gave them (``Identity``). What is not held is
+    computed by a nested pass over those rows alone, which ends at the boundary; what is held at a smaller depth goes
+    through the new blocks alone. Then the training pass starts at the boundary, with the hidden states that running the
+    prefix would give: to the bit at fixed padding, up to rounding where a sample comes at another width. Where a stack
+    is called several times in a pass, a batch that is not held whole runs its prefix, and what that gives is held.
 
-    Passes without gradients, in evaluation mode, with other adapters on than the trained ones, or that ask for all
-    hidden states, run the model as if there were no cache. The first passes are watched before anything is looked
-    up (``Examiner``). Where the length of an epoch is not known, no states are held before samples are
-    seen to come again (``Repeats``). A failure of the cache ends the cache, and never the run.
+    Nothing is served before it was shown on the real batch that serving changes nothing (``Examiner``). Passes without
+    gradients, in evaluation mode, with other adapters on than the trained ones, that ask for all hidden states, or in
+    which somebody's hook reads a block of the prefix, run the model as if there were no cache. Where the length of an
+    epoch is not known, no states are held before samples are seen to come again (``Repeats``). A failure of the cache
+    ends the cache, and never the run.
 
     Args:
         prefix: whose output is held; the cache sets its ``look_up``.
@@ -66,6 +78,7 @@ class PrefixCache:
 
     Attributes:
         off: why it was switched off; None while it is on.
+        distrusted: it was switched off since serving would have changed what training computes.
         counts_flops: count what nested passes spend. The first pass of each shape takes a third longer then.
         flops: spent in nested passes; what a training pass itself spends is its host's to count.
     """
@@ -86,6 +99,7 @@ class PrefixCache:
         self.progress = progress
         self.store_dtype = store_dtype
         self.off: str | None = None
+        self.distrusted = False
         self.counts_flops = False
         self.flops = 0
         self.worth = Worth(device_of(prefix.model))
@@ -93,27 +107,34 @@ class PrefixCache:
         self._stacks = prefix.stacks
         self.store = Store(tiers, identity, journal)
         self._identity = identity
-        self._encoder_decoder = bool(getattr(_config(prefix.model), "is_encoder_decoder", False))
+        self._encoder_decoder = _is_encoder_decoder(prefix.model)
         sides = {stack.path: int(self._encoder_decoder and n > 0) for n, stack in enumerate(prefix.stacks)}
-        self.examiner = Examiner(prefix, sides, self._note_whole_rows)
-        self._batches = Batches(prefix.stacks, self.examiner.layouts, self.worth.device, store_dtype)
-        self._names = _positional_names(prefix.model)
+        self.examiner = Examiner(prefix, sides, self._note_whole_rows, rounds=store_dtype is not None)
+        self._batches = Batches(self.worth.device, store_dtype)
         self._depths: tuple[int, ...] = (0,) * len(prefix.stacks)
         self._sites: list[nn.Module] = []
         self._settings: list[tuple[Any, ...]] = []
+        self._modules: list[nn.Module] = []
         self._changes = 0
         self._autocasts: dict[Any, Any] = {}
         self._flops_per_row: dict[Any, float] = {}
         self._asked = (0, 0)
+        self._now: _Pass | None = None
+        self._own: dict[str, list[Tensor]] = {}
+        self._said: set[str] = set()
         self._undo = ExitStack()
         prefix.look_up = self.look_up
+        prefix.watch_boundary = self.examiner.watch
+        prefix.finished = self._finished
+        prefix.around = identity
 
     # What Safe calls.
 
     @property
     def state_key(self) -> tuple[Any, ...]:
         """Changes whenever the cost of a training pass, nested passes left out, may change."""
-        return self.off is None, self._holds, self.examiner.whole_rows, *sorted(self.examiner.padding_known)
+        shown = sum(len(situation.verified) for situation in self.examiner.situations.values())
+        return self.off is None, self._holds, self.examiner.whole_rows, shown, *sorted(self.examiner.padding_known)
 
     @property
     def _holds(self) -> bool:
@@ -123,13 +144,13 @@ class PrefixCache:
         """The prefix has changed; what is held is advanced at its next use."""
         self._undo.close()
         self._depths = tuple(self.prefix.depths[stack.path] for stack in self._stacks)
-        self.examiner.passed = False
         if self.off is not None:
             return
         pairs = zip(self._stacks, self._depths, strict=True)
         blocks = [block for stack, depth in pairs for block in stack.blocks[:depth]]
         self._sites = [site for block in blocks for _, site in self.backend.sites(block)]
         self._settings = [self.backend.settings(site) for site in self._sites]
+        self._modules = [module for block in blocks for module in block.modules()]
         self._identity.watch(self._depths)
         for block in blocks:
             for context in self.backend.merges(block, self._merged):
@@ -179,6 +200,9 @@ class PrefixCache:
             "off": self.off,
             "whole_rows": self.examiner.whole_rows,
             "padding_known": sorted(self.examiner.padding_known),
+            "situations": {
+                key: [sorted(one.verified), one.calls] for key, one in self.examiner.situations.items() if one.verified
+            },
             "held": self.store.held_in_memory(),
             "repeats": self.repeats.found,
         }
@@ -186,6 +210,7 @@ class PrefixCache:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what ``state_dict`` wrote."""
         self.examiner.whole_rows, self.examiner.padding_known = state["whole_rows"], set(state["padding_known"])
+        self.examiner.shown = dict(state.get("situations", {}))
         self.repeats.found = state.get("repeats", False)
         if state["off"] is not None:
             self.switch_off(state["off"])
@@ -193,7 +218,8 @@ class PrefixCache:
 
     def _give_back(self) -> None:
         self._undo.close()
-        self.prefix.look_up = self.prefix.watch_boundary = None
+        self.prefix.look_up = self.prefix.watch_boundary = self.prefix.finished = self.prefix.around = None
+        self._now = None
         self.store.close()
 
     def _note_whole_rows(self) -> None:
@@ -209,23 +235,18 @@ class PrefixCache:
 
     # What the prefix asks.
 
-    def look_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Start]:
-        """Where the pass with these arguments starts, by stack path; empty: at the embeddings."""
-        self.prefix.watch_boundary = None
+    def look_up(self, call: Call) -> Starts:
+        """Where the pass that begins with this call starts; empty: at the embeddings."""
+        self._now = None
         try:
-            if self.off is None and any(self._depths) and self._may_serve(inputs := self._named(args, kwargs)):
-                return self._look_up(inputs)
+            if self.off is None and any(self._depths) and self._may_serve(call.inputs):
+                return self._look_up(call)
         except NotBySample as error:
             self.switch_off(str(error))
         except Exception as error:  # whatever it is: the prefix can always be run
             fact = error.fact if isinstance(error, AdafreezeError) else f"{type(error).__name__}: {error}"
             self.switch_off(f"it failed ({fact})")
         return {}
-
-    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        if len(args) > len(self._names):
-            raise NotBySample("the model is called with positional arguments that have no names")
-        return {**dict(zip(self._names, args, strict=False)), **kwargs}
 
     def _may_serve(self, inputs: Mapping[str, Any]) -> bool:
         config = _config(self.prefix.model)
@@ -234,11 +255,20 @@ class PrefixCache:
             return False
         if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
             return False
+        if (reader := read_by(self._modules)) is not None:
+            self._say(f"a hook of yours reads {reader} in the frozen prefix, so passes with it are not looked up")
+            return False
         return [self.backend.settings(site) for site in self._sites] == self._settings
 
-    def _look_up(self, inputs: Mapping[str, Any]) -> Mapping[str, Start]:
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self.journal.write("cache_waits", step=self.progress().step, reason=text)
+            note(f"Prefix cache: {text}.")
+
+    def _look_up(self, call: Call) -> Starts:
         whole = self.examiner.whole_rows
-        rows = Rows(inputs, encoder_decoder=self._encoder_decoder, whole=whole)
+        rows = Rows(call.inputs, encoder_decoder=self._encoder_decoder, whole=whole)
         if not self._holds:
             with self.worth.timed(self.worth.write, rows.count):
                 repeated = self.repeats.see(rows.keys())
@@ -250,48 +280,100 @@ class PrefixCache:
         if self._identity.changed():
             self._hash_again()
         ambient = autocast_now(self.worth.device)
-        if ambient not in self._autocasts:
-            self.examiner.passed = False
+        situation = self.examiner.situation(rows, ambient)
         with self._counted():
-            self.examiner.look(rows)
-            trusted = self.examiner.refusal is None and self.examiner.trusts_padding(rows)
+            self.examiner.examine(situation, rows, call)
+            looked = self.examiner.refusal is None and bool(situation.layouts)
+            trusted = looked and self.examiner.trusts_padding(situation, rows, call)
         if self.examiner.refusal is not None:
+            self.distrusted = True
             self.switch_off(self.examiner.refusal)
         if self.off is not None:
             return {}
+        if self.examiner.whole_rows is not whole:
+            rows = Rows(call.inputs, encoder_decoder=self._encoder_decoder, whole=True)
+            situation = self.examiner.situation(rows, ambient)
+            with self._counted():
+                self.examiner.examine(situation, rows, call)
         # Hosts put autocast around the call or within it; which one a call is going to run under is seen by trying.
         self.prefix.autocast = self._autocasts.setdefault(ambient, self.prefix.autocast)
-        if self.examiner.whole_rows is not whole:
-            rows = Rows(inputs, encoder_decoder=self._encoder_decoder, whole=True)
-        nothing = (0,) * len(self._depths)
+        self._now = _Pass(situation, rows, [], [])
+        if not situation.layouts:
+            return {}  # how often its stacks are called is seen in this pass
+        return self._served(situation, rows, call, trusted)
+
+    def _served(self, situation: Situation, rows: Rows, call: Call, trusted: bool) -> Starts:
+        slots = list(situation.layouts)
+        stacks = [position for position, _, _ in slots]
+        depths = tuple(self._depths[position] for position in stacks)
+        nothing = (0,) * len(depths)
         width = max(rows.width(0), 1)
         with self.worth.timed(self.worth.read, rows.count * width):
-            keys = rows.keys(f"{self.prefix.autocast} {self.examiner.whole_rows} {self.store_dtype}")
+            keys = rows.keys(f"{self.prefix.autocast} {self.examiner.whole_rows} {self.store_dtype} {stacks}")
             # While it is not known whether anything reads padding, all rows are computed, padding and all.
             entries: list[Entry | None] = [None] * rows.count
             if trusted:
-                entries = self.store.read(keys, self._depths)
+                entries = self.store.read(keys, depths, stacks)
             groups: dict[tuple[int, ...], list[int]] = {}
             for row, entry in enumerate(entries):
                 groups.setdefault(nothing if entry is None else entry.depths, []).append(row)
-            found = groups.pop(self._depths, [])
+            found = groups.pop(depths, [])
             missing = len(groups.get(nothing, []))
+        if situation.several_calls and groups:
+            return self._filled_by_this_pass(situation, rows, keys, found)
         if not missing:
             with self._counted():
-                if not self.examiner.keeps_width(rows):
+                if not self.examiner.keeps_width(situation, rows, call):
                     return {}
-        starts: Mapping[str, Start] = {}
+        starts: Starts = {}
         if not groups:
             with self.worth.timed(self.worth.read, 0):
-                starts = self._batches.together(rows, range(rows.count), entries, self._depths)
+                starts = self._batches.together(rows, range(rows.count), entries, depths, situation.layouts)
         self.worth.count(len(found), rows.count - len(found) - missing, missing)
-        self.worth.skipped_work += width * (
-            len(found) * sum(self._depths) + sum(len(group) * sum(depths) for depths, group in groups.items())
-        )
         if groups:
-            starts = self._completed(rows, keys, entries, groups)
+            starts = self._completed(situation, rows, call, keys, entries, groups, depths)
         self._judge()
+        if not starts or self.off is not None:
+            return {}
+        before = self.examiner.flops
+        may = self.examiner.shadow(situation, "held" if found else "computed", rows, call, starts)
+        self.flops += (self.examiner.flops - before) * self.counts_flops
+        if self.examiner.refusal is not None:
+            self.distrusted = True
+            self.switch_off(self.examiner.refusal)
+        if not may:
+            return {}
+        self.worth.skipped_work += width * (
+            len(found) * sum(depths) + sum(len(group) * sum(of) for of, group in groups.items())
+        )
         return starts
+
+    def _filled_by_this_pass(self, situation: Situation, rows: Rows, keys: list[bytes], found: list[int]) -> Starts:
+        """Run the prefix, and hold what comes of the rows that are not held."""
+        missing = [row for row in range(rows.count) if row not in set(found)]
+        self.worth.count(0, 0, rows.count)
+        self._judge()
+        own: dict[str, list[Tensor]] = {}
+        self.examiner.collect = lambda path, _, hidden: own.setdefault(path, []).append(hidden)
+        self._own = own
+        self._now = _Pass(situation, rows, keys, missing)
+        return {}
+
+    def _finished(self, output: Any, calls: Mapping[str, int]) -> None:
+        """A training pass has ended."""
+        now, self._now = self._now, None
+        self.examiner.collect = None
+        if self.off is not None:
+            return
+        try:
+            problem = self.examiner.finished(output, calls, now.situation if now is not None else None)
+            if self.examiner.refusal is not None or problem is not None:
+                self.distrusted = True
+                self.switch_off(self.examiner.refusal or f"a pass that starts above the prefix differs: {problem}")
+            elif now is not None and now.missing and now.situation.layouts:
+                self._write(now.situation, now.rows, now.keys, list(range(now.rows.count)), self._own)
+        except Exception as error:
+            self.switch_off(f"it failed ({type(error).__name__}: {error})")
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -316,57 +398,78 @@ class PrefixCache:
 
     def _completed(
         self,
+        situation: Situation,
         rows: Rows,
+        call: Call,
         keys: list[bytes],
         entries: list[Entry | None],
         groups: Mapping[tuple[int, ...], list[int]],
-    ) -> Mapping[str, Start]:
+        depths: tuple[int, ...],
+    ) -> Starts:
         """Compute what is missing, in groups of equal depth, and put it beside what was found."""
         computed: list[Computed] = []
         autocast = self.prefix.autocast
-        for depths, group in sorted(groups.items()):  # from the embeddings first: they show how wide states are
-            states = self._computed(rows, group, depths, [entries[row] for row in group])
+        for held, group in sorted(groups.items()):  # from the embeddings first: they show how wide states are
+            states = self._computed(situation, rows, call, group, held, [entries[row] for row in group])
             if states is None:
                 self.switch_off("a training pass does not come to the boundary of every stack")
                 return {}
-            if self.prefix.autocast != autocast or not self.examiner.keeps_width(rows, states):
+            if self.prefix.autocast != autocast or not self.examiner.keeps_width(situation, rows, call, states):
                 return {}
             computed.append((group, states))
-            self._write(rows, keys, group, states)
+            self._write(situation, rows, keys, group, states)
             for row in group:
                 entries[row] = None
-        if len(computed[0][0]) == rows.count:
-            paths = {stack.path: depth for stack, depth in zip(self._stacks, self._depths, strict=True)}
-            return {path: Start(paths[path], states) for path, states in computed[0][1].items()}
-        return self._batches.together(rows, range(rows.count), entries, self._depths, computed)
+        return self._batches.together(rows, range(rows.count), entries, depths, situation.layouts, computed)
 
     def _computed(
-        self, rows: Rows, group: list[int], depths: tuple[int, ...], entries: list[Entry | None]
-    ) -> dict[str, Tensor] | None:
+        self,
+        situation: Situation,
+        rows: Rows,
+        call: Call,
+        group: list[int],
+        held: tuple[int, ...],
+        entries: list[Entry | None],
+    ) -> dict[str, list[Tensor]] | None:
         """The hidden states of some rows at the boundary, from what is held of them."""
+        fresh, situation.fresh = situation.fresh, None
+        if fresh is not None and len(group) == rows.count and not any(held):
+            return fresh
         inputs = rows.take(group)
-        starts = self._batches.together(rows, group, entries, depths) if any(depths) else {}
+        starts: Starts = {}
+        if any(held):
+            starts = self._batches.together(rows, group, entries, held, situation.layouts)
         shapes = tuple((name, v.shape[1:]) for name, v in sorted(inputs.items()) if isinstance(v, Tensor) and v.ndim)
-        kind = (depths, self._depths, shapes)
-        work = len(group) * max(rows.width(0), 1) * (sum(self._depths) - sum(depths))
-        if kind in self._flops_per_row or not self.counts_flops:
-            with self.worth.timed(self.worth.compute, work):
-                states = self.prefix.compute(inputs, starts)
-        else:
-            with CountFlops() as count:
-                states = self.prefix.compute(inputs, starts)
-            self._flops_per_row[kind] = count.total / len(group)
+        kind = (held, self._depths, shapes)
+        work = len(group) * max(rows.width(0), 1) * (sum(self._depths) - sum(held))
+        until = self.examiner.until(situation)
+        with traceless(self.prefix.modules) if self.examiner.writes else nullcontext():
+            if kind in self._flops_per_row or not self.counts_flops:
+                with self.worth.timed(self.worth.compute, work):
+                    states = self.prefix.compute(call, inputs, starts, until)
+            else:
+                with CountFlops() as count:
+                    states = self.prefix.compute(call, inputs, starts, until)
+                self._flops_per_row[kind] = count.total / len(group)
         self.flops += round(self._flops_per_row.get(kind, 0) * len(group))
         return states
 
-    def _write(self, rows: Rows, keys: list[bytes], group: list[int], states: Mapping[str, Tensor]) -> None:
+    def _write(
+        self,
+        situation: Situation,
+        rows: Rows,
+        keys: list[bytes],
+        group: list[int],
+        states: Mapping[str, Sequence[Tensor]],
+    ) -> None:
         progress = self.progress()
         if progress.epoch is not None and progress.remaining <= progress.epoch:
             return  # in the last epoch no sample comes again
         with self.worth.timed(self.worth.write, len(group)):
             identity = self._identity.of(self._depths)
-            pieces = self._batches.apart(rows, group, states)
-            items = [(keys[row], Entry(identity, self._depths, one)) for row, one in zip(group, pieces, strict=True)]
+            depths = tuple(self._depths[position] for position, _, _ in situation.layouts)
+            pieces = self._batches.apart(rows, group, states, situation.layouts)
+            items = [(keys[row], Entry(identity, depths, one)) for row, one in zip(group, pieces, strict=True)]
             reason = self.store.hold(items, progress.step)
         if reason is not None:
             self.switch_off(reason)
@@ -376,9 +479,6 @@ def _config(model: nn.Module) -> Any:
     return getattr(model, "config", None)
 
 
-def _positional_names(model: nn.Module) -> list[str]:
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds]
-    if not names and hasattr(model, "get_base_model"):  # PEFT hands everything on to the model that it wraps
-        return _positional_names(model.get_base_model())  # type: ignore[operator]
-    return names
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model, or one inside it, says so; a wrapper has no configuration of its own."""
+    return any(getattr(_config(module), "is_encoder_decoder", False) for module in model.modules())

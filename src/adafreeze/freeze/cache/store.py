@@ -29,22 +29,28 @@ class Store:
         self.identity = identity
         self.journal = journal
 
-    def read(self, keys: list[bytes], depths: tuple[int, ...]) -> list[Entry | None]:
-        """What is held under each key and is of use for a prefix of these depths."""
+    def read(self, keys: list[bytes], depths: tuple[int, ...], stacks: Sequence[int]) -> list[Entry | None]:
+        """What is held under each key and is of use for a prefix of these depths.
+
+        Args:
+            keys: of samples.
+            depths: of each call of a stack.
+            stacks: position of the stack, for each of these calls.
+        """
         entries: list[Entry | None] = [None] * len(keys)
         for tier in self.tiers:
             wanted = [row for row, entry in enumerate(entries) if entry is None]
             if not wanted:
                 break
             for row, entry in zip(wanted, tier.get([keys[row] for row in wanted]), strict=True):
-                if entry is not None and self._is_of_use(entry, depths):
+                if entry is not None and self._is_of_use(entry, depths, stacks):
                     entries[row] = entry
         return entries
 
-    def _is_of_use(self, entry: Entry, depths: tuple[int, ...]) -> bool:
+    def _is_of_use(self, entry: Entry, depths: tuple[int, ...], stacks: Sequence[int]) -> bool:
         if len(entry.depths) != len(depths) or any(a > b for a, b in zip(entry.depths, depths, strict=True)):
             return False
-        return entry.identity == self.identity.of(entry.depths)
+        return entry.identity == self.identity.of_calls(entry.depths, stacks)
 
     def hold(self, items: Sequence[tuple[bytes, Entry]], step: int) -> str | None:
         """Hold these where there is room. Returns why nothing can be held, if that is so."""

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import RunError
+from ...model.patches import forward_pre_hook
 from .base import Parallel
 
 __all__ = ["DDP"]
@@ -49,7 +50,7 @@ class DDP(Parallel):
         self.model = model
         self.wrapper = wrapper
         self._behind = False
-        self._hook = model.register_forward_pre_hook(self._look, prepend=True)
+        self._hook = forward_pre_hook(model, self._look, prepend=True)
 
     @property
     def extra_bytes(self) -> int:

@@ -66,6 +66,12 @@ class Ranks:
             return [dict(batch) for batch in batches]
         return unpacked(self.of_main(lambda: packed(batches)))
 
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """Of each flag, whether it is up on any rank; the same on all."""
+        if self.size == 1:
+            return list(flags)
+        return [any(column) for column in zip(*self._gather([int(flag) for flag in flags]), strict=True)]
+
     def check_alike(self, what: str, names: Iterable[str], step: int) -> None:
         """Stop all ranks if ``names`` are not the same on all of them; 32 bytes are sent, more only if they are not.
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import ModelError
+from ..patches import before_call
 
 __all__ = ["AdapterHubBackend"]
 
@@ -92,7 +93,7 @@ class AdapterHubBackend:
         """Contexts in which ``notice`` is called before a LoRA of ``block`` is merged into its base weight."""
         for module in block.modules():
             if _is_layer(module) and hasattr(module, "merge_adapter"):
-                yield _before(module, "merge_adapter", notice)
+                yield before_call(module, "merge_adapter", notice)
 
     def hold(self, site: nn.Module, live: set[int]) -> None:
         """Nothing: the library has no such switch."""
@@ -147,18 +148,3 @@ def _adapter(layer: nn.Module, name: str) -> nn.Module | None:
         return layer.get_adapter(name)  # type: ignore[operator, no-any-return]
     except (AttributeError, KeyError, TypeError):
         return None
-
-
-@contextmanager
-def _before(module: nn.Module, method: str, notice: Callable[[], None]) -> Iterator[None]:
-    original = getattr(module, method)
-
-    def noticed(*args: Any, **kwargs: Any) -> Any:
-        notice()
-        return original(*args, **kwargs)
-
-    setattr(module, method, noticed)
-    try:
-        yield
-    finally:
-        delattr(module, method)

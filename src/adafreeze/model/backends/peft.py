@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...errors import ModelError, warn
+from ..patches import before_call, patched
 
 __all__ = ["NOT_PER_BLOCK", "PeftBackend"]
 
@@ -46,6 +47,8 @@ class PeftBackend:
         self._allocators = [
             module for module in model.modules() if callable(getattr(module, "update_and_allocate", None))
         ]
+        self._stopped: list[patched] = []
+        self._held: dict[int, patched] = {}
 
     def sites(self, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """The outermost adapted layers in ``block`` with their names in it."""
@@ -102,7 +105,7 @@ class PeftBackend:
     def merges(self, block: nn.Module, notice: Callable[[], None]) -> Iterator[AbstractContextManager[None]]:
         """Contexts in which ``notice`` is called before an adapter of ``block`` is merged into its base weight."""
         for _, site in self.sites(block):
-            yield _before_merge(site, notice)
+            yield before_call(site, "merge", notice)
 
     def hold(self, site: nn.Module, live: set[int]) -> None:
         """Tell PEFT to keep the parameters of ``site`` frozen, but for those whose id is in ``live``.
@@ -120,7 +123,11 @@ class PeftBackend:
                 if parameters and not any(id(parameter) in live for parameter in parameters):
                     names.add(attribute)
             held[adapter] = tuple(sorted(names))
-        site.frozen_peft_weight_names = held
+        if id(site) in self._held:
+            site.frozen_peft_weight_names = held
+        else:
+            self._held[id(site)] = patched(site, "frozen_peft_weight_names", held)
+            self._held[id(site)].__enter__()
         site._freeze_non_trainable_peft_weights(site.active_adapters)
 
     def holds(self, site: nn.Module) -> bool:
@@ -134,7 +141,8 @@ class PeftBackend:
     def release(self, sites: Iterable[nn.Module]) -> None:
         """Undo ``hold``."""
         for site in sites:
-            site.__dict__.pop("frozen_peft_weight_names", None)
+            if (held := self._held.pop(id(site), None)) is not None:
+                held.__exit__()
 
     def dropouts(self, site: nn.Module) -> Iterator[tuple[nn.ModuleDict, str]]:
         """The adapter dropouts of ``site``: (container, key), each a module that may become Identity."""
@@ -154,7 +162,9 @@ class PeftBackend:
         """
         for module in self._allocators:
             if "update_and_allocate" not in module.__dict__:
-                module.update_and_allocate = lambda *_, **__: None  # type: ignore[assignment]
+                stopped = patched(module, "update_and_allocate", lambda *_, **__: None)
+                stopped.__enter__()
+                self._stopped.append(stopped)
                 warn(
                     "AdaLoRA's rank allocation ends at the first freeze.",
                     cause="It would rewrite the ranks of frozen adapters; the ranks stay as they are now.",
@@ -163,23 +173,9 @@ class PeftBackend:
 
     def resume_rank_allocation(self) -> None:
         """Undo ``stop_rank_allocation``."""
-        for module in self._allocators:
-            module.__dict__.pop("update_and_allocate", None)
-
-
-@contextmanager
-def _before_merge(site: nn.Module, notice: Callable[[], None]) -> Iterator[None]:
-    original = site.merge
-
-    def merge(*args: Any, **kwargs: Any) -> Any:
-        notice()
-        return original(*args, **kwargs)  # type: ignore[operator]
-
-    site.merge = merge  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del site.merge
+        for stopped in self._stopped:
+            stopped.__exit__()
+        self._stopped.clear()
 
 
 def _parameters_of(holder: object, adapter: str) -> list[nn.Parameter]:

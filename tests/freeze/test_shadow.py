@@ -1,0 +1,428 @@
+"""What no rule foresees is seen in the shadow of a real step: training goes on as without the cache, and it is said."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import BertConfig, BertModel
+
+from adafreeze import Safe
+from cached_run import BLOCKS, COUNT, assert_same, config, counts, epochs, pad_to, train
+from cases import batch, lora_model, sample
+
+
+def off_reason(safe):
+    return safe.caching.off_because
+
+
+def in_block(model, change, index=0):
+    """Let ``change(block, hidden states)`` be part of what block ``index`` computes."""
+    block = model.base_model.model.bert.encoder.layer[index]
+    original = type(block).forward
+
+    class Changed(type(block)):
+        def forward(self, *args, **kwargs):
+            output = original(self, *args, **kwargs)
+            if isinstance(output, tuple):
+                return (change(self, output[0]), *output[1:])
+            return change(self, output)
+
+    block.__class__ = Changed
+    return model
+
+
+# Planted faults: each run must be what it is without the cache, and the cache off with a reason.
+
+WORLD = {"factor": 1.0}
+
+
+def of_the_epoch(safe, _model):
+    WORLD["factor"] = 1.0 + 0.5 * (safe.steps // 4)
+
+
+FAULTS = {
+    "reads a global": (
+        lambda _, hidden: hidden + WORLD["factor"] * torch.linspace(-1, 1, hidden.shape[-1]),
+        "others than a pass of the model gives now",
+    ),
+    "depends on the place in the batch": (
+        lambda _, hidden: hidden + 0.3 * torch.arange(len(hidden)).view(-1, 1, 1),
+        "its place in the batch",
+    ),
+    "depends on the others in the batch": (lambda _, hidden: hidden - hidden.mean(0, keepdim=True), "the others in it"),
+    "draws noise": (lambda _, hidden: hidden + 0.1 * torch.randn_like(hidden), "another output each time"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_block_that_does_what_no_cache_can_know_switches_it_off(name):
+    change, reason = FAULTS[name]
+
+    def run(cache):
+        WORLD["factor"] = 1.0
+        model = in_block(lora_model("bert", BLOCKS), change)
+        after = of_the_epoch if name == "reads a global" else None
+        return train("bert", config({1: 2}, cache=cache), list(epochs("bert")), model=model, after=after)
+
+    cached = run("ram")
+    assert_same(cached, run("off"))
+    assert reason in off_reason(cached[2])
+
+
+def test_a_block_that_counts_its_passes_is_not_skipped_and_counts_right():
+    def counting(block, hidden):
+        block.passes = getattr(block, "passes", 0) + 1
+        return hidden
+
+    def run(cache):
+        model = in_block(lora_model("bert", BLOCKS), counting)
+        return model, train("bert", config({1: 2}, cache=cache), list(epochs("bert", epochs=2)), model=model)
+
+    (model, cached), (twin, without) = run("ram"), run("off")
+    assert_same(cached, without)
+    passes = [m.base_model.model.bert.encoder.layer[0].passes for m in (model, twin)]
+    assert passes[0] == passes[1] and "writes to" in off_reason(cached[2])
+
+
+def test_buffers_below_the_prefix_are_written_once_a_pass():
+    """A BatchNorm in evaluation of statistics would see every sample twice where a nested pass left its trace."""
+
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, hidden):
+            self.seen += len(hidden)
+            return hidden
+
+    def run(cache):
+        model = lora_model("bert", BLOCKS)
+        embeddings = model.base_model.model.bert.embeddings
+        embeddings.LayerNorm = nn.Sequential(embeddings.LayerNorm, Counted())
+        trained = train("bert", config({1: 2}, cache=cache), list(epochs("bert")), model=model)
+        return trained, float(embeddings.LayerNorm[1].seen)
+
+    (cached, seen), (without, expected) = run("ram"), run("off")
+    assert_same(cached, without)
+    assert seen == expected and counts(cached[2])[0]
+
+
+class PaddingHead(nn.Module):
+    """Reads the hidden states where there is no text."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.head = model, nn.Linear(32, 2)
+        self.config = model.config
+
+    def forward(self, input_ids, attention_mask, labels):
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        padding = (1 - attention_mask)[..., None].to(hidden.dtype)
+        logits = self.head((hidden * padding).sum(1) / padding.sum(1).clamp(min=1))
+        loss = F.cross_entropy(logits, labels)
+        return _Output(loss, logits)
+
+
+class _Output(dict):
+    def __init__(self, loss, logits):
+        super().__init__(loss=loss, logits=logits)
+        self.loss, self.logits = loss, logits
+
+
+def encoder(**more):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    settings = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **more}
+    bert = BertModel(BertConfig(**shape, num_hidden_layers=BLOCKS, max_position_embeddings=40, **settings))
+    return get_peft_model(bert, LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=True))
+
+
+def test_a_head_that_reads_the_padding():
+    def run(cache):
+        model = PaddingHead(encoder()).train()
+        return train("bert", config({1: 2}, cache=cache), list(epochs("bert")), model=model)
+
+    cached = run("ram")
+    assert_same(cached, run("off"))
+    assert cached[2].caching.cache.examiner.whole_rows and counts(cached[2])[0]
+
+
+# Several calls of a stack in one pass.
+
+
+class Calls(nn.Module):
+    """An encoder that is called several times: its loss compares the samples of a batch, and is 0 for one alone."""
+
+    def __init__(self, calls, third=None):
+        super().__init__()
+        self.encoder, self.calls, self.third = encoder(), calls, third
+
+    def forward(self, **texts):
+        vectors = []
+        for call in range(self.calls):
+            name = ("", "positive_", "negative_")[call]
+            more = self.third() if self.third is not None and call == 2 else {}
+            out = self.encoder(input_ids=texts[f"{name}input_ids"], **more).last_hidden_state
+            vectors.append(F.normalize(out.mean(1), dim=-1))
+        scores = torch.cat([vectors[0] @ other.T for other in vectors[1:]], 1) * 10
+        return _Output(F.cross_entropy(scores, torch.arange(len(scores))), scores)
+
+
+def texts(calls, epochs=4, count=12, seed=3):
+    generator, batches = torch.Generator().manual_seed(seed), []
+    names = ("input_ids", "positive_input_ids", "negative_input_ids")[:calls]
+    for _ in range(epochs):
+        for rows in torch.randperm(count, generator=generator).split(4):
+            batches.append(
+                {
+                    name: torch.stack([sample("bert", 100 * n + int(row), 10)["input_ids"] for row in rows])
+                    for n, name in enumerate(names)
+                }
+            )
+    return batches
+
+
+@pytest.mark.parametrize("calls", [2, 3])
+def test_a_stack_that_is_called_several_times_is_served_each_call_its_own(calls):
+    def run(cache):
+        settings = config({1: 1, 5: 2}, cache=cache)
+        return train("bert", settings, texts(calls), model=Calls(calls).train(), count=12)
+
+    cached = run("ram")
+    assert_same(cached, run("off"))
+    hits, _, misses = counts(cached[2])
+    assert hits >= 12 and misses and off_reason(cached[2]) is None
+
+
+def test_a_third_call_that_differs_by_chance_is_seen():
+    def positions():
+        return {"position_ids": torch.randint(0, 30, (1, 10))}
+
+    def run(cache):
+        torch.manual_seed(9)
+        return train("bert", config({1: 2}, cache=cache), texts(3), model=Calls(3, positions).train(), count=12)
+
+    cached = run("ram")
+    assert_same(cached, run("off"))
+    assert off_reason(cached[2])
+
+
+# Boundaries of other shapes.
+
+
+class Flattened(nn.Module):
+    """Two views of each text in one batch: side by side, or one after the other."""
+
+    def __init__(self, interleaved):
+        super().__init__()
+        self.encoder, self.interleaved = encoder(), interleaved
+
+    def forward(self, input_ids):
+        flat = input_ids.transpose(0, 1).flatten(0, 1) if self.interleaved else input_ids.flatten(0, 1)
+        vectors = F.normalize(self.encoder(input_ids=flat).last_hidden_state.mean(1), dim=-1)
+        vectors = vectors.unflatten(0, (2, -1)) if self.interleaved else vectors.unflatten(0, (-1, 2)).transpose(0, 1)
+        scores = vectors[0] @ vectors[1].T * 10
+        return _Output(F.cross_entropy(scores, torch.arange(len(scores))), scores)
+
+
+def views(epochs=3):
+    return [{"input_ids": torch.stack([one["input_ids"], one["positive_input_ids"]], 1)} for one in texts(2, epochs)]
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_several_rows_of_a_sample_are_held_together(interleaved):
+    def run(cache):
+        return train("bert", config({1: 2}, cache=cache), views(), model=Flattened(interleaved).train(), count=12)
+
+    cached = run("ram")
+    assert_same(cached, run("off"))
+    (layout,) = next(iter(cached[2].caching.cache.examiner.situations.values())).layouts.values()
+    assert (layout.rows, layout.interleaved) == (2, interleaved)
+    assert counts(cached[2]) == (8 + 12, 0, 8 + 4)
+
+
+class Block(nn.TransformerEncoderLayer):
+    pass
+
+
+class SequenceFirst(nn.Module):
+    """torch's own encoder; the samples are the second dimension unless batch_first."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        torch.manual_seed(0)
+        self.batch_first = batch_first
+        self.embeddings, self.head = nn.Embedding(64, 32), nn.Linear(32, 2)
+        layer = Block(32, 4, 64, dropout=0.0, batch_first=batch_first)
+        self.encoder = nn.TransformerEncoder(layer, BLOCKS, enable_nested_tensor=False)
+
+    def forward(self, input_ids, labels):
+        hidden = self.embeddings(input_ids)
+        hidden = self.encoder(hidden if self.batch_first else hidden.transpose(0, 1))
+        logits = self.head(hidden.mean(1 if self.batch_first else 0))
+        return _Output(F.cross_entropy(logits, labels), logits)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_stack_whose_samples_are_the_second_dimension(batch_first):
+    def run(cache):
+        model = get_peft_model(SequenceFirst(batch_first), LoraConfig(r=4, target_modules=["linear1", "linear2"]))
+        batches = [{n: one[n] for n in ("input_ids", "labels")} for one in epochs("bert", collator=pad_to(16))]
+        return train("bert", config({1: 2}, cache=cache), batches, model=model.train())
+
+    cached = run("ram")
+    assert_same(cached, run("off"))
+    assert counts(cached[2])[0] >= COUNT
+
+
+def test_a_batch_of_one_and_a_last_batch_of_one():
+    for rows in (1, 3):
+        batches = [
+            pad_to(16)([sample("bert", index) for index in range(start, min(start + rows, 7))])
+            for _ in range(3)
+            for start in range(0, 7, rows)
+        ]
+        cached = train("bert", config({1: 2}), batches, count=7)
+        assert_same(cached, train("bert", config({1: 2}, cache="off"), batches, count=7))
+        assert counts(cached[2])[0] >= 7
+
+
+# Keys.
+
+
+class Joined(nn.Module):
+    """Joins a text and a candidate label, whatever it is called."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.encoder, self.head, self.name = encoder(), nn.Linear(32, 2), name
+
+    def forward(self, input_ids, labels, **more):
+        hidden = self.encoder(input_ids=torch.cat([input_ids, more[self.name]], 1)).last_hidden_state
+        logits = self.head(hidden.mean(1))
+        return _Output(F.cross_entropy(logits, labels), logits)
+
+
+@pytest.mark.parametrize("name", ["label_input_ids", "start_positions", "use_cache_ids", "labels_of_another_text"])
+def test_nothing_is_left_out_of_a_key_by_its_name(name):
+    generator, batches = torch.Generator().manual_seed(1), []
+    for _ in range(4):
+        for pairs in torch.randperm(12, generator=generator).split(4):
+            batches.append(
+                {
+                    "input_ids": torch.stack([sample("bert", int(n) // 4, 8)["input_ids"] for n in pairs]),
+                    name: torch.stack([torch.tensor([10 + int(n) % 4, 20]) for n in pairs]),
+                    "labels": (pairs % 4 == 0).long(),
+                }
+            )
+
+    def run(cache):
+        return train("bert", config({1: 2}, cache=cache), batches, model=Joined(name).train(), count=12)
+
+    cached = run("ram")
+    assert_same(cached, run("off"))
+    assert counts(cached[2])[0] >= 12
+
+
+class Wrapped(nn.Module):
+    """A T5 inside a module that has no configuration."""
+
+    def __init__(self):
+        super().__init__()
+        self.t5 = lora_model("t5", BLOCKS, target_modules=r".*decoder.*\.(q|v)")
+
+    def forward(self, **inputs):
+        return self.t5(**inputs)
+
+
+@pytest.mark.parametrize("length", [6, 10])
+def test_several_targets_of_one_source_in_a_wrapper_without_configuration(length):
+    batches = []
+    for _ in range(4):
+        for first in (0, 4, 8):
+            rows = [sample("t5", (first + row) // 4, 10) for row in range(4)]
+            targets = [sample("bert", first + row, length)["input_ids"] for row in range(4)]
+            batches.append(
+                {
+                    "input_ids": torch.stack([row["input_ids"] for row in rows]),
+                    "attention_mask": torch.ones(4, 10, dtype=torch.long),
+                    "labels": torch.stack(targets),
+                }
+            )
+
+    def run(cache):
+        settings = config({1: BLOCKS + 2}, cache=cache)  # adapters are in the decoder alone
+        return train("t5", settings, batches, model=Wrapped().train(), count=12)
+
+    cached = run("ram")
+    assert_same(cached, run("off"))
+    assert counts(cached[2])[0] >= 12
+
+
+# Who reads what would be skipped.
+
+
+def test_a_users_hook_on_a_block_of_the_prefix_sees_what_the_block_computes():
+    def run(cache):
+        model, seen = lora_model("bert", BLOCKS, dropout=0.0), []
+        block = model.base_model.model.bert.encoder.layer[0]
+        block.register_forward_hook(lambda _m, _i, output: seen.append(output[0].detach().clone()))
+        trained = train("bert", config({1: 2}, cache=cache), list(epochs("bert")), model=model)
+        return trained, seen
+
+    (cached, seen), (without, expected) = run("ram"), run("off")
+    assert_same(cached, without)
+    assert len(seen) == len(expected) and all(map(torch.equal, seen, expected))
+    (waits,) = [event for event in cached[2].journal.events if event["event"] == "cache_waits"]
+    assert "a hook of yours reads BertLayer" in waits["reason"]
+
+
+def test_a_hook_that_is_there_in_some_passes_only_holds_up_those_alone():
+    model, inputs = lora_model("bert", BLOCKS, dropout=0.0), batch("bert")
+    safe = Safe(model, config(), probe=inputs, total_steps=100, samples_per_epoch=40)
+    safe._freeze(list(safe.units)[:2], by="hand")
+    for _ in range(3):
+        model(**inputs)
+    hits = safe.caching.cache.worth.hits
+    seen = []
+    handle = safe.stacks[0].blocks[1].register_forward_hook(lambda _m, args, output: seen.append(args))
+    model(**inputs)
+    handle.remove()
+    assert len(seen) == 1 and safe.caching.cache.worth.hits == hits
+    model(**inputs)
+    assert len(seen) == 1 and safe.caching.cache.worth.hits == hits + 4
+    safe.close()
+
+
+def test_a_users_hook_elsewhere_is_called_once_a_pass():
+    def run(cache):
+        model, calls = lora_model("bert", BLOCKS), []
+        for module in (model.base_model.model.bert.embeddings, model.base_model.model.classifier):
+            module.register_forward_hook(lambda m, _i, _o: calls.append(type(m).__name__))
+        return train("bert", config({1: 2}, cache=cache), list(epochs("bert")), model=model), calls
+
+    (cached, calls), (without, expected) = run("ram"), run("off")
+    assert_same(cached, without)
+    assert calls == expected and counts(cached[2])[0]
+
+
+def test_the_inner_model_is_served_too_where_a_loss_function_calls_it():
+    model, inputs = lora_model("bert", BLOCKS, dropout=0.0), batch("bert")
+    safe = Safe(model, config(), probe=inputs, total_steps=100, samples_per_epoch=40)
+    safe._freeze(list(safe.units)[:2], by="hand")
+    losses = [model.get_base_model()(**inputs).loss.item() for _ in range(4)]
+    assert len(set(losses)) == 1 and safe.caching.cache.worth.hits == 12
+    safe.close()
+
+
+# What it costs.
+
+
+def test_looking_again_comes_at_times_that_follow_from_flops_and_costs_little():
+    batches = list(epochs("bert", count=16, epochs=3))
+    safe = train("bert", config({1: 2}), batches, count=16)[2]
+    (situation,) = [one for one in safe.caching.cache.examiner.situations.values() if "held" in one.verified]
+    # Two of four blocks: 1 + 1 forward passes of a half against three of a half in a step; at most 0.2 %.
+    assert situation.spot == pytest.approx(1 / 0.002 * 2 / 3, rel=0.2)
