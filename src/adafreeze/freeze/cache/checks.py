@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...costs.flops import CountFlops
 from ...model.calls import Call
 from ...model.rows import Rows
-from ..prefix import Prefix, Starts
+from ..prefix import Prefix, Start, Starts
 from ..traces import traceless
 from .batches import Layout, Slot, find_layout
 
@@ -28,7 +28,7 @@ MOST_COUNTS = 3
 # The part of a run's FLOPs that looking again may cost.
 SPOT_CHECKS = 0.002
 # Numbers of an output that are compared at most: a sample of its rows, so that no second copy of all logits is held.
-MOST_COMPARED = 2**18
+MOST_COMPARED, LEAST_ROWS = 2**16, 4
 
 # Relative differences that rounding may make. Kernels for other shapes sum in another order: 1e-6 in float32 a block,
 # more above it, and 1e-2 in the sixteen-bit types and under autocast to them.
@@ -67,23 +67,23 @@ class Situation:
 
 @dataclass
 class _Look:
-    """What a training pass is compared with when it has ended: the same pass, served.
+    """What a training pass is compared with while it runs the model's own code: the same pass, served.
 
     Attributes:
         situation: of the pass.
         kind: of the states: computed or held.
-        starts: that it would have been served.
+        starts: that it would have been served, until the pass has come to them.
         rows: of its batch.
         outputs: samples of all that the served pass returned.
-        own: hidden states at the boundaries of the model's own pass.
+        problem: what differs.
     """
 
     situation: Situation
     kind: str
-    starts: Starts
+    starts: dict[str, list[Start | None]]
     rows: Rows
     outputs: list[tuple[str, Tensor]]
-    own: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    problem: str | None = None
 
 
 class Examiner:
@@ -354,7 +354,7 @@ class Examiner:
             self.refusal = f"a pass that starts above the prefix fails ({type(error).__name__}: {_first_line(error)})"
             return False
         self.flops += count.total
-        self._look = _Look(situation, kind, starts, rows, _sampled(outputs, rows))
+        self._look = _Look(situation, kind, {p: list(of) for p, of in starts.items()}, rows, _sampled(outputs, rows))
         situation.passes = 0
         if not situation.spot:
             blocks, skipped = sum(map(len, self.prefix.stacks)), sum(self.prefix.depths.values())
@@ -368,7 +368,7 @@ class Examiner:
         if (path, number) in self._waiting:
             self.prefix.mark(hidden).register_hook(partial(self._see_gradient, (path, number)))
         if self._look is not None:
-            self._look.own[path, number] = hidden.detach()
+            self._compare_states(self._look, path, number, hidden.detach())
         if self.collect is not None:
             self.collect(path, number, hidden.detach())
 
@@ -396,21 +396,26 @@ class Examiner:
             self.refusal = "a stack is called another number of times in each pass"
         return False
 
+    def _compare_states(self, look: _Look, path: str, number: int, own: Tensor) -> None:
+        """Of one call: what the pass would have started from, which is then given up, before a graph is built on it."""
+        starts = look.starts.get(path, [])
+        if number >= len(starts) or (start := starts[number]) is None:
+            return
+        starts[number] = None
+        served, stack = start.states, [stack.path for stack in self.prefix.stacks].index(path)
+        layout = look.situation.layouts[stack, path, number]
+        if own.shape != served.shape:
+            look.problem = f"the states of {path} have the shape {tuple(own.shape)} and not {tuple(served.shape)}"
+            return
+        if layout.by_position and look.rows.is_padded(layout.side):
+            real = _real(look.rows, layout.side, own.device)
+            own, served = own[real], served[real]
+        if not self._agree(own, served):
+            look.problem = f"the states of {path} are others than a pass of the model gives now"
+
     def _difference(self, look: _Look, output: Any) -> str | None:
-        layouts = {(path, number): layout for (_, path, number), layout in look.situation.layouts.items()}
-        for (path, number), own in look.own.items():
-            starts = look.starts.get(path, ())
-            start = starts[number] if number < len(starts) else None
-            if start is None:
-                continue
-            served, layout = start.states, layouts[path, number]
-            if own.shape != served.shape:
-                return f"the states of {path} have the shape {tuple(own.shape)} and not {tuple(served.shape)}"
-            if layout.by_position and look.rows.is_padded(layout.side):
-                real = _real(look.rows, layout.side, own.device)
-                own, served = own[real], served[real]
-            if not self._agree(own, served):
-                return f"the states of {path} are others than a pass of the model gives now"
+        if look.problem is not None:
+            return look.problem
         own_outputs = _sampled(output, look.rows)
         if [name for name, _ in own_outputs] != [name for name, _ in look.outputs]:
             return "the model returns other things"
@@ -458,7 +463,7 @@ def _sampled(output: Any, rows: Rows) -> list[tuple[str, Tensor]]:
                 break
         if tensor.ndim > 1:
             tensor = tensor.reshape(-1, tensor.shape[-1])
-            most = max(1, MOST_COMPARED // max(1, tensor.shape[-1]))
+            most = max(LEAST_ROWS, MOST_COMPARED // max(1, tensor.shape[-1]))
             tensor = tensor[:: max(1, -(-len(tensor) // most))]
         found.append((name, tensor.clone()))
     return found

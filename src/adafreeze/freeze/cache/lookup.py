@@ -300,7 +300,10 @@ class PrefixCache:
         self._now = _Pass(situation, rows, [], [])
         if not situation.layouts:
             return {}  # how often its stacks are called is seen in this pass
-        return self._served(situation, rows, call, trusted)
+        try:
+            return self._served(situation, rows, call, trusted)
+        finally:
+            situation.fresh = None
 
     def _served(self, situation: Situation, rows: Rows, call: Call, trusted: bool) -> Starts:
         slots = list(situation.layouts)
@@ -320,7 +323,8 @@ class PrefixCache:
             found = groups.pop(depths, [])
             missing = len(groups.get(nothing, []))
         if situation.several_calls and groups:
-            return self._filled_by_this_pass(situation, rows, keys, found)
+            self.worth.count(len(found), rows.count - len(found) - missing, missing)
+            return self._filled_by_this_pass(situation, rows, keys, groups)
         if not missing:
             with self._counted():
                 if not self.examiner.keeps_width(situation, rows, call):
@@ -348,10 +352,11 @@ class PrefixCache:
         )
         return starts
 
-    def _filled_by_this_pass(self, situation: Situation, rows: Rows, keys: list[bytes], found: list[int]) -> Starts:
-        """Run the prefix, and hold what comes of the rows that are not held."""
-        missing = [row for row in range(rows.count) if row not in set(found)]
-        self.worth.count(0, 0, rows.count)
+    def _filled_by_this_pass(
+        self, situation: Situation, rows: Rows, keys: list[bytes], groups: Mapping[tuple[int, ...], list[int]]
+    ) -> Starts:
+        """Run the prefix, and hold what comes of the rows that are not held, or not so deep."""
+        missing = sorted(row for group in groups.values() for row in group)
         self._judge()
         own: dict[str, list[Tensor]] = {}
         self.examiner.collect = lambda path, _, hidden: own.setdefault(path, []).append(hidden)
@@ -372,6 +377,8 @@ class PrefixCache:
                 self.switch_off(self.examiner.refusal or f"a pass that starts above the prefix differs: {problem}")
             elif now is not None and now.missing and now.situation.layouts:
                 self._write(now.situation, now.rows, now.keys, list(range(now.rows.count)), self._own)
+            if now is not None and not now.situation.layouts:
+                self.worth.since_hit = 0  # what was looked up was another number of calls, and never held
         except Exception as error:
             self.switch_off(f"it failed ({type(error).__name__}: {error})")
 
