@@ -1,17 +1,21 @@
-"""What measuring costs: FLOPs of Safe's probe passes against those of the plain run, and that nothing else changes.
+"""What measuring and looking cost: FLOPs against those of the run, and that nothing else changes.
 
     python benchmarks/overhead.py [-o benchmarks/results/overhead.json]
 
 For runs of several lengths on a random BERT of MiniLM's shape (6 × 384) with sentences of Rotten Tomatoes' lengths,
 the measuring really runs and is counted; of the plain run one micro-step of each batch width is counted and
-multiplied. Then a short run is trained without Safe and with it (which measures, and freezes nothing: by dry_run, and
-by a freeze_share of 0), and the losses and weights are compared to the last bit.
+multiplied. Runs of 300 and 600 steps are trained with the prefix cache as it is, and once more with nothing shown
+before it is served (no shadow of a step, no look at rows in other groups, no spot checks): all FLOPs, and the peak of
+the bytes that a step holds, are counted in both. Then a short run is trained without Safe and with it (which measures,
+and freezes nothing: by dry_run, and by a freeze_share of 0); losses and weights are compared to the last bit.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +28,17 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from adafreeze import Safe, SafeConfig
 from adafreeze.costs import CountFlops
+from adafreeze.costs.flops import flops_of
+from adafreeze.costs.memory import StorageTracker
 from adafreeze.env import environment
+from adafreeze.freeze.cache.batches import Layout
+from adafreeze.freeze.cache.checks import Examiner
 
 BATCH = 32
 VOCABULARY = 1000
 # (training samples, epochs): the demo, a full pass over Rotten Tomatoes, a short run, one too short for its probe
+# (training samples, epochs) of the runs with the cache.
+LOOKS = [(400, 6), (800, 6)]
 RUNS = [(2500, 6), (8530, 3), (60_000, 3), (500, 3), (200, 1)]
 
 
@@ -108,6 +118,76 @@ def measuring_flops(data: Sentences, epochs: int) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def unexamined() -> Iterator[None]:
+    """Serve whatever is held, as if it were known that this changes nothing."""
+
+    def look_at_rows(self: Examiner, situation: Any, rows: Any, call: Any, whole: Any) -> None:
+        for slot in self.slots(situation):
+            hidden = whole[slot[1]][slot[2]]
+            situation.layouts[slot] = Layout(hidden.dtype, by_position=hidden.shape[1] == rows.width(0))
+
+    before = Examiner._look_at_rows, Examiner.shadow
+    Examiner._look_at_rows, Examiner.shadow = look_at_rows, lambda *_: True  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Examiner._look_at_rows, Examiner.shadow = before  # type: ignore[method-assign]
+
+
+class Counter(StorageTracker):
+    """Bytes alive and FLOPs, in one mode."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.made(result)
+        self.flops += flops_of(func, args, kwargs or {}, result)
+        return result
+
+
+def cached_run(samples: int, epochs: int, rows: int = 8) -> dict[str, int]:
+    """Train with Safe's defaults; counts the FLOPs of all that its steps do, and the most that a step holds."""
+    torch.manual_seed(0)
+    network = model(hidden=96)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    data = Sentences(samples)
+    loader = DataLoader(data, batch_size=rows, shuffle=True, collate_fn=collate)
+    total = len(loader) * epochs
+    safe = Safe(network, SafeConfig(), optimizer=optimizer, probe=loader, total_steps=total, samples_per_step=rows)
+    flops = peak = 0
+    for _ in range(epochs):
+        for batch in loader:
+            with Counter() as counter:
+                counter.hold(*network.parameters(), *network.buffers(), *batch.values())
+                network(**batch).loss.backward()
+            flops, peak = flops + counter.flops, max(peak, counter.peak)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            safe.step()
+    safe.close()
+    if safe.caching.off_because is not None:
+        raise SystemExit(f"The cache went off: {safe.caching.off_because}.")
+    return {"steps": total, "flops": flops, "peak": peak}
+
+
+def looking(samples: int, epochs: int) -> dict[str, Any]:
+    """A run with the cache against the same with nothing shown before it is served."""
+    looked = cached_run(samples, epochs)
+    with unexamined():
+        blind = cached_run(samples, epochs)
+    return {
+        "samples": samples,
+        "epochs": epochs,
+        **looked,
+        "flops_unexamined": blind["flops"],
+        "peak_unexamined": blind["peak"],
+        "share": looked["flops"] / blind["flops"] - 1,
+    }
+
+
 def train(settings: SafeConfig | None = None, steps: int = 12) -> tuple[list[float], list[torch.Tensor]]:
     """A short plain loop with dropout on, batches drawn by a shuffling loader as it goes; with Safe if settings."""
     network = model(layers=2, hidden=48)
@@ -162,12 +242,29 @@ def main() -> None:
             f"{row['plain_flops'] / 1e12:.3f}",
             f"{row['share']:.2%}",
         )
+    looks = [looking(samples, epochs) for samples, epochs in LOOKS]
+    shown = Table(title="Looking before serving: the cache against one that shows nothing first")
+    for heading in ("samples × epochs", "steps", "GFLOP", "without", "more", "peak, MiB", "without"):
+        shown.add_column(heading, justify="right")
+    for row in looks:
+        shown.add_row(
+            f"{row['samples']:,} × {row['epochs']}",
+            str(row["steps"]),
+            f"{row['flops'] / 1e9:.2f}",
+            f"{row['flops_unexamined'] / 1e9:.2f}",
+            f"{row['share']:+.2%}",
+            f"{row['peak'] / 2**20:.3f}",
+            f"{row['peak_unexamined'] / 2**20:.3f}",
+        )
     same = identical()
     Console(width=110).print(table)
+    Console(width=110).print(shown)
     print(f"Losses and weights with measuring and without: {'identical' if same else 'DIFFERENT'}")
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"runs": rows, "identical": same, "environment": environment()}, indent=2) + "\n")
+    output.write_text(
+        json.dumps({"runs": rows, "looking": looks, "identical": same, "environment": environment()}, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

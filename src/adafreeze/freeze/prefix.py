@@ -181,7 +181,7 @@ class Prefix:
             if depth and not self.keep_dropout:
                 for dropout in self.flows[stack.path].dropouts:
                     enter(patched_forward(dropout, self._until_entered(stack, dropout)))
-        for embeddings in _input_embeddings(self.model):
+        for embeddings in _input_embeddings(self.model, self.stacks):
             self._undo.callback(forward_hook(embeddings, self._after_embeddings).remove)
 
     def compute(
@@ -410,9 +410,15 @@ class _HeldInEvaluation:
             module.training = flag if self.model.training == self._was else self.model.training
 
 
-def _input_embeddings(model: nn.Module) -> list[nn.Module]:
-    try:
-        found = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return []
-    return [found] if isinstance(found, nn.Module) else []
+def _input_embeddings(model: nn.Module, stacks: Sequence[Stack]) -> list[nn.Module]:
+    """Every module whose output a hook of transformers may make require grad: a T5 has one for each of its stacks."""
+    inside = {id(module) for stack in stacks for block in stack.blocks for module in block.modules()}
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        embeddings = module if isinstance(module, nn.Embedding) else None
+        if callable(get := getattr(type(module), "get_input_embeddings", None)):
+            with suppress(AttributeError, NotImplementedError, KeyError):
+                embeddings = get(module)
+        if isinstance(embeddings, nn.Module) and id(embeddings) not in inside:
+            found[id(embeddings)] = embeddings
+    return list(found.values())

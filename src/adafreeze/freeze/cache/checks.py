@@ -423,7 +423,7 @@ class Examiner:
             if not self._agree(own, served, OF_OUTPUTS):
                 values = ""
                 if own.ndim == 0 or own.numel() == 1:
-                    values = f" ({float(served):.4g} and not {float(own):.4g})"
+                    values = f" ({float(served):.7g} and not {float(own):.7g})"
                 return f"{name or 'the output'} is another one{values}"
         return None
 
