@@ -188,9 +188,7 @@ class SafeCallback(TrainerCallback, ExportableState):
     def _start_with_seen(self) -> Safe:
         assert self._seen is not None
         self._seen.remove()
-        if self.config is None or self.config.cache != "off":
-            # How long an epoch is, nobody says: the samples of the dataset may be prompts, or pairs.
-            note("Prefix cache: states are held from the time on that the model gets samples a second time.")
+        # No samples_per_epoch: those of the dataset may be prompts, or pairs. The cache itself sees what comes again.
         self.safe = self._start(self.config, probe=self._seen.batches)
         with self._seen.as_it_began():
             self.safe.decider.begin()

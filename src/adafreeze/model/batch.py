@@ -20,7 +20,9 @@ __all__ = [
     "by_sample",
     "chunks_of",
     "cut",
+    "forward_names",
     "leaves",
+    "main_input",
     "masks",
     "padded_tokens",
     "real_tokens",
@@ -61,16 +63,17 @@ def arguments(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     >>> arguments(nn.Linear(2, 2), ["x"], {})
     {'input': 'x'}
     """
-    return {**dict(zip(_positional(model), args, strict=False)), **kwargs} if args else dict(kwargs)
+    return {**dict(zip(forward_names(model), args, strict=False)), **kwargs} if args else dict(kwargs)
 
 
-def _positional(model: nn.Module) -> list[str]:
+def forward_names(model: nn.Module) -> list[str]:
+    """Names of the positional parameters of its forward."""
     # Of the class: on the instance somebody may have replaced it.
     parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     base = getattr(model, "get_base_model", None)
     if not names and base is not None and base() is not model:
-        return _positional(base())  # PeftModel hands on whatever it gets
+        return forward_names(base())  # PeftModel hands on whatever it gets
     return names or [INPUTS[0]]
 
 
@@ -90,7 +93,7 @@ def _kind(name: str) -> str | None:
     return next((known for known in INPUTS if name == known or name.endswith(f"_{known}")), None)
 
 
-def _main(chunk: Mapping[str, Any]) -> Tensor | None:
+def main_input(chunk: Mapping[str, Any]) -> Tensor | None:
     """The input whose first dimension is the batch: of a known name, of a known kind, else the first but labels."""
     tensors = {path: value for path, value in leaves(chunk) if isinstance(value, Tensor) and value.ndim}
     known = {path: _kind(path[-1]) for path in tensors}
@@ -106,7 +109,7 @@ def rows_of(chunk: Mapping[str, Any]) -> int:
     >>> rows_of({"labels": torch.ones(3), "input": {"token_ids": torch.ones(2, 5)}})
     2
     """
-    found = _main(chunk)
+    found = main_input(chunk)
     return 0 if found is None else len(found)
 
 
@@ -207,7 +210,7 @@ def padded_tokens(chunk: Mapping[str, Any]) -> int:
     texts = _texts(chunk)
     if texts:
         return sum(positions for positions, _ in texts)
-    main = _main(chunk)
+    main = main_input(chunk)
     is_text = main is not None and main.ndim == 2 and not main.is_floating_point()
     return main.numel() if main is not None and is_text else UNKNOWN_TOKENS * rows_of(chunk)
 

@@ -15,7 +15,19 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ..errors import AdafreezeError, ProbeError, warn
-from .batch import CHUNK, INPUTS, REAL_TOKENS, Chunk, as_mapping, by_sample, chunks_of, leaves, real_tokens, rows_of
+from .batch import (
+    CHUNK,
+    INPUTS,
+    REAL_TOKENS,
+    Chunk,
+    as_mapping,
+    by_sample,
+    chunks_of,
+    leaves,
+    main_input,
+    real_tokens,
+    rows_of,
+)
 from .untouched import untouched
 
 __all__ = [
@@ -43,8 +55,10 @@ OWN_SAMPLES = "Give samples of your own: SafeCallback(probe=[batch, ...]) or Saf
 
 
 def split(batch: Any, pad_token_id: int | None = None) -> Iterator[Chunk]:
-    """Check a batch, and cut it into chunks of CHUNK samples where it can be cut."""
-    yield from chunks_of(_checked(batch, pad_token_id))
+    """Check a batch, and cut it into chunks of CHUNK samples where it can be cut; of an empty one there are none."""
+    chunk = _checked(batch, pad_token_id)
+    if rows_of(chunk):
+        yield from chunks_of(chunk)
 
 
 def collect(source: Any, tokens: int, seed: int, pad_token_id: int | None) -> list[Chunk]:
@@ -139,7 +153,7 @@ def _collated(collate: Any, samples: list[Any]) -> list[Any]:
     with suppress(Exception):  # lengths that only fit one by one, as in training with batches of one
         batch = of(samples)
         inputs = as_mapping(batch) or {}
-        if not rows_of(inputs):
+        if main_input(inputs) is None:
             return [batch]  # which is refused
         # Padding-free, it has one row of them all.
         fits = by_sample(inputs) and rows_of(inputs) >= len(samples)
@@ -177,9 +191,10 @@ def _checked(batch: Any, pad_token_id: int | None) -> Chunk:
         raise ProbeError(
             f"A probe batch is a {type(batch).__name__}.",
             cause="The model is called as model(**batch), so a batch must map input names to tensors.",
-            fix='Use a collator that returns a dict, e.g. {"input_ids": ..., "attention_mask": ..., "labels": ...}.',
+            fix="Let the collator return a dict, or give batches by the names in the model's forward: "
+            'probe=[{"input_ids": ..., "attention_mask": ...}, ...]',
         )
-    if not rows_of(chunk):
+    if main_input(chunk) is None:
         only = "only labels" if set(chunk) == {"labels"} else f"only {', '.join(chunk) or 'nothing'}"
         raise ProbeError(
             f"A probe batch holds {only}.",

@@ -11,7 +11,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ _LIBRARIES = sys.stdlib_module_names | {
     *("lightning", "pandas", "pyarrow", "safetensors", "huggingface_hub", "pytest", "_pytest"),
 }
 # Data in memory can be millions of objects: a container with more than WIDE entries waits until all else was seen.
-MOST_OBJECTS = 100_000
+MOST_OBJECTS = 20_000
 WIDE = 256
 # Longer containers and larger arrays are data, and not state.
 LONGEST_STATE = 10_000
@@ -38,6 +38,8 @@ _PLAIN = (str, bytes, int, float, complex, type(None), np.generic, torch.dtype, 
 _RANDOM = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator, torch.Generator)
 _CONTAINERS = (list, dict, set, deque)
 _STATE = (*_PLAIN, *_RANDOM, *_CONTAINERS, tuple, frozenset, np.ndarray, Tensor)
+# What belongs to whoever has it.
+_HOLDERS = (*_CONTAINERS, tuple, frozenset, types.CellType, types.MethodType, partial)
 _CLOSED = (types.ModuleType, types.CodeType, types.FrameType, logging.Logger)
 _ABSENT = object()
 
@@ -76,19 +78,23 @@ def _reached(owners: tuple[Any, ...]) -> Iterator[tuple[Any, bool]]:
         if isinstance(one, _PLAIN) or id(one) in seen:
             continue
         seen[id(one)] = one
-        own = own or _is_users(one)
+        kind = one if isinstance(one, (type, types.FunctionType)) else type(one)
+        users = _is_users(str(getattr(kind, "__module__", "")))
+        own = own or users
         yield one, own
-        parts = _parts(one)
-        passes_on = own and (_is_users(one) or not hasattr(one, "__dict__"))  # containers, cells, methods
+        passes_on = own and (users or isinstance(one, _HOLDERS))
+        try:
+            parts = _parts(one)
+        except Exception:  # it does not let itself be read
+            continue
         (todo.extend if len(parts) > WIDE else todo.extendleft)((part, passes_on) for part in parts)
 
 
-def _is_users(one: Any) -> bool:
-    """Whether a function, class or instance is defined in none of the installed packages."""
-    kind = one if isinstance(one, (type, types.FunctionType)) else type(one)
-    name = str(getattr(kind, "__module__", ""))
-    place = getattr(sys.modules.get(name), "__file__", None) or ""
-    return not (name.partition(".")[0] in _LIBRARIES or "site-packages" in place or "dist-packages" in place)
+@lru_cache
+def _is_users(module: str) -> bool:
+    """Whether a module belongs to none of the installed packages."""
+    place = getattr(sys.modules.get(module), "__file__", None) or ""
+    return not (module.partition(".")[0] in _LIBRARIES or "site-packages" in place or "dist-packages" in place)
 
 
 def _parts(one: Any) -> list[Any]:
@@ -171,7 +177,7 @@ def _restores(one: Any, own: bool) -> Iterator[Callable[[], Any]]:
         yield partial(one.__setitem__, ..., one.copy())
     if isinstance(getattr(one, "__dict__", None), dict):
         yield _entries_restore(vars(one), only_random=not own)
-    for kind in type(one).__mro__ if own else ():
+    for kind in type(one).__mro__ if own and type(one) not in _CONTAINERS else ():
         for slot in [slot for slot in vars(kind).values() if isinstance(slot, types.MemberDescriptorType)]:
             value = getattr(one, slot.__name__, _ABSENT)
             if isinstance(value, _STATE):
