@@ -25,6 +25,8 @@ __all__ = ["Scorer"]
 
 # More measurements than this change no decision; the budget they leave is the user's.
 MOST_MEASUREMENTS = 24
+# A score below this is the rounding of the score itself, in float64.
+SMALLEST = 1e-14
 # Fewer samples than this say nothing; a run of a few steps pays more than its share for them.
 LEAST_SAMPLES = 2
 # An adapter at rest changes a block's output by rounding alone: relative, in float32 and in half precision.
@@ -114,6 +116,7 @@ class Scorer:
         """
         if self.score.needs not in ("outputs", "local_outputs"):
             self._references = self._parameters_now() if self.score.needs == "weights" else {}
+            self._gradients = dict.fromkeys(self.units, 0.0)  # the first interval begins here
             return min(most, MOST_MEASUREMENTS)
         if self.collective and not self.at_rest:
             warn(
@@ -215,7 +218,7 @@ class Scorer:
                 if self.score.needs == "local_outputs" or name in self._references
             }
         self.flops_spent += count.total
-        return {name: 0.0 if score <= self.floor.get(name, 0.0) else score for name, score in scores.items()}
+        return {name: 0.0 if score <= self.floor.get(name, SMALLEST) else score for name, score in scores.items()}
 
     def listen(self) -> None:
         """Add up the norms of the gradients as they are now (between backward and step)."""
@@ -326,7 +329,7 @@ class Scorer:
             if len(tensors[-1]) >= 4 and name in alone:  # the debiased estimator needs four tokens
                 reference = self.score.prepare(tensors[-1], self.config.normalize_rows)
                 score = float(compare(reference, alone[name][-1]))
-                self.floor[name] = score if math.isfinite(score) else 0.0
+                self.floor[name] = max(score, SMALLEST) if math.isfinite(score) else SMALLEST
 
     def _parameters_now(self) -> dict[str, Tensor]:
         """Gradient norms or weights of the live units; a frozen one keeps the score it froze with."""
