@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .costs.memory import SavedBytes
 from .decide.schedule import Losses
 from .freeze.before_step import before_step
-from .model.draw import rows_of
+from .model.batch import arguments, rows_of
 from .model.patches import forward_hook, forward_pre_hook
 
 __all__ = ["Observer"]
@@ -92,7 +92,7 @@ class Observer:
         if not model.training or not torch.is_grad_enabled():
             return
         self._before_forward()
-        inputs = {**kwargs, "input_ids": args[0]} if args and isinstance(args[0], Tensor) else kwargs
+        inputs = arguments(model, args, kwargs)
         ids = inputs.get("input_ids")
         self._last_tokens = ids.numel() if isinstance(ids, Tensor) else rows_of(inputs)
         self.samples += rows_of(inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from itertools import takewhile
 from typing import Any
 
@@ -43,7 +44,7 @@ class Decider:
         warmup_end: t_w in optimizer steps, from which the ramp rises; None before it is known. Where the warm-up went
             on for the loss's sake, the ramp has risen meanwhile.
         plan: steps at which scores are measured; None before the first step.
-        scorer: None before the first step, and where another rank measures.
+        scorer: None where another rank measures.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class Decider:
         self._settling = Settling(config.settle_patience, config.settle_tolerance)
         self._loss_fall = LossFall()
         self._went_on = False
+        self._measured_at = 0
+        self.begin()
 
     @property
     def measures_here(self) -> bool:
@@ -84,6 +87,14 @@ class Decider:
     @property
     def _ramp_end(self) -> int:
         return int(self.config.ramp_end * self.total_steps)
+
+    def begin(self) -> None:
+        """Take the model as it is now for the one with which the run begins."""
+        if self.measures_here:
+            self.scorer = self.new_scorer(self.probe)
+            # A model that cannot be run fails in the first step as well, and that is told of.
+            with suppress(Exception), keep_random_state():
+                self.scorer.begin()
 
     def prepare(self, step: int, step_samples: int) -> None:
         """Fit the probe and the number of measurements to the run's length.
@@ -118,7 +129,12 @@ class Decider:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain JSON values."""
-        return {**self._decided_so_far(), "scorer": self.scorer.state_dict() if self.scorer is not None else None}
+        kept = self.scorer if self.plan is not None else None
+        again = any(later > self._measured_at for later in self.plan or ())
+        return {
+            **self._decided_so_far(),
+            "scorer": kept.state_dict(measures_again=again) if kept is not None else None,
+        }
 
     def _decided_so_far(self) -> dict[str, Any]:
         return {
@@ -136,10 +152,11 @@ class Decider:
         self._loss_fall.load_state_dict(state.get("loss_fall") or LossFall().state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Take up what ``state_dict`` wrote on rank 0; takes the pre-trained representations again, if need be."""
+        """Take up what ``state_dict`` wrote on rank 0; takes the representations of the beginning again, if need be."""
         self._take_up(state)
-        self.scorer = None
+        self.scorer, self._measured_at = None, step
         if self.plan is None:
+            self.begin()
             return
         kept = state["scorer"]
         if kept is None or not self.measures_here:
@@ -186,7 +203,7 @@ class Decider:
     def _prepared(self, step: int, step_samples: int) -> None:
         self.plan = ()
         until = max(1, self._ramp_end)
-        self.scorer = self.new_scorer(self.probe)
+        assert self.scorer is not None
         count = self.scorer.prepare(self.total_steps * step_samples, until)
         self.plan = measurement_steps(until, count)
         self.journal.write(
@@ -218,6 +235,7 @@ class Decider:
 
     def _measure(self, step: int, prefixes: Mapping[str, int]) -> None:
         assert self.scorer is not None
+        self._measured_at = step
         if self.scorer.backend.any_merged():
             raise ProbeError(
                 "Adapters are merged into the base weights at the moment of a measurement.",

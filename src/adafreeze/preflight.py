@@ -15,6 +15,7 @@ from .errors import ConfigError, ProbeError, RunError, note, warn
 from .freeze.parallel import Parallel, Ranks
 from .journal import Journal
 from .model import Flow, Probe, Stack, Unit, trace_flow
+from .model.batch import forward_names
 from .model.draw import keep_random_state
 from .model.patches import owners
 
@@ -151,7 +152,8 @@ def flows_of(
         raise ProbeError(
             f"The model does not take the probe: {type(error).__name__}: {error}",
             cause=f"It was called with {', '.join(one)} of one sample.",
-            fix="Pass batches as the model gets them in training: probe=[batch, ...]",
+            fix="Pass batches as the model gets them in training, by the names of its forward "
+            f"({', '.join(forward_names(model)[:4])}): probe=[batch, ...]",
         ) from error
     owned = {id(p) for unit in units.values() for p in (*unit.parameters(), *unit.shared_parameters())}
     for path, flow in flows.items():

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..config import SafeConfig
 from ..journal import Journal
-from ..model.draw import batch_size_of, samples_of
+from ..model.draw import batch_size_of, samples_of, train_samples
 from ..safe import Safe
 
 __all__ = ["AcceleratedSafe"]
@@ -66,7 +66,7 @@ class AcceleratedSafe(Safe):
             model,
             config,
             optimizer=optimizer,
-            probe=train_dataloader if probe is None else probe,
+            probe=train_samples(train_dataloader) if probe is None else probe,
             total_steps=total_steps,
             batch_size=batch_size // accelerator.num_processes if accelerator.split_batches else batch_size,
             samples_per_epoch=samples_of(train_dataloader),

@@ -14,7 +14,7 @@ from ..config import SafeConfig
 from ..errors import ModelError, RunError
 from ..freeze.parallel.fsdp import is_fsdp1
 from ..journal import Journal
-from ..model.draw import batch_size_of, samples_of
+from ..model.draw import batch_size_of, samples_of, train_samples
 from ..safe import Safe
 
 __all__ = ["AdapterFreezing"]
@@ -82,7 +82,7 @@ class _Hooks:
             adapted_model(pl_module),
             self.config,
             optimizer=trainer.optimizers[0],
-            probe=data if self.probe is None else self.probe,
+            probe=train_samples(data) if self.probe is None else self.probe,
             total_steps=trainer.estimated_stepping_batches,
             batch_size=batch_size_of(data),
             samples_per_epoch=samples_of(data),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,9 +13,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from ..config import SafeConfig
-from ..errors import AdafreezeError, ProbeError, RunError, note
+from ..errors import AdafreezeError, ProbeError, RunError, note, warn
 from ..journal import Journal
-from ..model.draw import samples_of
+from ..model.draw import samples_of, train_samples
 from ..model.packing import packed, unpacked
 from ..safe import Safe
 from ._seen import Seen
@@ -29,8 +28,9 @@ class SafeCallback(TrainerCallback, ExportableState):
 
         trainer = Trainer(model=peft_model, ..., callbacks=[SafeCallback()])
 
-    The probe is drawn from the train dataloader's dataset; where that holds something else than the model gets (TRL's
-    GRPO and RLOO generate it), from what the model gets in the first step. ``safe/...`` scalars appear in the Trainer's
+    The probe is drawn from the train dataloader's dataset; where that can only be gone through, or holds something else
+    than the model gets (TRL's GRPO generates it, sentence-transformers' loss takes it apart), from what the model gets
+    in the first step. ``safe/...`` scalars appear in the Trainer's
     logs and in every tracker of ``report_to``. The adapter is saved by the Trainer, in PEFT's own format. At the end of
     training the model is as it was, but for the trained weights. Checkpoints carry the state of the freezing;
     ``resume_from_checkpoint`` takes it up again.
@@ -83,7 +83,6 @@ class SafeCallback(TrainerCallback, ExportableState):
             total_steps=state.max_steps,
             batch_size=args.train_batch_size,
             samples_per_step=args.train_batch_size * args.gradient_accumulation_steps,
-            samples_per_epoch=samples_of(kwargs["train_dataloader"]),
             journal=self.journal,
         )
         if self.safe is not None:  # of a train() that was interrupted
@@ -121,7 +120,11 @@ class SafeCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure and freeze, where it is time to."""
         if self.safe is None and self._seen is not None:
-            self._start_with_seen().steps = state.global_step - 1
+            try:
+                self._start_with_seen().steps = state.global_step - 1
+            except ProbeError as error:
+                self._seen = None
+                warn(error.fact, cause=error.cause, fix=error.fix + " Training goes on, without freezing.")
         if self.safe is not None:
             self.safe.step()
 
@@ -167,7 +170,8 @@ class SafeCallback(TrainerCallback, ExportableState):
     def _draw(self, model: nn.Module, dataloader: Any) -> None:
         """Start with a probe from the dataloader; where it holds something else than the model gets, later."""
         try:
-            self.safe = self._start(self.config, probe=dataloader if self.probe is None else self.probe)
+            probe = train_samples(dataloader) if self.probe is None else self.probe
+            self.safe = self._start(self.config, probe=probe, samples_per_epoch=samples_of(dataloader))
         except ProbeError as error:
             if self.probe is not None:
                 raise
@@ -184,9 +188,10 @@ class SafeCallback(TrainerCallback, ExportableState):
     def _start_with_seen(self) -> Safe:
         assert self._seen is not None
         self._seen.remove()
-        config = replace(self.config or SafeConfig(), cache="off", cache_dir=None)
-        note("Prefix cache off: the dataloader does not hold what the model gets (it is generated, or a stream).")
-        self.safe = self._start(config, probe=self._seen.batches)
+        # No samples_per_epoch: those of the dataset may be prompts, or pairs. The cache itself sees what comes again.
+        self.safe = self._start(self.config, probe=self._seen.batches)
+        with self._seen.as_it_began():
+            self.safe.decider.begin()
         return self.safe
 
 

@@ -5,81 +5,165 @@ from __future__ import annotations
 import copy
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
-from ..errors import ProbeError, warn
+from ..errors import AdafreezeError, ProbeError, warn
+from .batch import (
+    CHUNK,
+    INPUTS,
+    REAL_TOKENS,
+    Chunk,
+    as_mapping,
+    by_sample,
+    chunks_of,
+    leaves,
+    main_input,
+    real_tokens,
+    rows_of,
+)
+from .untouched import untouched
 
-Chunk = dict[str, Any]
+__all__ = [
+    "INPUTS",
+    "batch_size_of",
+    "collect",
+    "keep_random_state",
+    "random_state",
+    "rows_of",
+    "samples_of",
+    "set_random_state",
+    "split",
+    "train_samples",
+    "varies",
+]
 
-# One forward pass of the probe takes this many samples: enough to be efficient, few enough to cut finely.
-CHUNK = 8
 # Tokens come from at least this many samples where the data has them, so that one long document is not the probe.
 LEAST_SAMPLES = 32
 MOST_SAMPLES = 512
 
-# A mask for the probe alone: under its own name, since passing it on would change what the model computes.
-REAL_TOKENS = "real_tokens"
+# Names that hold one entry per sample in every collator; of others, samples are collated alone to see.
+BY_SAMPLE = {*INPUTS, "attention_mask", "token_type_ids", "labels", "decoder_input_ids", "decoder_attention_mask"}
 
-INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
-
-
-def rows_of(chunk: Mapping[str, Any]) -> int:
-    """The number of samples in a chunk: the first dimension of its model input."""
-    return next((len(chunk[name]) for name in INPUTS if isinstance(chunk.get(name), Tensor)), 0)
+OWN_SAMPLES = "Give samples of your own: SafeCallback(probe=[batch, ...]) or Safe(..., probe=[batch, ...])"
 
 
 def split(batch: Any, pad_token_id: int | None = None) -> Iterator[Chunk]:
-    """Check a batch and cut it into chunks of CHUNK samples."""
-    tensors = _checked(batch, pad_token_id)
-    rows = rows_of(tensors)
-    for start in range(0, rows, CHUNK):
-        yield {
-            key: value[start : start + CHUNK]
-            if isinstance(value, Tensor) and value.ndim and len(value) == rows
-            else value
-            for key, value in tensors.items()
-        }
+    """Check a batch, and cut it into chunks of CHUNK samples where it can be cut; of an empty one there are none."""
+    chunk = _checked(batch, pad_token_id)
+    if rows_of(chunk):
+        yield from chunks_of(chunk)
 
 
-def collect(source: Any, tokens: int, seed: int, pad_token_id: int | None) -> Iterator[Chunk]:
-    """Chunks from ``source`` until they hold ``tokens`` real tokens and LEAST_SAMPLES samples."""
+def collect(source: Any, tokens: int, seed: int, pad_token_id: int | None) -> list[Chunk]:
+    """Chunks from ``source`` until they hold ``tokens`` real tokens and LEAST_SAMPLES samples.
+
+    Of a dataloader neither dataset nor collator keeps a trace of it.
+
+    Raises:
+        ProbeError: nothing can be drawn from it, or only by using it up.
+    """
+    if not _is_loader(source):
+        return _enough((c for batch in _batches(source) for c in split(batch, pad_token_id)), tokens)
+    dataset = train_samples(source).dataset
+    try:
+        with untouched(dataset, source.collate_fn):
+            return _enough(_from_loader(source, seed, pad_token_id), tokens)
+    except AdafreezeError:
+        raise
+    except Exception as error:  # of the user's own code, on samples in an order of the probe's
+        raise ProbeError(
+            f"No probe can be drawn from the train data: {type(error).__name__}: {error}",
+            cause=f"{type(dataset).__name__} was asked for single samples, and they were collated as the dataloader "
+            "does it.",
+            fix=OWN_SAMPLES,
+        ) from error
+
+
+def _enough(chunks: Iterator[Chunk], tokens: int) -> list[Chunk]:
+    taken: list[Chunk] = []
     seen_tokens = seen_samples = 0
-    for chunk in _chunks(source, seed, pad_token_id):
-        yield chunk
+    for chunk in chunks:
+        taken.append(chunk)
         seen_samples += rows_of(chunk)
         seen_tokens += real_tokens(chunk)
         if seen_samples >= MOST_SAMPLES or (seen_tokens >= tokens and seen_samples >= LEAST_SAMPLES):
-            return
+            break
+    return taken
 
 
-def _chunks(source: Any, seed: int, pad_token_id: int | None) -> Iterator[Chunk]:
-    if isinstance(source, Mapping) or (hasattr(source, "data") and isinstance(source.data, Mapping)):
-        yield from split(source, pad_token_id)
-    elif hasattr(source, "dataset") and hasattr(source, "collate_fn"):
-        collate = _own_copy(source.collate_fn)
-        for samples in _sample_groups(source.dataset, seed):
-            batch = collate(samples)
-            # Padding-free, it makes one row of them all.
-            if len(samples) > 1 and isinstance(batch, Mapping) and rows_of(batch) == 1:
-                for sample in samples:
-                    yield from split(collate([sample]), pad_token_id)
-            else:
-                yield from split(batch, pad_token_id)
-    elif isinstance(source, Iterable):
-        for batch in source:
-            yield from split(batch, pad_token_id)
-    else:
+def _batches(source: Any) -> Iterable[Any]:
+    if as_mapping(source) is not None:
+        return [source]
+    if isinstance(source, Iterable):
+        return source
+    raise ProbeError(
+        f"A probe cannot be drawn from {type(source).__name__}.",
+        cause="It is neither a dataloader, nor a batch, nor an iterable of batches.",
+        fix="Safe(model, probe=train_dataloader, ...)",
+    )
+
+
+def _is_loader(source: Any) -> bool:
+    return hasattr(source, "dataset") and hasattr(source, "collate_fn")
+
+
+def train_samples(loader: Any) -> Any:
+    """A dataloader of the run, if samples can be drawn from its dataset by index.
+
+    Raises:
+        ProbeError: it can only be gone through, as training does; perhaps only once.
+    """
+    dataset = getattr(loader, "dataset", None)
+    by_index = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if not _is_loader(loader) or isinstance(dataset, IterableDataset) or not by_index:
         raise ProbeError(
-            f"A probe cannot be drawn from {type(source).__name__}.",
-            cause="It is neither a dataloader, nor a batch, nor an iterable of batches.",
-            fix="Safe(model, probe=train_dataloader, ...)",
+            f"A probe cannot be drawn from {type(loader if dataset is None else dataset).__name__} without using up "
+            "samples of the run.",
+            cause="Its samples cannot be taken by index, and may come only once: what the probe takes, training would "
+            "miss.",
+            fix=OWN_SAMPLES,
         )
+    return loader
+
+
+def _from_loader(loader: Any, seed: int, pad_token_id: int | None) -> Iterator[Chunk]:
+    collate = loader.collate_fn
+    if getattr(loader, "batch_sampler", loader) is None:  # the dataset's entries are batches
+        for batch in _samples(loader.dataset, seed):
+            yield from split(collate(batch), pad_token_id)
+        return
+    for samples in _sample_groups(loader.dataset, seed):
+        for batch in _collated(collate, samples):
+            yield from split(batch, pad_token_id)
+
+
+def _collated(collate: Any, samples: list[Any]) -> list[Any]:
+    """One batch of these samples if it can be cut again, else each sample alone."""
+
+    def of(some: list[Any]) -> Any:
+        return collate([copy.copy(one) if isinstance(one, (dict, list)) else one for one in some])  # some pop from it
+
+    with suppress(Exception):  # lengths that only fit one by one, as in training with batches of one
+        batch = of(samples)
+        inputs = as_mapping(batch) or {}
+        if main_input(inputs) is None:
+            return [batch]  # which is refused
+        # Padding-free, it has one row of them all.
+        fits = by_sample(inputs) and rows_of(inputs) >= len(samples)
+        if fits and (inputs.keys() <= BY_SAMPLE or all(_has_one_each(of([sample])) for sample in samples)):
+            return [batch]
+    return [of([sample]) for sample in samples]
+
+
+def _has_one_each(batch: Any) -> bool:
+    return all(len(value) == 1 for _, value in leaves(as_mapping(batch)) if isinstance(value, Tensor) and value.ndim)
 
 
 def _sample_groups(dataset: Any, seed: int) -> Iterator[list[Any]]:
@@ -96,35 +180,25 @@ def _length(sample: Any) -> int:
 
 
 def _samples(dataset: Any, seed: int) -> Iterator[Any]:
-    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(dataset), generator=generator)[:MOST_SAMPLES].tolist()
-        return (dataset[index] for index in order)
-    stream = iter(dataset)
-    if stream is dataset:
-        raise ProbeError(
-            f"A probe cannot be drawn from {type(dataset).__name__} without using up samples of the run.",
-            cause="It is a one-way stream: what the probe takes, training would miss.",
-            fix="Give samples of your own: SafeCallback(probe=[batch, ...]) or Safe(..., probe=[batch, ...])",
-        )
-    return itertools.islice(stream, MOST_SAMPLES)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(dataset), generator=generator)[:MOST_SAMPLES].tolist()
+    return (dataset[index] for index in order)
 
 
 def _checked(batch: Any, pad_token_id: int | None) -> Chunk:
-    data = batch if isinstance(batch, Mapping) else getattr(batch, "data", None)
-    if not isinstance(data, Mapping):
+    chunk = as_mapping(batch)
+    if chunk is None:
         raise ProbeError(
             f"A probe batch is a {type(batch).__name__}.",
             cause="The model is called as model(**batch), so a batch must map input names to tensors.",
-            fix='Use a collator that returns a dict, e.g. {"input_ids": ..., "attention_mask": ..., "labels": ...}.',
+            fix="Let the collator return a dict, or give batches by the names in the model's forward: "
+            'probe=[{"input_ids": ..., "attention_mask": ...}, ...]',
         )
-    chunk = dict(data)
-    names = [name for name in INPUTS if isinstance(chunk.get(name), Tensor)]
-    if not names:
-        only = "only labels" if set(chunk) == {"labels"} else f"only {', '.join(map(str, chunk)) or 'nothing'}"
+    if main_input(chunk) is None:
+        only = "only labels" if set(chunk) == {"labels"} else f"only {', '.join(chunk) or 'nothing'}"
         raise ProbeError(
             f"A probe batch holds {only}.",
-            cause=f"Scores are measured on a forward pass, which needs one of {', '.join(INPUTS)}.",
+            cause="Scores are measured on a forward pass, which needs a tensor with the samples as first dimension.",
             fix="Pass batches as the model gets them in training: probe=train_dataloader",
         )
     ids = chunk.get("input_ids")
@@ -138,22 +212,6 @@ def _checked(batch: Any, pad_token_id: int | None) -> Chunk:
             )
             chunk[REAL_TOKENS] = real
     return chunk
-
-
-def padded_tokens(chunk: Chunk) -> int:
-    """Positions that the model computes for a chunk."""
-    ids = chunk.get("input_ids")
-    # Patches of an image and frames of a sound are counted only by the model; 64 a sample is enough to spread.
-    return ids.numel() if isinstance(ids, Tensor) else 64 * rows_of(chunk)
-
-
-def real_tokens(chunk: Chunk) -> int:
-    """Those of them that are no padding."""
-    for name in (REAL_TOKENS, "attention_mask"):
-        mask = chunk.get(name)
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            return int(mask.sum())
-    return padded_tokens(chunk)
 
 
 def samples_of(source: Any) -> int | None:
@@ -170,8 +228,7 @@ def batch_size_of(source: Any) -> int:
             return size
     if isinstance(source, (list, tuple)) and source:
         source = source[0]
-    data = source if isinstance(source, Mapping) else getattr(source, "data", {})
-    return max(1, rows_of(data) if isinstance(data, Mapping) else 1)
+    return max(1, rows_of(as_mapping(source) or {}))
 
 
 def varies(source: Any) -> bool:
@@ -179,29 +236,21 @@ def varies(source: Any) -> bool:
 
     Draws a few samples twice; no random state of the run advances. False where it cannot be told.
     """
-    dataset: Any = getattr(source, "dataset", None)
-    collate = getattr(source, "collate_fn", None)
-    if collate is None or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        return False
-    collate, index = _own_copy(collate), range(min(CHUNK, len(dataset)))
     with suppress(Exception):  # whatever is wrong with the data, training itself will say it
-        with keep_random_state():
-            batches = [dict(collate([dataset[i] for i in index])) for _ in range(2)]
-        return any(
-            not torch.equal(batches[0][name], batches[1][name])
-            for name in INPUTS
-            if isinstance(batches[0].get(name), Tensor)
+        dataset, collate = train_samples(source).dataset, source.collate_fn
+        batched = getattr(source, "batch_sampler", source) is not None
+        index = range(min(CHUNK if batched else 1, len(dataset)))
+        with untouched(dataset, collate), keep_random_state():
+            one, other = (
+                dict(leaves(as_mapping(collate([dataset[i] for i in index] if batched else dataset[0]))))
+                for _ in range(2)
+            )
+        return one.keys() != other.keys() or any(
+            not torch.equal(value, other[path])
+            for path, value in one.items()
+            if isinstance(value, Tensor) and "label" not in path[-1]
         )
     return False
-
-
-def _own_copy(collate: Callable[..., Any]) -> Callable[..., Any]:
-    """A collator whose own random generator (masking) is not the run's."""
-    twin = copy.copy(collate)
-    generator = getattr(collate, "generator", None)
-    if generator is not None and twin is not collate:
-        twin.generator = copy.deepcopy(generator)  # type: ignore[attr-defined]
-    return twin
 
 
 def random_state() -> dict[str, Any]:

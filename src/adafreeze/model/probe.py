@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..errors import ProbeError
 from .backends import Backend
+from .batch import REAL_TOKENS, Chunk, by_sample, cut, leaves, masks, padded_tokens, real_tokens, repeated, rows_of
 from .blocks import Stack, StopForward, device_of, hidden_states, quiet, starting_at
-from .draw import REAL_TOKENS, Chunk, collect, keep_random_state, padded_tokens, real_tokens, rows_of, split
+from .draw import collect, keep_random_state, split
 from .patches import patched_forward
 from .units import Unit
 
@@ -27,7 +29,8 @@ class Probe:
     """A fixed set of samples, in chunks, and the tokens in them on which scores are measured.
 
     Args:
-        chunks: model inputs; each maps names to tensors with the sample as first dimension.
+        chunks: model inputs by the names of its forward. Where every tensor has the sample as first dimension, a chunk
+            is cut freely; another one (images of all samples in one tensor) stays whole.
         tokens: how many real (unpadded) tokens to look at, spread evenly over the samples.
         seed: of the choice of tokens.
         pad_token_id: tells padding where there is no attention mask.
@@ -60,15 +63,16 @@ class Probe:
         """Draw a probe from a dataloader, one batch, or an iterable of batches.
 
         From a dataloader, samples are taken from its dataset with a generator of the probe's own and collated
-        as the dataloader does: neither its sampler nor any random state of the run advances.
+        as the dataloader does: neither its sampler nor any random state of the run advances, and what dataset and
+        collator own is put back (``untouched``).
 
         Raises:
-            ProbeError: ``source`` yields nothing usable.
+            ProbeError: ``source`` yields nothing usable, or is a dataloader that can only be gone through.
         """
         if isinstance(source, Probe):
             return source
         with keep_random_state():
-            return cls(list(collect(source, tokens, seed, pad_token_id)), tokens, seed, pad_token_id)
+            return cls(collect(source, tokens, seed, pad_token_id), tokens, seed, pad_token_id)
 
     @property
     def samples(self) -> int:
@@ -88,55 +92,84 @@ class Probe:
     @property
     def nbytes(self) -> int:
         """Host memory of the recorded boundary states."""
-        tensors = [t for states in self._boundaries for value in states.values() for t in _tensors(value)]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        found: list[Tensor] = []
+        tree_map_only(Tensor, found.append, self._boundaries)
+        return sum(tensor.untyped_storage().nbytes() for tensor in found)
 
     def digest(self) -> str:
         """Hash of its samples, to know it again."""
         found = hashlib.blake2b(digest_size=8)
         for chunk in self.chunks:
-            for name, value in sorted(chunk.items()):
-                found.update(f"{name} {getattr(value, 'dtype', '')} {getattr(value, 'shape', value)}".encode())
+            for path, value in sorted(leaves(chunk), key=lambda leaf: leaf[0]):
+                kind = getattr(value, "dtype", ""), getattr(value, "shape", value)
+                found.update(f"{'.'.join(path)} {kind[0]} {kind[1]}".encode())
                 if isinstance(value, Tensor):
                     found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
 
     def first_sample(self, device: torch.device) -> Chunk:
-        """One sample as the model takes it."""
-        chunk = self.chunks[0]
-        return _model_inputs(_slice(chunk, [0], rows_of(chunk)), device)
+        """One sample as the model takes it; the first chunk where that cannot be cut."""
+        return _model_inputs(_first_of(self.chunks[0]), device)
+
+    def kinds(self, device: torch.device) -> list[Chunk]:
+        """One sample for each set of input names, the smallest with it, as the model takes it.
+
+        In mixed data some samples have images and some are text alone: what feeds a stack differs.
+        """
+        smallest: dict[frozenset[tuple[str, ...]], Chunk] = {}
+        for chunk in self.chunks:
+            one = _first_of(chunk)
+            kind = frozenset(path for path, value in leaves(one) if value is not None)
+            if kind not in smallest or padded_tokens(one) < padded_tokens(smallest[kind]):
+                smallest[kind] = one
+        return [_model_inputs(one, device) for one in smallest.values()]
 
     def micro_batch(self, rows: int, device: torch.device) -> Chunk:
-        """``rows`` times its longest sample, as views without data: the shapes of a batch."""
-        chunk = max(self.chunks, key=lambda chunk: padded_tokens(chunk) / rows_of(chunk))
-        one = _model_inputs(_slice(chunk, [0], rows_of(chunk)), device)
-        return {
-            name: value.expand(rows, *value.shape[1:]) if isinstance(value, Tensor) and value.ndim else value
-            for name, value in one.items()
-        }
+        """``rows`` times its longest sample, as views without data: the shapes of a batch.
+
+        Of a chunk that cannot be cut, as many times the chunk as hold that many samples.
+        """
+        longest = max(self.chunks, key=lambda chunk: padded_tokens(chunk) / rows_of(chunk))
+        return repeated(_model_inputs(_first_of(longest), device), rows)
+
+    def _pieces(self) -> list[tuple[int, int | None]]:
+        """(chunk, row) of every sample; (chunk, None) where that cannot be cut."""
+        return [
+            (number, row)
+            for number, chunk in enumerate(self.chunks)
+            for row in (range(rows_of(chunk)) if by_sample(chunk) else [None])
+        ]
 
     def shrunk(self, samples: int) -> Probe:
-        """A probe of ``samples`` samples, at least one, evenly spaced in this one."""
-        total = self.samples
-        count = min(max(1, samples), total)
-        wanted = {index * total // count for index in range(count)}
-        kept, first = [], 0
-        for chunk in self.chunks:
-            rows = [row for row in range(rows_of(chunk)) if first + row in wanted]
-            if rows:
-                kept.append(_slice(chunk, rows, rows_of(chunk)))
-            first += rows_of(chunk)
+        """A probe of at most ``samples`` samples, but one piece at least, evenly spaced in this one.
+
+        ``shrunk(n)`` and ``shrunk(shrunk(n).samples)`` are the same.
+        """
+        pieces = self._pieces()
+        sizes = [1 if row is not None else rows_of(self.chunks[number]) for number, row in pieces]
+        wanted = range(min(len(pieces), max(1, samples)), 0, -1)
+        for count in wanted:
+            chosen = [index * len(pieces) // count for index in range(count)]
+            if sum(sizes[index] for index in chosen) <= samples:
+                break
+        rows: dict[int, list[int]] = {}
+        for index in chosen:
+            number, row = pieces[index]
+            rows.setdefault(number, []).extend([] if row is None else [row])
+        kept = [cut(self.chunks[number], some) if some else self.chunks[number] for number, some in rows.items()]
         return Probe(kept, self.tokens, self.seed)
 
     def head(self, samples: int) -> Probe:
-        """Up to ``samples`` samples of the middle chunk, of middling length, in one batch."""
+        """Up to ``samples`` samples of the middle chunk, of middling length, in one batch; all if it cannot be cut."""
         chunk = self.chunks[len(self.chunks) // 2]
-        rows = list(range(min(max(1, samples), rows_of(chunk))))
-        return Probe([_slice(chunk, rows, rows_of(chunk))], self.tokens, self.seed)
+        if by_sample(chunk):
+            chunk = cut(chunk, slice(0, max(1, samples)))
+        return Probe([chunk], self.tokens, self.seed)
 
     def one_by_one(self) -> Probe:
-        """The same samples and tokens in chunks of one, to see what rounding alone does."""
-        singles = [_slice(chunk, [row], rows_of(chunk)) for chunk in self.chunks for row in range(rows_of(chunk))]
+        """The same samples and tokens in chunks of one where they can be cut, to see what rounding alone does."""
+        pieces = self._pieces()
+        singles = [self.chunks[n] if row is None else cut(self.chunks[n], [row]) for n, row in pieces]
         return Probe(singles, self.tokens, self.seed)
 
     def outputs(
@@ -147,7 +180,7 @@ class Probe:
         backend: Backend,
         *,
         adapters: bool,
-        local: bool = False,
+        without: Callable[[Unit], AbstractContextManager[None]] | None = None,
         prefix: Mapping[str, int] | None = None,
         to_the_end: bool = False,
     ) -> Iterator[Outputs]:
@@ -162,17 +195,21 @@ class Probe:
             units: whose outputs are wanted.
             backend: switches adapters off.
             adapters: False for the pre-trained representation.
-            local: yield pairs: the module without its own adapter and with it, on the same input.
+            without: a context in which a unit has no effect yet. Yield pairs then: its output in that context and
+                outside, on the same input.
             prefix: depth of the frozen prefix of each stack. Its output is recorded the first time and started
                 from after that: frozen blocks are computed once.
             to_the_end: do not leave the pass early, since what wraps the model (FSDP2, ZeRO-3) waits for its end.
         """
         first = 0
-        known = self._depths if adapters else {}
+        reached = self._depths if adapters else {}
         wanted = {path: depth for path, depth in (prefix or {}).items() if depth} if adapters else {}
         for number, chunk in enumerate(self.chunks):
             taken: Outputs = {}
             recorded: dict[int, Any] = {}
+            # A stack that does not run for these inputs has left no boundary.
+            paths = {stack.path for position, stack in enumerate(stacks) if position in self._boundaries[number]}
+            known = {path: depth for path, depth in reached.items() if path in paths}
             with ExitStack() as undo:
                 undo.enter_context(torch.no_grad())
                 undo.enter_context(quiet(model))
@@ -186,13 +223,14 @@ class Probe:
                     keep = _Keeper(self, chunk, first, position, taken)
                     for unit in units.values():
                         if unit.stack == stack.path and unit.block >= known.get(stack.path, 0):
-                            watched = _watching(unit, keep, backend if local else None)
-                            undo.enter_context(patched_forward(unit.module, watched))
+                            module = _called(unit.module)
+                            watched = _watching(module.forward, keep, unit, without)
+                            undo.enter_context(patched_forward(module, watched))
                     depth = wanted.get(stack.path, 0)
                     if depth > known.get(stack.path, 0):
                         boundary = stack.blocks[depth - 1]
                         undo.enter_context(patched_forward(boundary, _recording(boundary, position, recorded)))
-                    top = stack.blocks[-1]
+                    top = _called(stack.blocks[-1])
                     if not to_the_end:
                         undo.enter_context(patched_forward(top, _stopping(top, stack.path, finished, len(stacks))))
                 with suppress(StopForward):
@@ -201,16 +239,16 @@ class Probe:
             first += rows_of(chunk)
             yield taken
         if adapters:
-            self._depths = {**known, **wanted}
+            self._depths = {**reached, **wanted}
 
-    def chosen(self, chunk: Chunk, first: int, position: int, shape: tuple[int, ...]) -> Tensor:
+    def chosen(self, chunk: Chunk, first: int, position: int, shape: tuple[int, int]) -> Tensor:
         """Which of the flattened (sample, token) rows of one chunk are looked at.
 
         Chosen sample by sample, seeded by the sample's place in the probe, so that other chunks of the same
         samples choose the same tokens.
         """
         real = _real_tokens(chunk, shape, decoder=position > 0)
-        quota = -(-self.tokens // self.samples)
+        quota = -(-self.tokens // self.samples) * max(1, rows_of(chunk) // shape[0])
         picks = []
         for row, positions in enumerate(real):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first + row)
@@ -222,29 +260,40 @@ class Probe:
 
 
 class _Keeper:
-    """Takes the chosen rows of what the units of one stack return for one chunk."""
+    """Takes the chosen rows of what the units of one stack return for one chunk; stages differ in their tokens."""
 
     def __init__(self, probe: Probe, chunk: Chunk, first: int, position: int, taken: Outputs) -> None:
         self.probe, self.chunk, self.first, self.position, self.taken = probe, chunk, first, position, taken
-        self.rows: Tensor | None = None
+        self.rows: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, name: str, outputs: list[Any]) -> None:
         tensors = [hidden_states(output).detach() for output in outputs]
-        if self.rows is None:
-            batch = rows_of(self.chunk)
-            tokens = tensors[0].numel() // tensors[0].shape[-1] // batch
-            self.rows = self.probe.chosen(self.chunk, self.first, self.position, (batch, tokens))
-        rows = self.rows.to(tensors[0].device)
+        batch, total = rows_of(self.chunk), tensors[0].numel() // tensors[0].shape[-1]
+        # Patches of all samples in one row, without a batch: tokens are chosen among all of them.
+        shape = (1, total) if total % batch or not total else (batch, total // batch)
+        if shape not in self.rows:
+            self.rows[shape] = self.probe.chosen(self.chunk, self.first, self.position, shape)
+        rows = self.rows[shape].to(tensors[0].device)
         self.taken[name] = [tensor.reshape(-1, tensor.shape[-1])[rows].cpu() for tensor in tensors]
 
 
-def _watching(unit: Unit, keep: _Keeper, backend: Backend | None) -> Callable[..., Any]:
-    original = unit.module.forward
+def _called(module: nn.Module) -> nn.Module:
+    """The module that runs: a list of layers does not, and its last layer returns what the list makes."""
+    while isinstance(module, nn.ModuleList) and len(module):
+        module = module[-1]
+    return module
 
+
+def _watching(
+    original: Callable[..., Any],
+    keep: _Keeper,
+    unit: Unit,
+    without: Callable[[Unit], AbstractContextManager[None]] | None,
+) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         outputs = []
-        if backend is not None:
-            with backend.adapters_off(unit.module):
+        if without is not None:
+            with without(unit):
                 outputs.append(original(*args, **kwargs))
         outputs.append(original(*args, **kwargs))
         keep(unit.name, outputs)
@@ -277,40 +326,24 @@ def _stopping(block: nn.Module, path: str, finished: set[str], stacks: int) -> C
     return forward
 
 
-def _real_tokens(chunk: Chunk, shape: tuple[int, ...], decoder: bool) -> Tensor:
+def _real_tokens(chunk: Chunk, shape: tuple[int, int], decoder: bool) -> Tensor:
     """(samples, tokens) bool: which positions are no padding. Where no mask fits the shape, all are real."""
     labels = chunk.get("labels")
     candidates = [chunk.get("decoder_attention_mask"), None if labels is None else labels != -100] if decoder else []
-    for mask in (*candidates, chunk.get(REAL_TOKENS), chunk.get("attention_mask")):
-        if isinstance(mask, Tensor) and tuple(mask.shape) == shape:
-            return mask.bool().cpu()
+    for mask in (*candidates, *masks(chunk)):
+        # Several rows a sample, as choices of one question, stand one after the other.
+        if isinstance(mask, Tensor) and mask.ndim >= 2 and tuple(mask.flatten(1).shape) == shape:
+            return mask.flatten(1).bool().cpu()
     return torch.ones(shape, dtype=torch.bool)
 
 
-def _slice(chunk: Chunk, rows: list[int], count: int) -> Chunk:
-    return {
-        key: value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
-        for key, value in chunk.items()
-    }
+def _first_of(chunk: Chunk) -> Chunk:
+    return cut(chunk, [0]) if by_sample(chunk) else chunk
 
 
 def _model_inputs(chunk: Chunk, device: torch.device) -> Chunk:
-    return {key: _moved(value, device) for key, value in chunk.items() if key != REAL_TOKENS}
+    return _moved({key: value for key, value in chunk.items() if key != REAL_TOKENS}, device)
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_moved(item, device) for item in value)
-    return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), value)

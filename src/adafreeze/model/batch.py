@@ -1,0 +1,226 @@
+"""A batch as the model takes it: its samples, its tokens, and how it is cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "CHUNK",
+    "INPUTS",
+    "REAL_TOKENS",
+    "Chunk",
+    "arguments",
+    "as_mapping",
+    "by_sample",
+    "chunks_of",
+    "cut",
+    "forward_names",
+    "leaves",
+    "main_input",
+    "masks",
+    "padded_tokens",
+    "real_tokens",
+    "repeated",
+    "rows_of",
+]
+
+Chunk = dict[str, Any]
+"""What a model is called with: its keyword arguments, one of which may be a dictionary of features."""
+
+# One forward pass of the probe takes this many samples: enough to be efficient, few enough to cut finely.
+CHUNK = 8
+
+# A mask for the probe alone: under its own name, since passing it on would change what the model computes.
+REAL_TOKENS = "real_tokens"
+
+INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
+
+# Positions of an image, a sound or a time series are counted only by the model; so many a sample are enough to spread.
+UNKNOWN_TOKENS = 64
+
+
+def as_mapping(batch: Any) -> Chunk | None:
+    """The inputs in a batch by name: of a mapping, a dataclass or a named tuple; None where it names none."""
+    if isinstance(batch, Mapping):
+        return {str(name): as_mapping(value) if isinstance(value, Mapping) else value for name, value in batch.items()}
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return as_mapping({field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)})
+    if isinstance(batch, tuple) and hasattr(batch, "_asdict"):
+        return as_mapping(batch._asdict())
+    data = getattr(batch, "data", None)
+    return as_mapping(data) if isinstance(data, Mapping) else None
+
+
+def arguments(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Chunk:
+    """What ``model`` is called with, by the names of its forward's parameters.
+
+    >>> arguments(nn.Linear(2, 2), ["x"], {})
+    {'input': 'x'}
+    """
+    return {**dict(zip(forward_names(model), args, strict=False)), **kwargs} if args else dict(kwargs)
+
+
+def forward_names(model: nn.Module) -> list[str]:
+    """Names of the positional parameters of its forward."""
+    # Of the class: on the instance somebody may have replaced it.
+    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    base = getattr(model, "get_base_model", None)
+    if not names and base is not None and base() is not model:
+        return forward_names(base())  # PeftModel hands on whatever it gets
+    return names or [INPUTS[0]]
+
+
+def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """All values in nested dictionaries, in their order, with the names that lead to them."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from leaves(item, (*path, name))
+    else:
+        yield path, value
+
+
+def _kind(name: str) -> str | None:
+    """The known input that this is one of, such as ``"anchor_input_ids"``; none of a decoder's."""
+    if name.startswith("decoder_"):
+        return None
+    return next((known for known in INPUTS if name == known or name.endswith(f"_{known}")), None)
+
+
+def main_input(chunk: Mapping[str, Any]) -> Tensor | None:
+    """The input whose first dimension is the batch: of a known name, of a known kind, else the first but labels."""
+    tensors = {path: value for path, value in leaves(chunk) if isinstance(value, Tensor) and value.ndim}
+    known = {path: _kind(path[-1]) for path in tensors}
+    for paths in ([path for path in known if path[-1] in INPUTS], [path for path, kind in known.items() if kind]):
+        if paths:
+            return tensors[min(paths, key=lambda path: INPUTS.index(str(known[path])))]
+    return next((value for path, value in tensors.items() if "label" not in path[-1]), None)
+
+
+def rows_of(chunk: Mapping[str, Any]) -> int:
+    """The number of samples in a chunk: the first dimension of its model input.
+
+    >>> rows_of({"labels": torch.ones(3), "input": {"token_ids": torch.ones(2, 5)}})
+    2
+    """
+    found = main_input(chunk)
+    return 0 if found is None else len(found)
+
+
+def by_sample(chunk: Mapping[str, Any]) -> bool:
+    """Whether every tensor holds one entry per sample, so that the chunk can be cut.
+
+    Equal lengths alone do not say so: images of all samples may stand in one tensor, one sample with two of them and
+    another with none. So a chunk with media beside text, with a list, or with one tensor of another length stays whole.
+
+    >>> by_sample({"input_ids": torch.ones(2, 5), "labels": torch.ones(2)})
+    True
+    >>> by_sample({"input_ids": torch.ones(2, 5), "labels": torch.ones(2), "image_grid_thw": torch.ones(1, 3)})
+    False
+    """
+    rows, kinds = rows_of(chunk), set()
+    for path, value in leaves(chunk):
+        name = path[-1] if path else ""
+        if isinstance(value, Tensor) and value.ndim:
+            if len(value) != rows or _batch_dimension(name, value):
+                return False
+            kinds |= {kind for kind in INPUTS if kind in name and not name.startswith("decoder_")}
+        elif not isinstance(value, (Tensor, bool, int, float, str, type(None))):
+            return False
+    return rows > 0 and len(kinds) < 2
+
+
+def _batch_dimension(name: str, value: Tensor) -> int:
+    # Multimodal rotary positions: one table each for time, height and width.
+    return int(name == "position_ids" and value.ndim == 3)
+
+
+def cut(chunk: Chunk, rows: Any) -> Chunk:
+    """Some samples of a chunk that is ``by_sample``: indices, or a slice."""
+    return {
+        name: cut(value, rows)
+        if isinstance(value, dict)
+        else value[rows]
+        if isinstance(value, Tensor) and value.ndim
+        else value
+        for name, value in chunk.items()
+    }
+
+
+def chunks_of(batch: Chunk) -> Iterator[Chunk]:
+    """A batch in chunks of CHUNK samples; whole where it cannot be cut."""
+    rows = rows_of(batch)
+    if rows <= CHUNK or not by_sample(batch):
+        yield batch
+        return
+    for start in range(0, rows, CHUNK):
+        yield cut(batch, slice(start, start + CHUNK))
+
+
+def repeated(chunk: Chunk, rows: int) -> Chunk:
+    """The shapes of a batch of at least ``rows`` samples, as those of the chunk; of one sample, views without data."""
+    count = rows_of(chunk)
+    times = -(-rows // count)
+
+    def longer(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {inner: longer(inner, item) for inner, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)([*value] * times)
+        if not isinstance(value, Tensor) or not value.ndim:
+            return value
+        dimension = _batch_dimension(name, value)
+        if value.shape[dimension] == 1:
+            return value if count > 1 else value.expand(*value.shape[:dimension], rows, *value.shape[dimension + 1 :])
+        return torch.cat([value] * times, dimension)
+
+    return {name: longer(name, value) for name, value in chunk.items()}
+
+
+def _texts(chunk: Mapping[str, Any]) -> list[tuple[int, Tensor | None]]:
+    """Positions of each text among the inputs, with its (samples, tokens) mask."""
+    found = dict(leaves(chunk))
+    texts: list[tuple[int, Tensor | None]] = []
+    for path, value in found.items():
+        kind = _kind(path[-1])
+        if kind not in INPUTS[:2] or not isinstance(value, Tensor):
+            continue
+        mask = found.get((*path[:-1], path[-1].removesuffix(kind) + "attention_mask"))
+        positions = value.numel() // (value.shape[-1] if kind == "inputs_embeds" else 1)
+        texts.append((positions, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None))
+    return texts
+
+
+def masks(chunk: Mapping[str, Any]) -> list[Tensor]:
+    """The padding masks of a chunk: the probe's own first."""
+    own = chunk.get(REAL_TOKENS)
+    every = {path: value for path, value in leaves(chunk) if path[-1].endswith("attention_mask")}
+    named = [value for path, value in every.items() if not path[-1].startswith("decoder_")]
+    return [mask for mask in (own, *named) if isinstance(mask, Tensor)]
+
+
+def padded_tokens(chunk: Mapping[str, Any]) -> int:
+    """Positions that the model computes for a chunk."""
+    texts = _texts(chunk)
+    if texts:
+        return sum(positions for positions, _ in texts)
+    main = main_input(chunk)
+    is_text = main is not None and main.ndim == 2 and not main.is_floating_point()
+    return main.numel() if main is not None and is_text else UNKNOWN_TOKENS * rows_of(chunk)
+
+
+def real_tokens(chunk: Mapping[str, Any]) -> int:
+    """Those of them that are no padding."""
+    own = chunk.get(REAL_TOKENS)
+    if isinstance(own, Tensor):
+        return int(own.sum())
+    texts = _texts(chunk)
+    if texts:
+        return sum(positions if mask is None else int(mask.sum()) for positions, mask in texts)
+    return padded_tokens(chunk)
