@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from .config import SafeConfig
-from .decide.policy import Situation, choose
+from .decide.policy import Situation, choose, freezes_prefixes
 from .decide.scores import resolve_score
 from .errors import ConfigError, ProbeError, RunError, note, warn
 from .freeze.parallel import Parallel, Ranks
 from .journal import Journal
 from .model import Flow, Probe, Stack, Unit, trace_flow
+from .model.backends import Backend
 from .model.draw import keep_random_state
+from .model.obstacles import find_obstacles, remedies, units_below
+from .model.units import some
 
-__all__ = ["check_parallel", "check_run", "check_units", "drawn_by_main", "flows_of", "frozen_at_start"]
+__all__ = ["check_parallel", "check_run", "check_units", "drawn_by_main", "flows_of", "frozen_at_start", "paying_units"]
 
 
 def check_run(total_steps: Any) -> None:
@@ -93,6 +96,7 @@ def frozen_at_start(
     config: SafeConfig,
     chains: tuple[tuple[tuple[str, ...], ...], ...],
     journal: Journal,
+    paying: Collection[str] | None = None,
     *,
     head: bool,
     ranks_move: bool = False,
@@ -103,6 +107,7 @@ def frozen_at_start(
         config: ``freeze``, ``freeze_at_start``, and ``min_live_blocks``, which holds here as well.
         chains: unit names by block by chain.
         journal: of the run.
+        paying: units whose freezing can pay; None for all.
         head: something else than adapters trains.
         ranks_move: of AdaLoRA, until something freezes: then only what was asked for is frozen.
     """
@@ -111,6 +116,7 @@ def frozen_at_start(
     rest: dict[str, Any] = {"min_live_blocks": config.min_live_blocks, "something_else_trains": head}
     by_hand = frozenset(config.freeze)
     lowest = choose("bottom_up", Situation(0, 1.0, {}, chains, by_hand, freeze_share=config.share_at_start, **rest))
+    lowest = [name for name in lowest if paying is None or name in paying]
     if config.dry_run and lowest:
         journal.write("would_freeze", step=0, units=lowest)
         note(f"Before step 0 {len(lowest)} units would freeze (freeze_at_start); a dry run goes on without that.")
@@ -118,10 +124,8 @@ def frozen_at_start(
     return [*config.freeze, *lowest]
 
 
-def flows_of(
-    model: nn.Module, stacks: list[Stack], units: Mapping[str, Unit], probe: Probe, *, collective: bool = False
-) -> dict[str, Flow]:
-    """Trace one sample of the probe through the model; warn of what trains below the blocks.
+def flows_of(model: nn.Module, stacks: list[Stack], probe: Probe, *, collective: bool = False) -> dict[str, Flow]:
+    """Trace one sample of the probe through the model.
 
     Raises:
         ProbeError: the model does not take the probe.
@@ -136,16 +140,40 @@ def flows_of(
             cause=f"It was called with {', '.join(one)} of one sample.",
             fix="Pass batches as the model gets them in training: probe=[batch, ...]",
         ) from error
-    owned = {id(p) for unit in units.values() for p in (*unit.parameters(), *unit.shared_parameters())}
-    for path, flow in flows.items():
-        outside = {id(p) for p in flow.upstream if id(p) not in owned}
-        names = [name for name, parameter in model.named_parameters() if id(parameter) in outside]
-        if names:
-            warn(
-                f"Trainable parameters stand below the blocks of {path}: {', '.join(names[:4])}.",
-                cause="Their gradient passes through every block, so no prefix can be cut off; freezing saves "
-                "hardly any memory or time.",
-                fix='Leave embeddings out of modules_to_save, and set LoraConfig(bias="none").',
-                stacklevel=5,
-            )
     return flows
+
+
+def paying_units(
+    config: SafeConfig,
+    model: nn.Module,
+    stacks: list[Stack],
+    units: Mapping[str, Unit],
+    flows: Mapping[str, Flow],
+    backend: Backend,
+) -> frozenset[str]:
+    """Names of the units whose freezing can pay; warns of what keeps the others from it, once for all of them.
+
+    Policies that freeze prefixes, and ``freeze_at_start``, freeze no others: nothing would be saved for what no longer
+    learns.
+    """
+    obstacles = find_obstacles(model, stacks, units, flows)
+    paying = units_below(units, obstacles)
+    if len(paying) == len(units):
+        return paying
+    count = f"{len(paying)} of {len(units)} units"
+    if not (freezes_prefixes(config.policy) or config.share_at_start):
+        fact = f"Freezing saves memory and time in no more than {count}"
+    else:
+        fact = f"Only {count} can freeze" if paying else "Nothing will freeze"
+    where = "the others" if paying else "all adapters"
+    names = list(dict.fromkeys(obstacle.short for obstacle in obstacles))
+    shared = {owner for obstacle in obstacles for owner in obstacle.owners}
+    warn(
+        f"{fact}: {some(names)} train{'s' * (len(names) == 1)} in or below the blocks of {where}.",
+        cause=(f"{len(shared)} units share parameters, which train until the last of them freezes. " if shared else "")
+        + "The backward pass runs down to the lowest parameter that trains, so a frozen adapter above it saves hardly "
+        "any memory or time.",
+        fix="; ".join(remedies(obstacles, backend)) + ". SafeConfig(freeze=[...]) freezes all the same what it names.",
+        stacklevel=5,
+    )
+    return paying

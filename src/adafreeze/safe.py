@@ -15,6 +15,7 @@ from ._observe import Observer
 from .budget import open_budget
 from .caching import Caching
 from .config import SafeConfig
+from .decide.policy import freezes_prefixes
 from .deciding import Decider
 from .errors import ProbeError, note, warn
 from .freeze import Freezer, Prefix
@@ -27,8 +28,8 @@ from .model.backends import find_backend
 from .model.blocks import device_of, unwrap
 from .model.draw import batch_size_of, samples_of
 from .model.flow import chains_of
-from .model.units import blocks_below, units_along, warn_of_other_trainables
-from .preflight import check_parallel, check_run, check_units, drawn_by_main, flows_of, frozen_at_start
+from .model.units import blocks_below, units_along
+from .preflight import check_parallel, check_run, check_units, drawn_by_main, flows_of, frozen_at_start, paying_units
 from .scoring import Scorer
 from .state import opened, packed_random_state, restore_random_state, sealed
 
@@ -98,11 +99,10 @@ class Safe:
         drawn = drawn_by_main(probe, self.model, self.config, self.ranks)
         self.parallel = find_parallel(model, optimizer, self.units)
         self.config = check_parallel(self.config, self.parallel)
-        warn_of_other_trainables(self.model, self.stacks, self.units)
         check_units(self.config.freeze, self.units)
         self.freezer = Freezer(self.units, self.backend, optimizer)
         try:
-            flows = flows_of(self.model, self.stacks, self.units, drawn, collective=self.parallel.collective)
+            flows = flows_of(self.model, self.stacks, drawn, collective=self.parallel.collective)
         except ProbeError:
             self.parallel.release()
             raise
@@ -122,7 +122,8 @@ class Safe:
         self.budget = open_budget(self.config.memory_limit, drawn, batch_size or batch_size_of(probe), *held)
         self._observer = Observer(self.model, optimizer, self._audit, self._look_at_gradients)
         head, ranks_move = self._guard.something_else_trains(), self.backend.moves_ranks
-        self._at_start = frozen_at_start(self.config, chains, self.journal, head=head, ranks_move=ranks_move)
+        self._pay = paying_units(self.config, self.model, self.stacks, self.units, flows, self.backend)
+        self._at_start = frozen_at_start(self.config, chains, self.journal, self._pay, head=head, ranks_move=ranks_move)
         by_choice = [unit for name, unit in self.units.items() if name not in self._at_start]
         self._step_length = StepLength(optimizer, self.config.lr_scale, by_choice)
         if samples_per_step is not None:
@@ -212,6 +213,7 @@ class Safe:
             return []
         self.ranks.check_alike("frozen", self.frozen, self.steps)
         names = self.decider.decide(self.steps, self.frozen, self.prefixes, self._observer.take_losses())
+        names = [name for name in names if name in self._pay or not freezes_prefixes(self.config.policy)]
         if self.config.dry_run:
             if names:
                 self.journal.write("would_freeze", step=self.steps, units=names)

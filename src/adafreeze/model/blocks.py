@@ -83,7 +83,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     if kept:
         return [Stack(user_name(name), tuple(kept[name])) for name, _ in model.named_modules() if name in kept]
     raise ModelError(
-        f"No stack of transformer blocks was found in {_class_of(model)}.",
+        f"No stack of transformer blocks was found in {users_class(model)}.",
         cause="adafreeze looks for an nn.ModuleList or nn.Sequential of like blocks, and this model has none.",
         fix="Use a transformers model, or keep your blocks in one nn.ModuleList.",
     )
@@ -142,7 +142,7 @@ def _refuse_shared_layers(model: nn.Module) -> None:
     if isinstance(layers, int) and isinstance(groups, int) and groups < layers:  # ALBERT
         blocks = groups * getattr(config, "inner_group_num", 1)
         raise ModelError(
-            f"All {layers} layers of {_class_of(model)} share the weights of {blocks} block{'s' * (blocks > 1)}.",
+            f"All {layers} layers of {users_class(model)} share the weights of {blocks} block{'s' * (blocks > 1)}.",
             cause="Freezing one layer would freeze every other that runs with its weights; there is nothing to select.",
             fix="Use a model whose layers have weights of their own, or leave adafreeze out.",
         )
@@ -159,7 +159,7 @@ def _no_module(model: Any) -> ModelError:
     )
 
 
-def _class_of(model: nn.Module) -> str:
+def users_class(model: nn.Module) -> str:
     """The class of the user's model, inside PEFT's wrapper."""
     base = getattr(model, "get_base_model", None)
     return type(base() if callable(base) else model).__name__
