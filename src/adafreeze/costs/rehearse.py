@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -290,8 +289,8 @@ def _loss_of(output: Any) -> Tensor:
     Raises:
         ModelError: nothing that it returns has a gradient.
     """
-    if dataclasses.is_dataclass(output) and not isinstance(output, Mapping):
-        output = vars(output)
+    if not isinstance(output, (Tensor, Mapping, tuple, list)):
+        output = dict(vars(output))
     loss = output.get("loss") if isinstance(output, Mapping) else None
     first = output[0] if isinstance(output, (tuple, list)) and output else output
     if loss is None and isinstance(first, Tensor) and first.ndim == 0:
