@@ -16,6 +16,7 @@ from .freeze.parallel import Parallel, Ranks
 from .journal import Journal
 from .model import Flow, Probe, Stack, Unit, trace_flow
 from .model.backends import Backend
+from .model.blocks import device_of
 from .model.draw import keep_random_state
 from .model.obstacles import find_obstacles, remedies, units_below
 from .model.units import some
@@ -62,8 +63,8 @@ def check_parallel(config: SafeConfig, parallel: Parallel) -> SafeConfig:
     return replace(config, cache="off")
 
 
-def check_units(names: tuple[str, ...], units: Mapping[str, Unit]) -> None:
-    """Refuse names to freeze by hand that are no units.
+def check_units(names: tuple[str, ...], units: Mapping[str, Unit], optimizer: Any, parallel: Parallel) -> None:
+    """Refuse names to freeze by hand that are no units; warn of units that the optimizer does not hold.
 
     Raises:
         ConfigError: the first of them, with the names there are.
@@ -75,6 +76,37 @@ def check_units(names: tuple[str, ...], units: Mapping[str, Unit]) -> None:
                 cause=f"Its units are {', '.join(list(units)[:3])}, ... ({len(units)} in all).",
                 fix=f'SafeConfig(freeze=["{next(iter(units))}"])',
             )
+    _warn_of_units_left_out(optimizer, units, parallel)
+
+
+def _warn_of_units_left_out(optimizer: Any, units: Mapping[str, Unit], parallel: Parallel) -> None:
+    """Warn of units whose parameters the optimizer does not hold: they get gradients and never move.
+
+    Not where parameters are spread over processes, and not of an optimizer per layer: those hold others in their place.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the real one
+    if optimizer is None or parallel.name not in ("none", "DDP") or hasattr(optimizer, "optimizer_dict"):
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [
+        name
+        for name, unit in units.items()
+        if not any(id(parameter) in held for parameter in (*unit.parameters(), *unit.shared_parameters()))
+    ]
+    if not missing:
+        return
+    if len(missing) == len(units):
+        fact = "The optimizer holds none of the adapters' parameters."
+        cause = "It was made before the adapters were."
+    else:
+        fact = f"The optimizer does not hold the parameters of {len(missing)} of {len(units)} units: {some(missing)}."
+        cause = "They were left out of its groups, or put into the model after it was made."
+    warn(
+        fact,
+        cause=cause + " Unless another optimizer holds them, they do not train.",
+        fix="torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], ...), made after get_peft_model",
+        stacklevel=4,
+    )
 
 
 def drawn_by_main(source: Any, model: nn.Module, config: SafeConfig, ranks: Ranks) -> Probe:
@@ -130,7 +162,7 @@ def flows_of(model: nn.Module, stacks: list[Stack], probe: Probe, *, collective:
     Raises:
         ProbeError: the model does not take the probe.
     """
-    one = probe.first_sample(next(model.parameters()).device)
+    one = probe.first_sample(device_of(model))
     try:
         with keep_random_state():
             flows = trace_flow(model, stacks, one, to_the_end=collective)
@@ -169,7 +201,7 @@ def paying_units(
     names = list(dict.fromkeys(obstacle.short for obstacle in obstacles))
     shared = {owner for obstacle in obstacles for owner in obstacle.owners}
     warn(
-        f"{fact}: {some(names)} train{'s' * (len(names) == 1)} in or below the blocks of {where}.",
+        fact + f": {some(names)} train{'s' * (len(names) == 1)} in or below the blocks of {where}.",
         cause=(f"{len(shared)} units share parameters, which train until the last of them freezes. " if shared else "")
         + "The backward pass runs down to the lowest parameter that trains, so a frozen adapter above it saves hardly "
         "any memory or time.",

@@ -99,7 +99,7 @@ class Safe:
         drawn = drawn_by_main(probe, self.model, self.config, self.ranks)
         self.parallel = find_parallel(model, optimizer, self.units)
         self.config = check_parallel(self.config, self.parallel)
-        check_units(self.config.freeze, self.units)
+        check_units(self.config.freeze, self.units, optimizer, self.parallel)
         self.freezer = Freezer(self.units, self.backend, optimizer)
         try:
             flows = flows_of(self.model, self.stacks, drawn, collective=self.parallel.collective)

@@ -87,13 +87,11 @@ def find_units(model: nn.Module, stacks: list[Stack], backend: Backend, granular
 
 def _nothing_trains(model: nn.Module, stacks: Sequence[Stack], backend: Backend) -> ModelError:
     """Why no block holds a trainable adapter: they are frozen, or stand elsewhere."""
-    fact = f"No trainable adapter was found in the blocks of {users_class(model)}."
     if any(True for stack in stacks for block in stack.blocks for _ in backend.sites(block)):
-        cause, fix = backend.why_frozen()
-        return ModelError(fact, cause=cause, fix=fix)
+        return backend.why_frozen()
     places = [user_name(name) for name, _ in backend.sites(model)]
     return ModelError(
-        fact,
+        f"No trainable adapter was found in the blocks of {users_class(model)}.",
         cause=f"Its adapters are outside the blocks of {', '.join(stack.path for stack in stacks)}: {some(places)}.",
         fix="Set target_modules so that it matches layers inside the blocks.",
     )

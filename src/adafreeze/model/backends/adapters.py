@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import ModelError
-from ..blocks import user_name
+from ..blocks import user_name, users_class
 
 __all__ = ["AdapterHubBackend"]
 
@@ -89,10 +89,14 @@ class AdapterHubBackend:
             f"active {configs.active_setup}, but for layers {configs.skip_layers}",
         ]
 
-    def why_frozen(self) -> tuple[str, str]:
-        """Cause and fix where adapters stand in the blocks and none of them trains."""
+    def why_frozen(self) -> ModelError:
+        """What to raise where adapters stand in the blocks and none of them trains."""
         names = ", ".join(map(repr, self._active_names()))
-        return "All parameters of the active adapters are frozen.", f"model.train_adapter({names})"
+        return ModelError(
+            f"No trainable adapter was found in the blocks of {users_class(self.model)}.",
+            cause="All parameters of the active adapters are frozen.",
+            fix=f"model.train_adapter({names})",
+        )
 
     def remedy(self, name: str) -> str:
         """What to change so that the parameter ``name``, which belongs to no unit, does not train."""

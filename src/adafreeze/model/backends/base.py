@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from ...errors import ModelError
+
 __all__ = ["Backend"]
 
 
@@ -29,8 +31,8 @@ class Backend(Protocol):
     def described(self) -> list[str]:
         """The settings of all adapters as text, the same in every process."""
 
-    def why_frozen(self) -> tuple[str, str]:
-        """Cause and fix where adapters stand in the blocks and none of them trains."""
+    def why_frozen(self) -> ModelError:
+        """What to raise where adapters stand in the blocks and none of them trains."""
 
     def remedy(self, name: str) -> str:
         """What to change so that the parameter ``name``, which belongs to no unit, does not train."""

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...errors import ModelError, warn
-from ..blocks import user_name
+from ..blocks import user_name, users_class
 
 __all__ = ["NOT_PER_BLOCK", "PeftBackend"]
 
@@ -100,21 +100,23 @@ class PeftBackend:
             for name, config in sorted(configs.items())
         ]
 
-    def why_frozen(self) -> tuple[str, str]:
-        """Cause and fix where adapters stand in the blocks and none of them trains."""
+    def why_frozen(self) -> ModelError:
+        """What to raise where adapters stand in the blocks and none of them trains."""
         configs = getattr(self.model, "peft_config", None) or {}
         active = {name for _, site in self.sites(self.model) for name in self.active(site)}
         loaded = sorted(name for name, config in configs.items() if name in active and config.inference_mode)
         if loaded:
-            return (
-                f"The adapter {', '.join(map(repr, loaded))} was loaded for inference (inference_mode=True).",
-                "PeftModel.from_pretrained(model, path, is_trainable=True); or model.load_adapter(..., "
+            return ModelError(
+                f"No trainable adapter was found in the blocks of {users_class(self.model)}.",
+                cause=f"The adapter {', '.join(map(repr, loaded))} was loaded for inference (inference_mode=True).",
+                fix="PeftModel.from_pretrained(model, path, is_trainable=True); or model.load_adapter(..., "
                 "is_trainable=True)",
             )
-        return (
-            "All adapter parameters in the blocks are frozen: prepare_model_for_kbit_training, or "
+        return ModelError(
+            f"No trainable adapter was found in the blocks of {users_class(self.model)}.",
+            cause="All adapter parameters in the blocks are frozen: prepare_model_for_kbit_training, or "
             "requires_grad_(False), was called after the adapters were put in.",
-            "Call prepare_model_for_kbit_training before get_peft_model, not after it. For adapters that are in "
+            fix="Call prepare_model_for_kbit_training before get_peft_model, not after it. For adapters that are in "
             f"already: model.set_adapter({min(active, default='default')!r})",
         )
 
