@@ -241,8 +241,146 @@ def test_trainable_embeddings_leave_no_prefix():
     config = cases.base_model("bert").config
     lora = LoraConfig(r=4, target_modules=["query"], modules_to_save=["word_embeddings"])
     made = plan(config, lora, task="text-classification", batch_size=4, max_length=24)
-    assert any("no prefix can be cut off" in cause for cause in made.causes)
-    assert all(step.prefix == 0 for step in made.steps)
+    (cause,) = [cause for cause in made.causes if "word_embeddings" in cause]
+    assert "LoraConfig(modules_to_save=...) without 'word_embeddings'" in cause
+    assert [step.prefix for step in made.steps] == [0]  # nothing freezes that would not pay
+
+
+def live_norm_model():
+    model = get_peft_model(cases.base_model("llama", blocks=6), adapter("llama"))
+    model.get_base_model().model.layers[2].input_layernorm.weight.requires_grad_(True)
+    return model
+
+
+def test_nothing_is_planned_to_freeze_above_what_trains_to_the_end():
+    made = plan(live_norm_model(), inputs=batch_of("llama", torch.float32), target="cpu")
+    assert [step.prefix for step in made.steps] == [0, 2]
+    (cause,) = [cause for cause in made.causes if "cannot join" in cause]
+    assert cause.startswith("4 of 6 units") and "requires_grad_(False) on model.layers.2.input_layernorm" in cause
+    safe = Safe(live_norm_model(), SafeConfig(freeze_at_start=1.0), probe=cases.loader("llama"), total_steps=9)
+    assert safe.prefixes == {"model.layers": made.steps[-1].prefix}
+
+
+# Blocks without adapters are below the prefix, in it, or above all adapters; at least one block with adapters is live.
+@pytest.mark.parametrize(
+    ("layers", "prefixes"),
+    [([3, 4, 5], [3, 4, 5]), ([0, 1, 2], [0, 1, 2]), ([1, 4], [1, 4]), ([2], [2]), ([0], [0]), ([0, 5], [0, 5])],
+    ids=str,
+)
+def test_some_blocks_have_no_adapters(layers, prefixes):
+    def lora():
+        return LoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=layers)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AdafreezeWarning)
+        made = plan(
+            cases.base_model("llama", blocks=6).config, lora(), batch_size=ROWS, max_length=LENGTH, target="cpu"
+        )
+    assert [step.prefix for step in made.steps] == prefixes
+    model = get_peft_model(cases.base_model("llama", blocks=6, dropout=0.0), lora()).train()
+    safe = Safe(model, SafeConfig(cache="off", freeze_at_start=0), probe=cases.loader("llama"), total_steps=1000)
+    batch = batch_of("llama", torch.float32)
+    for step in made.steps[1:]:
+        # As many as leave one live.
+        names = [n for n, u in safe.units.items() if u.block < step.prefix and n not in safe.frozen]
+        safe._freeze(names, by="hand")
+        assert safe.prefixes == {"model.layers": step.prefix}
+        with SavedBytes(model) as saved:
+            model(**batch).loss.backward()
+        assert saved.total == step.saved
+    safe.close()
+
+
+class NoLoss(torch.nn.Module):
+    """A model whose loss is taken elsewhere."""
+
+    def __init__(self, returned):
+        super().__init__()
+        self.model, self.returned = cases.base_model("llama").model, returned
+
+    def forward(self, **inputs):
+        hidden = self.model(**inputs).last_hidden_state
+        return {"tensor": hidden, "tuple": (hidden, hidden.mean(1)), "dict": {"embedding": hidden.mean(1)}}[
+            self.returned
+        ]
+
+
+@pytest.mark.parametrize("returned", ["tensor", "tuple", "dict"])
+def test_a_model_without_a_loss_is_planned_by_what_it_returns(returned):
+    model = get_peft_model(NoLoss(returned), adapter("llama"))
+    inputs = {name: value for name, value in batch_of("llama", torch.float32).items() if name != "labels"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AdafreezeWarning)
+        made = plan(model, inputs=inputs, target="cpu")
+    assert [step.prefix for step in made.steps] == [0, 1, 2, 3]
+    with SavedBytes(model) as saved:
+        output = model(**inputs)
+        if returned == "tensor":  # it may be logits: the loss is cross entropy's
+            torch.nn.functional.log_softmax(output, -1).sum()
+    assert made.plain.saved == saved.total
+    assert made.steps[-1].saved < made.plain.saved
+
+
+def test_a_model_that_returns_nothing_with_a_gradient_is_refused_with_the_true_reason():
+    model = get_peft_model(NoLoss("tensor"), adapter("llama"))
+    model.get_base_model().forward = lambda **inputs: {
+        "embedding": NoLoss.forward(model.get_base_model(), **inputs).detach()
+    }
+    inputs = {name: value for name, value in cases.batch("llama").items() if name != "labels"}
+    with pytest.raises(ModelError, match="Nothing that the model returns has a gradient"):
+        plan(model, inputs=inputs, target="cpu")
+
+
+class Pictures(torch.nn.Module):
+    """A text model that takes patches of all samples in one tensor, four a sample, as Qwen-VL does."""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.proj = cases.base_model("llama"), torch.nn.Linear(6, 32)
+
+    def forward(self, input_ids, pixel_values, image_grid_thw, labels):
+        embeds = self.text.get_input_embeddings()(input_ids).clone()
+        patches = self.proj(pixel_values)
+        assert len(patches) == 4 * len(image_grid_thw) == 4 * len(input_ids)
+        embeds[:, :4] = patches.view(len(input_ids), 4, -1)
+        return self.text(inputs_embeds=embeds, labels=labels)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_inputs_that_are_not_one_entry_a_sample(rows):
+    ids = cases.batch("llama", rows=rows)["input_ids"]
+    inputs = {"pixel_values": torch.randn(4 * rows, 6), "image_grid_thw": torch.tensor([[1, 2, 2]] * rows)}
+    model = get_peft_model(Pictures(), adapter("llama"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AdafreezeWarning)
+        made = plan(model, inputs={**inputs, "input_ids": ids, "labels": ids}, target="cpu", device_memory="1MiB")
+    assert made.settings["batch_size"] == rows
+    with SavedBytes(model) as saved:
+        model(**inputs, input_ids=ids, labels=ids)
+    assert made.plain.saved == saved.total
+    fits = made.micro_batches["plain"]
+    assert fits > rows
+    more = plan(model, inputs={
+        "pixel_values": torch.randn(4 * fits, 6), "image_grid_thw": torch.tensor([[1, 2, 2]] * fits),
+        "input_ids": (ids := cases.batch("llama", rows=fits)["input_ids"]), "labels": ids,
+    }, target="cpu")  # fmt: skip
+    assert more.plain.peak <= 2**20
+
+
+def test_how_many_samples_fit_is_left_open_where_inputs_cannot_be_cut():
+    ids = cases.batch("llama", rows=2)["input_ids"]
+    inputs = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(24).view(1, 24)[:, :12].expand(1, 12)}
+
+    class OnlyTwo(Pictures):
+        def forward(self, input_ids, labels, position_ids):
+            if len(input_ids) != 2:
+                raise ValueError("two samples")
+            return self.text(input_ids=input_ids, labels=labels)
+
+    model = get_peft_model(OnlyTwo(), adapter("llama"))
+    with pytest.warns(AdafreezeWarning, match="How many samples fit is not known: .*another number than 2"):
+        made = plan(model, inputs=inputs, target="cpu", device_memory="1MiB")
+    assert made.micro_batches == {} and len(made.steps) == 4
 
 
 def test_embeddings_that_were_forced_to_require_grad():

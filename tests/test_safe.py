@@ -340,28 +340,6 @@ def test_models_without_adapters_are_refused():
         start(frozen)
 
 
-def test_trainable_embeddings_are_named_and_leave_no_prefix():
-    model = get_peft_model(
-        cases.base_model("llama"),
-        LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
-    )
-    with pytest.warns(AdafreezeWarning, match=r"stand below the blocks of model.layers: .*embed_tokens"):
-        safe = start(model)
-    safe._freeze(list(safe.units)[:3], by="hand")
-    assert safe.prefixes == {"model.layers": 0}
-
-
-def test_other_trainable_parameters_in_blocks_are_named():
-    model = get_peft_model(
-        cases.base_model("llama"),
-        LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["input_layernorm"]),
-    )
-    with pytest.warns(AdafreezeWarning, match=r"belong to no adapter: model.layers.0.input_layernorm"):
-        safe = start(model)
-    safe._freeze(list(safe.units)[:3], by="hand")
-    assert safe.prefixes == {"model.layers": 0}
-
-
 def test_bad_arguments_are_refused():
     with pytest.raises(ConfigError, match="total_steps is 0"):
         start(total_steps=0)

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .costs.memory import bytes_of
 from .costs.optimizer import optimizer_bytes
+from .costs.planned import PlannedStep
 from .costs.rehearse import Rehearsal, faked, rehearse
 from .freeze import Freezer, Prefix
 from .freeze.recompute import Recompute
 from .model import Stack, find_stacks, find_units, trace_flow
 from .model.backends import find_backend
 from .model.flow import chains_of
+from .model.obstacles import find_obstacles, remedies, units_below
 from .model.patches import patched_forward
-from .model.units import units_along
+from .model.units import some, units_along
 
-__all__ = ["QUANTISED", "PlannedStep", "Stage"]
+__all__ = ["QUANTISED", "Stage"]
 
 # Bytes an element of a quantised weight, scales included: nf4 with double quantisation, and int8 with a scale a row.
 QUANTISED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
@@ -31,45 +33,6 @@ QUANTISED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 
 # Of a stack of like blocks so many live ones say what each further one costs, and that it is the same.
 FEW = (3, 4, 5)
-
-
-@dataclass(frozen=True)
-class PlannedStep:
-    """One training step with so many blocks in the frozen prefix; bytes, and FLOPs of one micro-batch.
-
-    ``weights + adapters + optimizer + saved + transient = peak``: what the step holds beside weights and saved bytes at
-    its fullest moment, gradients among it, is ``transient``.
-
-    Attributes:
-        prefix: blocks in it.
-        weights: parameters outside the adapters, and buffers.
-        adapters: parameters that train before anything freezes.
-        gradients: of all that train now.
-        optimizer: state for all that train now.
-        saved: what autograd keeps of the forward pass.
-        transient: see above.
-        peak: the most that the step holds.
-        forward_flops: of the forward pass.
-        backward_flops: of the backward pass, with what it recomputes.
-        cached_flops: of both passes where the prefix cache has all samples.
-    """
-
-    prefix: int
-    weights: int
-    adapters: int
-    gradients: int
-    optimizer: int
-    saved: int
-    transient: int
-    peak: int
-    forward_flops: int
-    backward_flops: int
-    cached_flops: int
-
-    @property
-    def flops(self) -> int:
-        """Of both passes, nothing cached."""
-        return self.forward_flops + self.backward_flops
 
 
 class Stage:
@@ -83,6 +46,7 @@ class Stage:
         quantization: None, or a name in QUANTISED.
         accumulate: gradients are there from the start.
         target: ``"cpu"`` or ``"cuda"``.
+        rows: of the batch on which is looked what stands below each stack.
         fake: False to run the steps for real, on the CPU.
     """
 
@@ -97,10 +61,11 @@ class Stage:
         *,
         target: str,
         fake: bool,
+        rows: int = 1,
     ) -> None:
         self.module, self.batch, self.optimizer, self.target = module, batch, optimizer, target
         self.mixed_precision, self.quantization, self.accumulate = mixed_precision, quantization, accumulate
-        self.fake = fake
+        self.fake, self._traced_rows = fake, rows
         self._few: dict[tuple[int, int, bool, int], Rehearsal] = {}
         self._undo = ExitStack()
 
@@ -127,10 +92,13 @@ class Stage:
         first = self.stacks[0].blocks[0]
         watch = first.register_forward_hook(lambda _, __, output: tensors.append(torch.is_tensor(output)))
         with mode:
-            one = {name: torch.empty_like(value) if self.fake else value for name, value in self._inputs(1).items()}
-            self.flows = trace_flow(module, self.stacks, one)
+            inputs = self._inputs(self._traced_rows)
+            inputs = tree_map_only(Tensor, torch.empty_like, inputs) if self.fake else inputs
+            self.flows = trace_flow(module, self.stacks, inputs)
         watch.remove()
         self.chains = units_along(chains_of(self.flows), self.stacks, self.units)
+        self.obstacles = find_obstacles(module, self.stacks, self.units, self.flows)
+        self.paying = units_below(self.units, self.obstacles)
         self.freezer = Freezer(self.units, backend)
         self.prefix = Prefix(module, self.stacks, self.flows)
         self.recompute = Recompute(module, self.stacks)
@@ -156,13 +124,21 @@ class Stage:
         """One step on ``rows`` samples at the depth as it is; with activation checkpointing on, or off."""
         return self._priced(self._rehearse(rows, recompute))
 
-    def freeze_to(self, depth: int) -> None:
-        """Freeze the lowest blocks of every chain, ``depth`` in all; deeper ones stay frozen."""
+    def lowest(self, depth: int) -> list[str]:
+        """Names of the units in the lowest blocks, ``depth`` in all chains together, whose freezing can pay.
+
+        In every chain the topmost block with adapters is left out: it is the last that a run freezes.
+        """
         blocks = sum(map(len, self.chains))
-        names = []
+        names: list[str] = []
         for chain in self.chains:
-            count = min(round(depth / blocks * len(chain)), len(chain) - 1)
-            names += [name for units in chain[:count] for name in units]
+            top = max((index for index, units in enumerate(chain) if units), default=0)
+            count = min(round(depth / blocks * len(chain)), top)
+            names += [name for units in chain[:count] for name in units if name in self.paying]
+        return names
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """Freeze these units, beside what is frozen."""
         self.freezer.freeze(name for name in names if name not in self.freezer.frozen)
         self.prefix.update()
 
@@ -301,11 +277,12 @@ class Stage:
                 f"Adapter dropout keeps a dropped copy of the input of every target: {more:+.0%} saved bytes. "
                 "LoraConfig(lora_dropout=0.0); blocks that freeze lose it by themselves."
             )
-        live = [path for path, flow in self.flows.items() if flow.live and not flow.reads]
-        if live:
+        if len(self.paying) < len(self.units):
+            names = some([obstacle.short for obstacle in self.obstacles])
             yield (
-                f"Something below the blocks of {', '.join(live)} trains (embeddings in modules_to_save, or adapted): "
-                "no prefix can be cut off, and freezing saves hardly anything. Leave it out."
+                f"{len(self.units) - len(self.paying)} of {len(self.units)} units cannot join a frozen prefix, and do "
+                f"not freeze: {names} trains in or below their blocks. "
+                f"{'; '.join(remedies(self.obstacles, self.freezer.backend))}."
             )
         if getattr(unwrapped(module), "_require_grads_hook", None) or getattr(
             unwrapped(module), "_require_grads_hooks", None

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from itertools import takewhile
 from typing import Any
 
 from ._guard import Guard
 from .config import SafeConfig
-from .decide.policy import PREFIX_POLICIES, Situation, choose
+from .decide.policy import Situation, choose
 from .decide.schedule import Losses, LossFall, Settling, cubic_ramp, measurement_steps
 from .errors import AdafreezeError, ConfigError, ProbeError, RunError, note
 from .freeze.parallel import Ranks
@@ -104,12 +103,6 @@ class Decider:
             step_samples: samples of one optimizer step on one rank.
         """
         self._take(self._of_main(lambda: self._told(lambda: self._prepared(step, step_samples), step)))
-
-    def leave_out(self, names: Iterable[str]) -> None:
-        """Freeze nothing of these units, nor above them, where the policy freezes prefixes: it could save nothing."""
-        if self.config.policy in PREFIX_POLICIES:
-            out = frozenset(names)
-            self.chains = tuple(tuple(takewhile(out.isdisjoint, chain)) for chain in self.chains)
 
     def due(self, step: int) -> bool:
         """Whether scores are measured after this step."""

@@ -11,6 +11,8 @@ from torch import nn
 
 from .model import Flow, Stack, Unit
 from .model.backends import Backend
+from .model.obstacles import find_obstacles, remedies
+from .model.units import some
 from .safe import Safe
 from .sizes import readable
 
@@ -49,13 +51,18 @@ def examine(
     yield Finding("model", "ok", f"{type(inner).__name__}; blocks: {named}")
     yield _units(model, units)
     yield _peft(units)
+    obstacles = find_obstacles(model, stacks, units, flows)
     for path, flow in flows.items():
-        sources = " and ".join(flow.reads)
-        if flow.live and sources:
-            yield Finding("frozen prefix", "ok", f"{path} gets one when all of {sources} is frozen, which it reads")
+        here = [obstacle for obstacle in obstacles if obstacle.stack == path]
+        below = min((obstacle.block for obstacle in here), default=None)
+        if below is not None:
+            names = some([obstacle.short for obstacle in here])
+            what = f"at most {below} blocks of {path} join it" if below else f"{path} gets none"
+            change = "; ".join(remedies(here, backend))
+            yield Finding("frozen prefix", "costs", f"{what}: {names} trains in or below the next ({change})")
         elif flow.live:
-            text = f"{path} gets none: something below it trains (embeddings in modules_to_save, or adapted)"
-            yield Finding("frozen prefix", "costs", text)
+            sources = " and ".join(flow.reads)
+            yield Finding("frozen prefix", "ok", f"{path} gets one when all of {sources} is frozen, which it reads")
         else:
             yield Finding("frozen prefix", "ok", f"the lowest blocks of {path} stop costing when they freeze")
     yield _checkpointing(model)

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._stage import QUANTISED, PlannedStep, Stage
+from ._stage import QUANTISED, Stage
 from .config import AT_START
 from .costs.devices import GPUS, usable_memory
 from .costs.optimizer import optimizer_names
+from .costs.planned import PlannedStep
 from .costs.rehearse import failing_module, largest_that_fits
 from .decide.policy import Situation, bottom_up
 from .errors import AdafreezeError, ConfigError, ModelError, warn
-from .model.units import blocks_below
+from .model.draw import rows_of
 from .sizes import readable
 from .tasks.weightless import PLANNED_TASKS, adapted, build, configuration, example_inputs
 
@@ -150,9 +151,10 @@ def plan(
         return example_inputs(config, task, rows, max_length, padded=padding, dtype=own)  # type: ignore[arg-type]
 
     options = (batch, optim, mixed_precision, quantization, accumulate)
+    traced = 1 if inputs is None else rows  # whoever gives inputs may give tensors that cannot be cut into samples
     try:
-        with Stage(module_on("meta"), *options, target=target, fake=True) as stage:
-            return _drawn_up(stage, rows, checkpointing, limit, settings)
+        with Stage(module_on("meta"), *options, target=target, fake=True, rows=traced) as stage:
+            return _drawn_up(stage, rows, checkpointing, limit, settings, given=inputs is not None)
     except AdafreezeError:
         raise
     except Exception as error:  # the model's own code, on tensors without data
@@ -164,8 +166,8 @@ def plan(
             "memory of the model.",
         )
     try:
-        with Stage(module_on("cpu"), *options, target="cpu", fake=False) as stage:
-            return _drawn_up(stage, rows, checkpointing, limit, settings)
+        with Stage(module_on("cpu"), *options, target="cpu", fake=False, rows=traced) as stage:
+            return _drawn_up(stage, rows, checkpointing, limit, settings, given=inputs is not None)
     except AdafreezeError:
         raise
     except Exception as error:
@@ -179,7 +181,9 @@ def plan(
         ) from error
 
 
-def _drawn_up(stage: Stage, rows: int, checkpointing: bool, limit: int | None, settings: Mapping[str, Any]) -> Plan:
+def _drawn_up(
+    stage: Stage, rows: int, checkpointing: bool, limit: int | None, settings: Mapping[str, Any], *, given: bool
+) -> Plan:
     plain, checkpointed = stage.step(rows), stage.step(rows, recompute=True)
     causes = tuple(stage.causes(rows))
     micro_batches = {}
@@ -194,18 +198,28 @@ def _drawn_up(stage: Stage, rows: int, checkpointing: bool, limit: int | None, s
                 peaks[count] = stage.step(count, recompute=recompute).peak
             return peaks[count]
 
-        micro_batches[name] = largest_that_fits(peak, rows, known.peak - known.saved - known.transient, limit)
+        try:
+            micro_batches[name] = largest_that_fits(peak, rows, known.peak - known.saved - known.transient, limit)
+        except Exception as error:
+            if not given:
+                raise
+            warn(
+                f"How many samples fit is not known: the model does not take another number than {rows} "
+                f"({type(error).__name__}: {next(iter(str(error).splitlines()), '')}).",
+                cause="Some tensors of inputs= do not hold the same number of entries for each sample.",
+                fix="Plan with a batch of the size that is to be used.",
+            )
 
     recompute = checkpointing or stage.was_checkpointed
     fit("plain", plain, False)
     fit("checkpointed", checkpointed, True)
     steps = [checkpointed if recompute else plain]
     at_start = _at_start(stage)
-    for depth in _depths(stage, at_start):
-        if depth:
-            stage.freeze_to(depth)
+    for names in _choices(stage, at_start):
+        if not stage.freezer.frozen.issuperset(names):
+            stage.freeze(names)
             steps.append(stage.step(rows, recompute=recompute))
-        if depth == at_start:
+        if names == frozenset(at_start):
             fit("safe", steps[-1], recompute)
     estimated = []
     if stage.quantization is not None:
@@ -229,16 +243,19 @@ def _drawn_up(stage: Stage, rows: int, checkpointing: bool, limit: int | None, s
     )
 
 
-def _at_start(stage: Stage) -> int:
-    """Blocks that SafeConfig() freezes before step 0."""
+def _at_start(stage: Stage) -> list[str]:
+    """Units that SafeConfig() freezes before step 0."""
+    if stage.freezer.backend.moves_ranks:
+        return []
     lowest = bottom_up(Situation(0, 1.0, {}, stage.chains, freeze_share=AT_START))
-    return 0 if stage.freezer.backend.moves_ranks else blocks_below(stage.chains, lowest)
+    return [name for name in lowest if name in stage.paying]
 
 
-def _depths(stage: Stage, at_start: int) -> list[int]:
-    """Prefix depths to look at: none, ``at_start``, a half, three quarters, and the deepest that leaves one live."""
-    blocks, deepest = sum(map(len, stage.chains)), sum(len(chain) - 1 for chain in stage.chains)
-    return sorted({0, at_start, deepest, *(min(round(share * blocks), deepest) for share in (0.5, 0.75))})
+def _choices(stage: Stage, at_start: list[str]) -> list[frozenset[str]]:
+    """Units to freeze: ``at_start``, those of a half and of three quarters of the blocks, and all that may freeze."""
+    blocks = sum(map(len, stage.chains))
+    choices = [at_start, *(stage.lowest(round(share * blocks)) for share in (0.5, 0.75, 1))]
+    return sorted(set(map(frozenset, choices)), key=len)
 
 
 def _advice(leanest: PlannedStep, rows: int, limit: int | None, quantization: str | None) -> Iterator[str]:
@@ -272,12 +289,14 @@ def _one_of(name: str, value: Any, known: Iterable[Any]) -> None:
 
 
 def _rows_of(inputs: Mapping[str, Any]) -> int:
-    return next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
+    return rows_of(inputs) or next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
 
 
 def _with_rows(value: Any, rows: int, before: int) -> Any:
-    if isinstance(value, Tensor) and value.ndim and len(value) == before:
-        if value.is_meta:
-            return torch.empty((rows, *value.shape[1:]), dtype=value.dtype, device="cpu")
-        return value.cpu()[torch.arange(rows) % before]  # a model that needs data gets those
-    return value
+    """A batch's tensor for another number of rows: of a tensor that holds several entries a row, as many a row."""
+    if not isinstance(value, Tensor) or not value.ndim or len(value) % before:
+        return value
+    length = len(value) // before * rows
+    if value.is_meta:
+        return torch.empty((length, *value.shape[1:]), dtype=value.dtype, device="cpu")
+    return value.cpu()[torch.arange(length) % len(value)]  # a model that needs data gets those

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from .config import SafeConfig
-from .decide.policy import Situation, choose
+from .decide.policy import Situation, choose, freezes_prefixes
 from .decide.scores import resolve_score
 from .errors import ConfigError, ProbeError, RunError, note, warn
 from .freeze.parallel import Parallel, Ranks
 from .journal import Journal
 from .model import Flow, Probe, Stack, Unit, trace_flow
+from .model.backends import Backend
 from .model.batch import forward_names
+from .model.blocks import device_of
 from .model.draw import keep_random_state
+from .model.obstacles import find_obstacles, remedies, units_below
 from .model.patches import owners
+from .model.units import some
 
 __all__ = [
     "check_parallel",
@@ -27,6 +31,7 @@ __all__ = [
     "drawn_by_main",
     "flows_of",
     "frozen_at_start",
+    "paying_units",
 ]
 
 
@@ -77,8 +82,8 @@ def check_parallel(config: SafeConfig, parallel: Parallel) -> SafeConfig:
     return replace(config, cache="off")
 
 
-def check_units(names: tuple[str, ...], units: Mapping[str, Unit]) -> None:
-    """Refuse names to freeze by hand that are no units.
+def check_units(names: tuple[str, ...], units: Mapping[str, Unit], optimizer: Any, parallel: Parallel) -> None:
+    """Refuse names to freeze by hand that are no units; warn of units that the optimizer does not hold.
 
     Raises:
         ConfigError: the first of them, with the names there are.
@@ -90,6 +95,37 @@ def check_units(names: tuple[str, ...], units: Mapping[str, Unit]) -> None:
                 cause=f"Its units are {', '.join(list(units)[:3])}, ... ({len(units)} in all).",
                 fix=f'SafeConfig(freeze=["{next(iter(units))}"])',
             )
+    _warn_of_units_left_out(optimizer, units, parallel)
+
+
+def _warn_of_units_left_out(optimizer: Any, units: Mapping[str, Unit], parallel: Parallel) -> None:
+    """Warn of units whose parameters the optimizer does not hold: they get gradients and never move.
+
+    Not where parameters are spread over processes, and not of an optimizer per layer: those hold others in their place.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the real one
+    if optimizer is None or parallel.name not in ("none", "DDP") or hasattr(optimizer, "optimizer_dict"):
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [
+        name
+        for name, unit in units.items()
+        if not any(id(parameter) in held for parameter in (*unit.parameters(), *unit.shared_parameters()))
+    ]
+    if not missing:
+        return
+    if len(missing) == len(units):
+        fact = "The optimizer holds none of the adapters' parameters."
+        cause = "It was made before the adapters were."
+    else:
+        fact = f"The optimizer does not hold the parameters of {len(missing)} of {len(units)} units: {some(missing)}."
+        cause = "They were left out of its groups, or put into the model after it was made."
+    warn(
+        fact,
+        cause=cause + " Unless another optimizer holds them, they do not train.",
+        fix="torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], ...), made after get_peft_model",
+        stacklevel=4,
+    )
 
 
 def drawn_by_main(source: Any, model: nn.Module, config: SafeConfig, ranks: Ranks) -> Probe:
@@ -111,6 +147,7 @@ def frozen_at_start(
     config: SafeConfig,
     chains: tuple[tuple[tuple[str, ...], ...], ...],
     journal: Journal,
+    paying: Collection[str] | None = None,
     *,
     head: bool,
     ranks_move: bool = False,
@@ -121,6 +158,7 @@ def frozen_at_start(
         config: ``freeze``, ``freeze_at_start``, and ``min_live_blocks``, which holds here as well.
         chains: unit names by block by chain.
         journal: of the run.
+        paying: units whose freezing can pay; None for all.
         head: something else than adapters trains.
         ranks_move: of AdaLoRA, until something freezes: then only what was asked for is frozen.
     """
@@ -129,6 +167,7 @@ def frozen_at_start(
     rest: dict[str, Any] = {"min_live_blocks": config.min_live_blocks, "something_else_trains": head}
     by_hand = frozenset(config.freeze)
     lowest = choose("bottom_up", Situation(0, 1.0, {}, chains, by_hand, freeze_share=config.share_at_start, **rest))
+    lowest = [name for name in lowest if paying is None or name in paying]
     if config.dry_run and lowest:
         journal.write("would_freeze", step=0, units=lowest)
         note(f"Before step 0 {len(lowest)} units would freeze (freeze_at_start); a dry run goes on without that.")
@@ -136,15 +175,13 @@ def frozen_at_start(
     return [*config.freeze, *lowest]
 
 
-def flows_of(
-    model: nn.Module, stacks: list[Stack], units: Mapping[str, Unit], probe: Probe, *, collective: bool = False
-) -> dict[str, Flow]:
-    """Trace one sample of the probe through the model; warn of what trains below the blocks.
+def flows_of(model: nn.Module, stacks: list[Stack], probe: Probe, *, collective: bool = False) -> dict[str, Flow]:
+    """Trace one sample of the probe through the model.
 
     Raises:
         ProbeError: the model does not take the probe.
     """
-    one = probe.first_sample(next(model.parameters()).device)
+    one = probe.first_sample(device_of(model))
     try:
         with keep_random_state():
             flows = trace_flow(model, stacks, one, to_the_end=collective)
@@ -155,16 +192,40 @@ def flows_of(
             fix="Pass batches as the model gets them in training, by the names of its forward "
             f"({', '.join(forward_names(model)[:4])}): probe=[batch, ...]",
         ) from error
-    owned = {id(p) for unit in units.values() for p in (*unit.parameters(), *unit.shared_parameters())}
-    for path, flow in flows.items():
-        outside = {id(p) for p in flow.upstream if id(p) not in owned}
-        names = [name for name, parameter in model.named_parameters() if id(parameter) in outside]
-        if names:
-            warn(
-                f"Trainable parameters stand below the blocks of {path}: {', '.join(names[:4])}.",
-                cause="Their gradient passes through every block, so no prefix can be cut off; freezing saves "
-                "hardly any memory or time.",
-                fix='Leave embeddings out of modules_to_save, and set LoraConfig(bias="none").',
-                stacklevel=5,
-            )
     return flows
+
+
+def paying_units(
+    config: SafeConfig,
+    model: nn.Module,
+    stacks: list[Stack],
+    units: Mapping[str, Unit],
+    flows: Mapping[str, Flow],
+    backend: Backend,
+) -> frozenset[str]:
+    """Names of the units whose freezing can pay; warns of what keeps the others from it, once for all of them.
+
+    Policies that freeze prefixes, and ``freeze_at_start``, freeze no others: nothing would be saved for what no longer
+    learns.
+    """
+    obstacles = find_obstacles(model, stacks, units, flows)
+    paying = units_below(units, obstacles)
+    if len(paying) == len(units):
+        return paying
+    count = f"{len(paying)} of {len(units)} units"
+    if not (freezes_prefixes(config.policy) or config.share_at_start):
+        fact = f"Freezing saves memory and time in no more than {count}"
+    else:
+        fact = f"Only {count} can freeze" if paying else "Nothing will freeze"
+    where = "the others" if paying else "all adapters"
+    names = list(dict.fromkeys(obstacle.short for obstacle in obstacles))
+    shared = {owner for obstacle in obstacles for owner in obstacle.owners}
+    warn(
+        fact + f": {some(names)} train{'s' * (len(names) == 1)} in or below the blocks of {where}.",
+        cause=(f"{len(shared)} units share parameters, which train until the last of them freezes. " if shared else "")
+        + "The backward pass runs down to the lowest parameter that trains, so a frozen adapter above it saves hardly "
+        "any memory or time.",
+        fix="; ".join(remedies(obstacles, backend)) + ". SafeConfig(freeze=[...]) freezes all the same what it names.",
+        stacklevel=5,
+    )
+    return paying

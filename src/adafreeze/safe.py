@@ -15,6 +15,7 @@ from ._observe import Observer
 from .budget import open_budget
 from .caching import Caching
 from .config import SafeConfig
+from .decide.policy import freezes_prefixes
 from .deciding import Decider
 from .errors import ProbeError, note, warn
 from .freeze import Freezer, Prefix
@@ -28,8 +29,17 @@ from .model.blocks import device_of, unwrap
 from .model.draw import batch_size_of, samples_of
 from .model.flow import chains_of
 from .model.patches import claim, forwarders, release
-from .model.units import blocks_below, units_along, warn_of_other_trainables
-from .preflight import check_parallel, check_run, check_units, close_earlier, drawn_by_main, flows_of, frozen_at_start
+from .model.units import blocks_below, units_along
+from .preflight import (
+    check_parallel,
+    check_run,
+    check_units,
+    close_earlier,
+    drawn_by_main,
+    flows_of,
+    frozen_at_start,
+    paying_units,
+)
 from .scoring import Scorer
 from .state import opened, packed_random_state, restore_random_state, sealed
 
@@ -100,11 +110,10 @@ class Safe:
         drawn = drawn_by_main(probe, self.model, self.config, self.ranks)
         self.parallel = find_parallel(model, optimizer, self.units)
         self.config = check_parallel(self.config, self.parallel)
-        warn_of_other_trainables(self.model, self.stacks, self.units)
-        check_units(self.config.freeze, self.units)
+        check_units(self.config.freeze, self.units, optimizer, self.parallel)
         self.freezer = Freezer(self.units, self.backend, optimizer)
         try:
-            flows = flows_of(self.model, self.stacks, self.units, drawn, collective=self.parallel.collective)
+            flows = flows_of(self.model, self.stacks, drawn, collective=self.parallel.collective)
         except ProbeError:
             self.parallel.release()
             raise
@@ -126,7 +135,8 @@ class Safe:
         self.budget = open_budget(self.config.memory_limit, drawn, batch_size or batch_size_of(probe), *held)
         self._observer = Observer(self.model, optimizer, self._audit, self._look_at_gradients)
         head, ranks_move = self._guard.something_else_trains(), self.backend.moves_ranks
-        self._at_start = frozen_at_start(self.config, chains, self.journal, head=head, ranks_move=ranks_move)
+        self._pay = paying_units(self.config, self.model, self.stacks, self.units, flows, self.backend)
+        self._at_start = frozen_at_start(self.config, chains, self.journal, self._pay, head=head, ranks_move=ranks_move)
         by_choice = [unit for name, unit in self.units.items() if name not in self._at_start]
         self._step_length = StepLength(optimizer, self.config.lr_scale, by_choice)
         if samples_per_step is not None:
@@ -217,6 +227,7 @@ class Safe:
         self.ranks.check_alike("frozen", self.frozen, self.steps)
         self._take_the_strictest()
         names = self.decider.decide(self.steps, self.frozen, self.prefixes, self._observer.take_losses())
+        names = [name for name in names if name in self._pay or not freezes_prefixes(self.config.policy)]
         if self.config.dry_run:
             if names:
                 self.journal.write("would_freeze", step=self.steps, units=names)
@@ -312,7 +323,7 @@ class Safe:
     def _prefix_ended(self, path: str) -> None:
         """Something that trains feeds the blocks of this stack, as a training pass has just shown."""
         names = [name for name, unit in self.units.items() if unit.stack == path]
-        self.decider.leave_out(names)
+        self._pay -= set(names)
         # Of several ranks another one may not have seen it; and a unit that was frozen for some steps has no way back.
         thawed = [name for name in names if name in self._at_start] if self.steps == 0 and self.ranks.size == 1 else []
         if thawed:

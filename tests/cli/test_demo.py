@@ -2,6 +2,7 @@ import json
 from importlib import metadata
 
 import pytest
+import torch
 
 from adafreeze import DataError, RunError
 from adafreeze.cli import _demo_data, main
@@ -26,6 +27,7 @@ def test_the_demo_runs_and_ends_with_its_table(tmp_path, capsys):
         "SAFE / plain",
         "by arithmetic",
         "Frozen prefix",
+        "CPU time, s",
         "one standard error",
         "journal.jsonl",
     ):
@@ -33,6 +35,12 @@ def test_the_demo_runs_and_ends_with_its_table(tmp_path, capsys):
     results = json.loads((tmp_path / "results.json").read_text())
     plain, safe, top = results["arms"]
     assert safe["mean_saved_bytes"] < plain["mean_saved_bytes"] and safe["flops"] < plain["flops"]
+    for arm in results["arms"]:
+        assert 0 < arm["cpu_seconds"] <= 1.05 * arm["seconds"] * max(1, torch.get_num_threads()) + 1
+        journal = tmp_path / arm["name"].replace(" ", "-") / "journal.jsonl"
+        done = json.loads(journal.read_text().splitlines()[-1])
+        assert done["train_cpu_seconds"] == arm["cpu_seconds"]
+    assert "CPU time of the process" in (tmp_path / "report.html").read_text()
     assert top["peak_saved_bytes"] < plain["peak_saved_bytes"]
     for name in ("plain", "safe", top["name"].replace(" ", "-")):
         assert (tmp_path / name / "adapter_model.safetensors").exists()

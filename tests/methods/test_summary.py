@@ -11,12 +11,22 @@ from adafreeze.methods import Outcome, default_metric, summarize
 
 
 def outcome(task: str, method: str, seed: int, accuracy: float, **numbers) -> Outcome:
-    costs = {"seconds": 10.0, "flops": 8.0, "peak_saved_bytes": 6.0, "mean_saved_bytes": 4.0, **numbers}
+    costs = {
+        "seconds": 10.0,
+        "cpu_seconds": 8.0,
+        "flops": 8.0,
+        "peak_saved_bytes": 6.0,
+        "mean_saved_bytes": 4.0,
+        **numbers,
+    }
     return Outcome(task, method, seed, metrics={"accuracy": accuracy, "loss": 1.0}, **costs)
 
 
 PLAIN = [outcome("a", "plain", seed, score) for seed, score in enumerate((0.80, 0.90, 0.85))]
-SAFE = [outcome("a", "safe", seed, score, flops=4.0, seconds=5.0) for seed, score in enumerate((0.81, 0.89, 0.83))]
+SAFE = [
+    outcome("a", "safe", seed, score, flops=4.0, seconds=5.0, cpu_seconds=2.0)
+    for seed, score in enumerate((0.81, 0.89, 0.83))
+]
 
 
 def test_scores_are_in_points_with_mean_and_standard_deviation():
@@ -37,7 +47,7 @@ def test_the_interval_is_students_of_the_paired_differences():
 def test_ratios_are_against_the_run_with_the_same_seed():
     _, safe = summarize([*PLAIN, *SAFE], {"a": "accuracy"}, "plain")
     assert dict(safe.ratios) == pytest.approx(
-        {"mean_saved_bytes": 1, "peak_saved_bytes": 1, "flops": 0.5, "seconds": 0.5}
+        {"mean_saved_bytes": 1, "peak_saved_bytes": 1, "flops": 0.5, "seconds": 0.5, "cpu_seconds": 0.25}
     )
 
 

@@ -15,7 +15,7 @@ def test_a_run_is_what_its_journal_says(tmp_path):
     assert [step for step, _ in found.scores] == [4, 8, 12, 16, 20]
     assert found.logs["loss"][0] == (4, 0.5)
     assert found.cost("flops") == 1e12
-    assert found.cost("seconds") == 50
+    assert found.cost("seconds") == 50 and found.cost("cpu_seconds") == 40
     assert found.metrics() == {"accuracy": 0.8, "loss": 0.5}
 
 

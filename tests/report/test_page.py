@@ -43,7 +43,7 @@ def runs(tmp_path):
 def test_the_page_says_what_was_saved_against_the_plain_run(runs, tmp_path):
     _, reader, words = page_of(*runs, tmp_path=tmp_path)
     assert "From step 20 of 40 on blocks froze, 2 of 4 by the end; against other, mean saved bytes −50 %, " in words
-    assert "FLOPs −50 %, time −50 %, accuracy 0.8 for 0.8." in words
+    assert "FLOPs −50 %, time −50 %, CPU time −50 %, accuracy 0.8 for 0.8." in words
     assert reader.figures == ["scores-mine", "stack-mine", "loss", "saved-bytes", "seconds", "rate"]
     assert "70 of 80 samples were then looked up" in words
 

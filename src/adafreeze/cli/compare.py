@@ -301,12 +301,22 @@ def _print(rows: list[Row], metrics: Mapping[str, str], reference: str) -> None:
         title = f"average over {len(metrics)} tasks" if task is None else f"{task}: {metrics[task]}"
         table = Table(title=f"{title}; ratios against {reference}, in brackets by arithmetic", title_justify="left")
         table.add_column("method")
-        for heading in ("n", "score", "difference [95 %]", "saved bytes", "peak", "FLOPs", "time", "frozen"):
+        for heading in (
+            "n",
+            "score",
+            "difference [95 %]",
+            "saved bytes",
+            "peak",
+            "FLOPs",
+            "time",
+            "CPU time",
+            "frozen",
+        ):
             table.add_column(heading, justify="right")
         reasons = []
         for row in (row for row in rows if row.task == task):
             if row.reason is not None:
-                table.add_row(row.method, "-", *["-"] * 7)
+                table.add_row(row.method, "-", *["-"] * 8)
                 reasons.append(f"{row.method}: {row.reason}")
             else:
                 table.add_row(*_cells(row))
@@ -323,7 +333,7 @@ def _cells(row: Row) -> list[str]:
         found = row.difference
         bounds = f" [{found.low:+.2f}, {found.high:+.2f}]" if math.isfinite(found.low) else ""
         difference = f"{found.mean:+.2f}{bounds}"
-    ratios = {name: "-" for name in ("mean_saved_bytes", "peak_saved_bytes", "flops", "seconds")}
+    ratios = dict.fromkeys(("mean_saved_bytes", "peak_saved_bytes", "flops", "seconds", "cpu_seconds"), "-")
     for name, value in (row.ratios or {}).items():
         ratios[name] = f"{value:.3f}" if math.isfinite(value) else "-"
     if row.theory is not None:

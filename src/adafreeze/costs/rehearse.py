@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ..errors import ModelError
 from ..model.draw import keep_random_state
+from ..model.flow import tensors_in
 from .flops import flops_of
 from .memory import SavedBytes, StorageTracker, bytes_of, uncounted
 
@@ -81,7 +83,7 @@ def rehearse(
         fake: False runs the step for real, for a model that fails on FakeTensors; its gradients are cleared.
 
     Raises:
-        ValueError: no loss came out, and no logits to make one of.
+        ModelError: nothing that the model returns has a gradient.
         Exception: whatever the model raises on FakeTensors.
     """
     with ExitStack() as undo:
@@ -119,7 +121,7 @@ def _counted(
     with _Counter(CUDA_ROUNDING if target == "cuda" else 1) as counter:
         counter.hold(*resident, *given, *(p.grad for p in trained if p.grad is not None))
         with SavedBytes(model) as saved, _shares(parts, lambda: (saved.total, counter.flops)) as shares:
-            loss = _loss_of(forward(**inputs), inputs)
+            loss = _loss_of(forward(**inputs))
         forward_flops = counter.flops
         loss.backward()
         del loss
@@ -281,18 +283,32 @@ def _cuda_attention(
     )[0]
 
 
-def _loss_of(output: Any, inputs: Mapping[str, Any]) -> Tensor:
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+def _loss_of(output: Any) -> Tensor:
+    """The loss that the model returns; else one made of its logits, else of all that it returns with a gradient.
+
+    Raises:
+        ModelError: nothing that it returns has a gradient.
+    """
+    if not isinstance(output, (Tensor, Mapping, tuple, list)):
+        output = dict(vars(output))
+    loss = output.get("loss") if isinstance(output, Mapping) else None
     first = output[0] if isinstance(output, (tuple, list)) and output else output
     if loss is None and isinstance(first, Tensor) and first.ndim == 0:
         loss = first
-    if isinstance(loss, Tensor):
-        return loss.sum()
     logits = output.get("logits") if isinstance(output, Mapping) else output
-    if not isinstance(logits, Tensor) or not logits.requires_grad:
-        raise ValueError("The forward pass gave neither a loss nor logits with a gradient.")
-    # The loss is taken outside the model (label smoothing): as cross entropy takes it, in float32.
-    return nn.functional.log_softmax(logits.float(), -1).sum()
+    if isinstance(loss, Tensor) and loss.requires_grad:
+        return loss.sum()
+    if isinstance(logits, Tensor) and logits.requires_grad and loss is None:
+        # The loss is taken outside the model (label smoothing): as cross entropy takes it, in float32.
+        return nn.functional.log_softmax(logits.float(), -1).sum()
+    with_gradient = [tensor.float().sum() for tensor in tensors_in(output) if tensor.requires_grad]
+    if loss is not None or not with_gradient:
+        raise ModelError(
+            "The loss has no gradient." if loss is not None else "Nothing that the model returns has a gradient.",
+            cause="No parameter that trains takes part in the forward pass, or the model detaches its output.",
+            fix="Put adapters into layers that the forward pass runs, and call the model with what it trains on.",
+        )
+    return torch.stack(with_gradient).sum()
 
 
 def largest_that_fits(peak: Callable[[int], int], rows: int, held: int, limit: int, most: int = 4096) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError
 
-__all__ = ["POLICIES", "Policy", "Situation", "choose"]
+__all__ = ["POLICIES", "Policy", "Situation", "choose", "freezes_prefixes"]
 
 Block = tuple[str, ...]
 
@@ -98,6 +98,11 @@ PREFIX_POLICIES = ("share", "bottom_up")
 POLICIES: dict[str, Policy] = {"share": share, "threshold": threshold, "bottom_up": bottom_up}
 
 
+def freezes_prefixes(policy: str | Policy) -> bool:
+    """Whether ``policy`` freezes nothing but prefixes, so that what cannot join one need not freeze."""
+    return (policy if callable(policy) else POLICIES[policy]) in (share, bottom_up)
+
+
 def choose(policy: str | Policy, situation: Situation) -> list[str]:
     """Units to freeze next, bottom to top: what ``policy`` wants, less what must stay live.
 
@@ -114,7 +119,7 @@ def choose(policy: str | Policy, situation: Situation) -> list[str]:
     ['bottom', 'middle']
     """
     policy = policy if callable(policy) else POLICIES[policy]
-    by_place = policy in (share, bottom_up)
+    by_place = freezes_prefixes(policy)
     returned = policy(situation)
     name = getattr(policy, "__name__", policy)
     if isinstance(returned, str) or not isinstance(returned, Iterable):

@@ -25,6 +25,7 @@ class Outcome:
         reason: why the method does not fit; None where it ran. All that follows is then empty.
         metrics: of the evaluation at the end, without ``eval_``.
         seconds: of training, measuring and evaluations during it included.
+        cpu_seconds: of the process in that time; 0 where that was not written down.
         flops: counted, those of measuring included.
         peak_saved_bytes: the most that autograd kept of a micro-step.
         mean_saved_bytes: on average over micro-steps.
@@ -44,6 +45,7 @@ class Outcome:
     reason: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     flops: float = 0.0
     peak_saved_bytes: float = 0.0
     mean_saved_bytes: float = 0.0
@@ -105,6 +107,7 @@ def outcome_of(
             if name.startswith("eval_") and isinstance(value, (int, float)) and not _is_speed(name)
         },
         seconds=metrics["train_runtime"],
+        cpu_seconds=metrics.get("train_cpu_seconds", 0.0),
         flops=metrics.get("train_flops", 0) + metrics.get("score_flops", 0),
         peak_saved_bytes=metrics.get("train_peak_saved_bytes", 0),
         mean_saved_bytes=metrics.get("train_mean_saved_bytes", 0),

@@ -14,7 +14,7 @@ __all__ = ["Difference", "Row", "default_metric", "summarize"]
 # The first of these that a task gives is its score.
 METRICS = ("accuracy", "matthews_correlation", "pearson", "f1", "exact_match", "bleu", "rougeL", "perplexity", "loss")
 BETTER_LOW = ("perplexity", "loss")
-RATIOS = ("mean_saved_bytes", "peak_saved_bytes", "flops", "seconds")
+RATIOS = ("mean_saved_bytes", "peak_saved_bytes", "flops", "seconds", "cpu_seconds")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Row:
             of others less.
         sd: standard deviation over seeds; None over all tasks, or of one seed.
         difference: of the score against the reference's on the same task and seed; None for the reference itself.
-        ratios: mean saved bytes, peak, FLOPs and seconds against the reference's, means over pairs.
+        ratios: mean saved bytes, peak, FLOPs, seconds and CPU seconds against the reference's, means over pairs.
         frozen: units frozen at the end, mean over seeds.
         units: that can freeze.
         theory: saved bytes and FLOPs by arithmetic against plain; None where nothing froze.

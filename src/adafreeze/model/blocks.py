@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,41 +55,113 @@ class Stack:
 def find_stacks(model: nn.Module) -> list[Stack]:
     """Find the stacks of ``model`` in the order of its modules (an encoder before its decoder).
 
-    A stack is an outermost ``nn.ModuleList`` whose entries are all transformers'
-    ``GradientCheckpointingLayer``; in a model that has none, an outermost ModuleList of at least two entries of
-    one class.
+    A stack is an outermost ``nn.ModuleList`` whose entries are all transformers' ``GradientCheckpointingLayer``. Beside
+    those, where they hold an adapter (or the model has none yet): an outermost ``nn.ModuleList`` or ``nn.Sequential``
+    of at least two entries of one class that look like transformer blocks, each with a norm and two matrices; lists of
+    such lists are a stack each. A model that has neither may have its adapters in any list of like modules.
 
     Raises:
-        ModelError: nothing in the model looks like a stack of blocks.
+        ModelError: nothing in the model looks like a stack of blocks, all its layers share one block, or it is no
+            ``nn.Module``.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
+    if not isinstance(model, nn.Module):
+        raise _no_module(model)
+    _refuse_shared_layers(model)
+    holding = _holding_adapters(model)
 
-    def of_transformers(entries: list[nn.Module]) -> bool:
-        return all(isinstance(entry, GradientCheckpointingLayer) for entry in entries)
+    def adapted(entries: list[nn.Module]) -> bool:
+        return not holding or any(id(entry) in holding for entry in entries)
 
-    def of_one_class(entries: list[nn.Module]) -> bool:
-        weights = any(True for _ in entries[0].parameters())
-        return len(entries) > 1 and len({type(entry) for entry in entries}) == 1 and weights
-
-    for is_stack in (of_transformers, of_one_class):
-        stacks = list(_outermost_lists(model, is_stack))
-        if stacks:
-            return stacks
+    # Those of transformers count without adapters too: an adapted decoder may read such an encoder.
+    lists = _outermost_lists(model, _of_transformers)
+    own = list(lists)
+    lists |= _outermost_lists(model, lambda entries: _alike(entries, _is_block), apart_from=own)
+    kept = {name: entries for name, entries in lists.items() if name in own or adapted(entries)}
+    if not any(map(adapted, kept.values())):
+        kept = {name: entries for name, entries in _outermost_lists(model, _alike).items() if adapted(entries)} or lists
+    if kept:
+        return [Stack(user_name(name), tuple(kept[name])) for name, _ in model.named_modules() if name in kept]
     raise ModelError(
-        f"No stack of transformer blocks was found in {type(model).__name__}.",
-        cause="adafreeze looks for an nn.ModuleList of transformer layers, and this model has none.",
+        f"No stack of transformer blocks was found in {users_class(model)}.",
+        cause="adafreeze looks for an nn.ModuleList or nn.Sequential of like blocks, and this model has none.",
         fix="Use a transformers model, or keep your blocks in one nn.ModuleList.",
     )
 
 
-def _outermost_lists(model: nn.Module, is_stack: Callable[[list[nn.Module]], bool]) -> Iterator[Stack]:
-    found: list[str] = []
+def _of_transformers(entries: list[nn.Module]) -> bool:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return all(isinstance(entry, GradientCheckpointingLayer) for entry in entries)
+
+
+def _alike(entries: list[nn.Module], each: Callable[[nn.Module], bool] = lambda _: True) -> bool:
+    """Whether these are at least two modules of one class, with weights, that run by themselves."""
+    kinds = {type(entry) for entry in entries}
+    return len(entries) > 1 and len(kinds) == 1 and all(_runs(entry) and each(entry) for entry in entries)
+
+
+def _runs(module: nn.Module) -> bool:
+    """Whether it has a forward pass (an nn.ModuleList has none), and weights."""
+    return type(module).forward is not nn.Module.forward and any(True for _ in module.parameters())
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether it looks like a transformer block, and not like a convolution or one of several heads.
+
+    No list of families and no guess from the model's names: a block normalizes, and multiplies by two matrices.
+    """
+    normalizes = any("norm" in type(part).__name__.lower() for part in module.modules())
+    return normalizes and sum(parameter.ndim == 2 for parameter in module.parameters()) > 1
+
+
+def _outermost_lists(
+    model: nn.Module, is_stack: Callable[[list[nn.Module]], bool], apart_from: Sequence[str] = ()
+) -> dict[str, list[nn.Module]]:
+    """Entries of each fitting list by its name, but for lists that stand in one of ``apart_from`` or around it."""
+    found: dict[str, list[nn.Module]] = {}
     for name, module in model.named_modules():
-        if any(name.startswith(path + ".") for path in found):
+        inside = any(name.startswith(f"{path}.") for path in (*found, *apart_from))
+        if inside or any(path == name or path.startswith(f"{name}.") for path in apart_from):
             continue
-        if isinstance(module, nn.ModuleList) and len(module) and is_stack(list(module)):
-            found.append(name)
-            yield Stack(user_name(name), tuple(module))
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) and is_stack(list(module)):
+            found[name] = list(module)
+    return found
+
+
+def _holding_adapters(model: nn.Module) -> set[int]:
+    """Ids of the modules that PEFT adapted, and of all that contain one."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {id(m) for m in model.modules() if any(isinstance(part, BaseTunerLayer) for part in m.modules())}
+
+
+def _refuse_shared_layers(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    layers, groups = getattr(config, "num_hidden_layers", None), getattr(config, "num_hidden_groups", None)
+    if isinstance(layers, int) and isinstance(groups, int) and groups < layers:  # ALBERT
+        blocks = groups * getattr(config, "inner_group_num", 1)
+        raise ModelError(
+            f"All {layers} layers of {users_class(model)} share the weights of {blocks} block{'s' * (blocks > 1)}.",
+            cause="Freezing one layer would freeze every other that runs with its weights; there is nothing to select.",
+            fix="Use a model whose layers have weights of their own, or leave adafreeze out.",
+        )
+
+
+def _no_module(model: Any) -> ModelError:
+    """For what holds a model and is none: a SetFitModel, a pipeline, a Trainer."""
+    inner = next((name for name, value in getattr(model, "__dict__", {}).items() if isinstance(value, nn.Module)), None)
+    return ModelError(
+        f"The model is a {type(model).__name__}, and no nn.Module.",
+        cause="adafreeze needs the module whose forward pass is trained"
+        + (f"; this object holds one as .{inner}." if inner else "."),
+        fix=f"Safe(model.{inner}, ...)" if inner else "Safe(model, ...) with the nn.Module itself",
+    )
+
+
+def users_class(model: nn.Module) -> str:
+    """The class of the user's model, inside PEFT's wrapper."""
+    base = getattr(model, "get_base_model", None)
+    return type(base() if callable(base) else model).__name__
 
 
 def user_name(name: str) -> str:

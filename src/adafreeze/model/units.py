@@ -8,9 +8,9 @@ from itertools import takewhile
 
 from torch import nn
 
-from ..errors import ModelError, warn
+from ..errors import ModelError
 from .backends import Backend
-from .blocks import Stack, user_name
+from .blocks import Stack, user_name, users_class
 
 __all__ = ["Unit", "find_units"]
 
@@ -66,12 +66,7 @@ def find_units(model: nn.Module, stacks: list[Stack], backend: Backend, granular
                 if slots:
                     drafts.append((name, stack.path, index, module, members, slots))
     if not drafts:
-        raise ModelError(
-            f"No trainable adapter was found in the blocks of {type(model).__name__}.",
-            cause="Every adapter parameter inside the transformer blocks is frozen, or there is none there.",
-            fix="Wrap the model first: model = get_peft_model(model, LoraConfig(...)); after "
-            "prepare_model_for_kbit_training, not before it.",
-        )
+        raise _nothing_trains(model, stacks, backend)
     owners: dict[int, set[str]] = {}
     for name, *_, slots in drafts:
         for slot in slots:
@@ -81,20 +76,25 @@ def find_units(model: nn.Module, stacks: list[Stack], backend: Backend, granular
         own = tuple(slot for slot in slots if len(owners[id(_parameter(slot))]) == 1)
         shared = tuple(slot for slot in slots if len(owners[id(_parameter(slot))]) > 1)
         units[name] = Unit(name, path, index, module, tuple(sites), own, shared)
-    if any(unit.shared for unit in units.values()) and any(unit.slots for unit in units.values()):
-        warn(
-            f"{sum(bool(unit.shared) for unit in units.values())} of {len(units)} units share parameters.",
-            cause="A shared parameter trains until the last of its owners freezes, and no block that reads it can "
-            "join the frozen prefix until then: freezing saves hardly any memory or time.",
-            fix="Use a method with weights of its own in each block, such as LoRA, DoRA or IA3.",
-        )
     if len(units) > 1 and not any(unit.slots for unit in units.values()):
         raise ModelError(
-            f"All adapter parameters of {type(model).__name__} are shared by all its blocks.",
+            f"All adapter parameters of {users_class(model)} are shared by all its blocks.",
             cause="Freezing one block would freeze every other with it; there is nothing to select.",
             fix="Use a method with weights of its own in each block, such as LoRA, DoRA or IA3.",
         )
     return units
+
+
+def _nothing_trains(model: nn.Module, stacks: Sequence[Stack], backend: Backend) -> ModelError:
+    """Why no block holds a trainable adapter: they are frozen, or stand elsewhere."""
+    if any(True for stack in stacks for block in stack.blocks for _ in backend.sites(block)):
+        return backend.why_frozen()
+    places = [user_name(name) for name, _ in backend.sites(model)]
+    return ModelError(
+        f"No trainable adapter was found in the blocks of {users_class(model)}.",
+        cause=f"Its adapters are outside the blocks of {', '.join(stack.path for stack in stacks)}: {some(places)}.",
+        fix="Set target_modules so that it matches layers inside the blocks.",
+    )
 
 
 def units_along(
@@ -118,26 +118,13 @@ def blocks_below(chains: Sequence[Sequence[Sequence[str]]], names: Iterable[str]
     return sum(len([*takewhile(frozen.issuperset, chain)]) for chain in chains) if frozen else 0
 
 
-def warn_of_other_trainables(model: nn.Module, stacks: list[Stack], units: dict[str, Unit]) -> list[str]:
-    """Name trainable parameters inside blocks that belong to no unit; they keep their block out of the prefix."""
-    owned = {id(p) for unit in units.values() for p in (*unit.parameters(), *unit.shared_parameters())}
-    names = []
-    for stack in stacks:
-        for index, block in enumerate(stack.blocks):
-            for name, parameter in block.named_parameters():
-                if parameter.requires_grad and id(parameter) not in owned:
-                    names.append(f"{stack.block_name(index)}.{user_name(name)}")
-    if names:
-        warn(
-            f"{len(names)} trainable parameters inside the blocks belong to no adapter: {_some(names)}.",
-            cause="They train to the end, so no block from theirs upward can join the frozen prefix, and "
-            "freezing below saves little.",
-            fix="Leave them out of modules_to_save, or set requires_grad_(False) on them.",
-        )
-    return names
+def some(names: Sequence[str], count: int = 3) -> str:
+    """The first few, and how many more there are.
 
-
-def _some(names: list[str], count: int = 4) -> str:
+    >>> some(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    names = list(dict.fromkeys(names))
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 

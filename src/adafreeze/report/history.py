@@ -62,7 +62,7 @@ class History:
     done: dict[str, Any] = field(default_factory=dict)
 
     def cost(self, name: str) -> float | None:
-        """``flops`` (those of measuring included), ``mean_saved_bytes``, ``peak_saved_bytes`` or ``seconds``."""
+        """``flops`` (measuring included), ``mean_saved_bytes``, ``peak_saved_bytes``, ``seconds``, ``cpu_seconds``."""
         key = {"seconds": "train_runtime"}.get(name, f"train_{name}")
         value = _number(self.done.get(key))
         if value is not None and name == "flops":

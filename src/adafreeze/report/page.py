@@ -139,7 +139,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
             "-" if row["score"] is None else f"{row['score']:.2f}",
             f"{difference['mean']:+.2f}{bounds}" if difference else "",
             *("-" if ratios.get(name) is None else f"{ratios[name]:.3f}"
-              for name in ("mean_saved_bytes", "peak_saved_bytes", "flops", "seconds")),
+              for name in ("mean_saved_bytes", "peak_saved_bytes", "flops", "seconds", "cpu_seconds")),
             f"{number_text(row['frozen'])} of {row['units']}" if row["units"] else "-",
         ],
     }  # fmt: skip

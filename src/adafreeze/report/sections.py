@@ -43,7 +43,12 @@ def headline(history: History, plain: History | None) -> str:
         return f"{said}.{ended}"
     ratios = {
         word: ours / theirs
-        for name, word in (("mean_saved_bytes", "mean saved bytes"), ("flops", "FLOPs"), ("seconds", "time"))
+        for name, word in (
+            ("mean_saved_bytes", "mean saved bytes"),
+            ("flops", "FLOPs"),
+            ("seconds", "time"),
+            ("cpu_seconds", "CPU time"),
+        )
         if (ours := history.cost(name)) and (theirs := plain.cost(name))
     }
     if not ratios:
@@ -167,6 +172,7 @@ def costs(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
         ("peak saved bytes", "peak_saved_bytes", readable),
         ("FLOPs", "flops", lambda value: f"{value / 1e12:.3g} T"),
         ("time", "seconds", lambda value: f"{value:,.0f} s"),
+        ("CPU time of the process", "cpu_seconds", lambda value: f"{value:,.0f} s"),
     ):
         values = [h.cost(name) for h in histories]
         if any(value is not None for value in values):

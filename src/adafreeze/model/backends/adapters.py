@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import ModelError
+from ..blocks import user_name, users_class
 from ..patches import before_call
 
 __all__ = ["AdapterHubBackend"]
@@ -88,6 +89,23 @@ class AdapterHubBackend:
             ),
             f"active {configs.active_setup}, but for layers {configs.skip_layers}",
         ]
+
+    def why_frozen(self) -> ModelError:
+        """What to raise where adapters stand in the blocks and none of them trains."""
+        names = ", ".join(map(repr, self._active_names()))
+        return ModelError(
+            f"No trainable adapter was found in the blocks of {users_class(self.model)}.",
+            cause="All parameters of the active adapters are frozen.",
+            fix=f"model.train_adapter({names})",
+        )
+
+    def remedy(self, name: str) -> str:
+        """What to change so that the parameter ``name``, which belongs to no unit, does not train."""
+        if ".invertible_adapters." in name:
+            return 'an adapter without invertible layers (inv_adapter=None, "seq_bn" in place of "seq_bn_inv")'
+        if "embeddings." in name:
+            return "model.train_adapter(..., train_embeddings=False)"
+        return f"requires_grad_(False) on {user_name(name)}"
 
     def merges(self, block: nn.Module, notice: Callable[[], None]) -> Iterator[AbstractContextManager[None]]:
         """Contexts in which ``notice`` is called before a LoRA of ``block`` is merged into its base weight."""

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from ...errors import ModelError
+
 __all__ = ["Backend"]
 
 
@@ -28,6 +30,12 @@ class Backend(Protocol):
 
     def described(self) -> list[str]:
         """The settings of all adapters as text, the same in every process."""
+
+    def why_frozen(self) -> ModelError:
+        """What to raise where adapters stand in the blocks and none of them trains."""
+
+    def remedy(self, name: str) -> str:
+        """What to change so that the parameter ``name``, which belongs to no unit, does not train."""
 
     def merges(self, block: nn.Module, notice: Callable[[], None]) -> Iterator[AbstractContextManager[None]]:
         """Contexts in which ``notice`` is called before an adapter of ``block`` is merged into its base weight."""

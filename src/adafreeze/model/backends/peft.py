@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...errors import ModelError, warn
+from ..blocks import user_name, users_class
 from ..patches import before_call, patched
 
 __all__ = ["NOT_PER_BLOCK", "PeftBackend"]
@@ -102,6 +103,47 @@ class PeftBackend:
             for name, config in sorted(configs.items())
         ]
 
+    def why_frozen(self) -> ModelError:
+        """What to raise where adapters stand in the blocks and none of them trains."""
+        configs = getattr(self.model, "peft_config", None) or {}
+        active = {name for _, site in self.sites(self.model) for name in self.active(site)}
+        loaded = sorted(name for name, config in configs.items() if name in active and config.inference_mode)
+        if loaded:
+            return ModelError(
+                f"No trainable adapter was found in the blocks of {users_class(self.model)}.",
+                cause=f"The adapter {', '.join(map(repr, loaded))} was loaded for inference (inference_mode=True).",
+                fix="PeftModel.from_pretrained(model, path, is_trainable=True); or model.load_adapter(..., "
+                "is_trainable=True)",
+            )
+        return ModelError(
+            f"No trainable adapter was found in the blocks of {users_class(self.model)}.",
+            cause="All adapter parameters in the blocks are frozen: prepare_model_for_kbit_training, or "
+            "requires_grad_(False), was called after the adapters were put in.",
+            fix="Call prepare_model_for_kbit_training before get_peft_model, not after it. For adapters that are in "
+            f"already: model.set_adapter({min(active, default='default')!r})",
+        )
+
+    def remedy(self, name: str) -> str:
+        """What to change so that the parameter ``name``, which belongs to no unit, does not train."""
+        configs = list((getattr(self.model, "peft_config", None) or {}).values())
+        kind = type(configs[0]).__name__ if configs else "LoraConfig"
+        if ".modules_to_save." in name:
+            place = user_name(name.partition(".modules_to_save.")[0])
+            saved = (entry for config in configs for entry in getattr(config, "modules_to_save", None) or ())
+            return f"{kind}(modules_to_save=...) without {next(filter(place.endswith, saved), place)!r}"
+        if ".token_adapter." in name or ".trainable_tokens_delta." in name:
+            return f"{kind}() without trainable_token_indices"
+        if name.endswith(".bias") and any(getattr(config, "bias", "none") != "none" for config in configs):
+            return f'{kind}(bias="none")'
+        sites = [site for site, _ in self.sites(self.model)]
+        own = next((site for site in sites if name.startswith(f"{site}.")), None)
+        if own is None:
+            return f"requires_grad_(False) on {user_name(name)}"
+        for entry in (entry for config in configs for entry in _entries(getattr(config, "target_modules", None))):
+            if [site for site in sites if f".{site}".endswith(f".{entry}")] == [own]:
+                return f"{kind}(target_modules=...) without {entry!r}"
+        return f"{kind}(exclude_modules=[{user_name(own)!r}])"
+
     def merges(self, block: nn.Module, notice: Callable[[], None]) -> Iterator[AbstractContextManager[None]]:
         """Contexts in which ``notice`` is called before an adapter of ``block`` is merged into its base weight."""
         for _, site in self.sites(block):
@@ -176,6 +218,11 @@ class PeftBackend:
         for stopped in self._stopped:
             stopped.__exit__()
         self._stopped.clear()
+
+
+def _entries(targets: Any) -> list[str]:
+    """What stands in ``target_modules``; nothing where that is a pattern."""
+    return [] if targets is None or isinstance(targets, str) else sorted(targets)
 
 
 def _parameters_of(holder: object, adapter: str) -> list[nn.Parameter]:
