@@ -35,6 +35,10 @@ __all__ = [
 ]
 
 
+# Sets of input names of which one sample each is traced; what comes beside them is seen in training.
+MOST_KINDS = 8
+
+
 def close_earlier(model: nn.Module) -> None:
     """Close every Safe that still has ``model``, or a part of it: of a run that was interrupted, or left open."""
     for earlier in owners(model):
@@ -176,15 +180,18 @@ def frozen_at_start(
 
 
 def flows_of(model: nn.Module, stacks: list[Stack], probe: Probe, *, collective: bool = False) -> dict[str, Flow]:
-    """Trace one sample of the probe through the model.
+    """Trace one sample of each kind in the probe through the model: what feeds a stack may differ between them.
 
     Raises:
         ProbeError: the model does not take the probe.
     """
-    one = probe.first_sample(device_of(model))
+    flows = {stack.path: Flow() for stack in stacks}
+    one: dict[str, Any] = {}
     try:
         with keep_random_state():
-            flows = trace_flow(model, stacks, one, to_the_end=collective)
+            for one in probe.kinds(device_of(model))[:MOST_KINDS]:
+                for path, flow in trace_flow(model, stacks, one, to_the_end=collective).items():
+                    flows[path].add(flow)
     except Exception as error:
         raise ProbeError(
             f"The model does not take the probe: {type(error).__name__}: {error}",

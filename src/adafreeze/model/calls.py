@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-__all__ = ["Call", "positional_names"]
+from .batch import forward_names
+
+__all__ = ["Call"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Call:
     @classmethod
     def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """Name the arguments of a call of ``module``."""
-        names = positional_names(module)
+        names = forward_names(module)
         inputs: dict[str, Any] = {}
         places: dict[str, tuple[int | str, Any]] = {}
 
@@ -64,11 +65,3 @@ class Call:
         args = tuple(found.pop(position, {}) for position in range(self.positions))
         return args, {str(name): value for name, value in found.items()}
 
-
-def positional_names(module: nn.Module) -> list[str]:
-    """Names of the positional parameters of ``module.forward``; of the model inside, where PEFT hands all on."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds]
-    if not names and hasattr(module, "get_base_model"):
-        return positional_names(module.get_base_model())  # type: ignore[operator]
-    return names

@@ -39,6 +39,14 @@ class Flow:
         # By get, as units do: ZeRO-3 listens to [name].
         return [parameter for module, name in self.places if (parameter := module._parameters.get(name)) is not None]
 
+    def add(self, other: Flow) -> None:
+        """Take in what another sample has shown."""
+        known = {(id(module), name) for module, name in self.places}
+        self.places += [place for place in other.places if (id(place[0]), place[1]) not in known]
+        ran = {id(module) for module in self.dropouts}
+        self.dropouts += [module for module in other.dropouts if id(module) not in ran]
+        self.reads = sorted({*self.reads, *other.reads})
+
     @property
     def live(self) -> bool:
         """Whether something upstream still trains, so that the stack can have no prefix."""
