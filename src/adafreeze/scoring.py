@@ -90,7 +90,8 @@ class Scorer:
             ProbeError: the pre-trained representations would not fit into memory.
         """
         if self.score.needs not in ("outputs", "local_outputs"):
-            self._references = self._parameters_now() if self.score.needs == "weights" else {}
+            if not self._references:
+                self._references = self._parameters_now() if self.score.needs == "weights" else {}
             return min(most, MOST_MEASUREMENTS)
         probe = self.probe
         affordable_samples = self.config.overhead * 2 * run_samples
@@ -122,8 +123,10 @@ class Scorer:
         self._check_memory(looked_at(samples), features)
         self._take_floor(head, together)
         if self.score.needs == "outputs":
-            self._others = {} if self.collective else {n: p.detach().cpu().clone() for n, p in self._trained_beside()}
-            self._take_references()
+            if not self._others and not self.collective:
+                self._others = {n: p.detach().cpu().clone() for n, p in self._trained_beside()}
+            with self._as_before_training():
+                self._take_references()
         self.flops_per_measurement = int(cost(samples, 1) - cost(samples, 0))
         return affordable
 
@@ -145,15 +148,21 @@ class Scorer:
 
         Takes the pre-trained representations again, unless nothing is to be measured any more.
         """
-        if state.get("others") is not None:
-            self._others = _unpacked(state["others"])
+        self.go_on_from(state)
         if self.score.needs == "outputs" and measures_again:
+            spent = self.flops_spent
             with self._as_before_training():
                 self._take_references()
-        elif state["references"] is not None:
+            self.flops_spent = spent
+        self.floor, self.flops_per_measurement = dict(state["floor"]), state["flops_per_measurement"]
+
+    def go_on_from(self, state: Mapping[str, Any]) -> None:
+        """Take up of what ``state_dict`` wrote only what cannot be measured again; ``prepare`` may come after it."""
+        if state.get("others") is not None:
+            self._others = _unpacked(state["others"])
+        if state["references"] is not None:
             self._references = dict(_unpacked(state["references"]))
-        self.floor, self._gradients = dict(state["floor"]), dict(state["gradients"])
-        self.flops_spent, self.flops_per_measurement = state["flops_spent"], state["flops_per_measurement"]
+        self._gradients, self.flops_spent = dict(state["gradients"]), state["flops_spent"]
 
     def measure(self, prefix: Mapping[str, int]) -> dict[str, float]:
         """The score of each unit above ``prefix`` now; NaN where an activation is not finite.
