@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .errors import note, warn
-from .model import find_units
 from .state import check_frozen, opened, packed_random_state, restore_random_state, sealed, settings_after
 
 if TYPE_CHECKING:
@@ -46,10 +45,12 @@ def take_up(safe: Safe, state: Any) -> None:
     """
     content = opened(state)
     config, differing = settings_after(safe._asked, content.get("settings"))
-    check_frozen(content["frozen"], find_units(safe.model, safe.stacks, safe.backend, config.granularity))
     taken = config is not safe._asked
+    if config.granularity == safe.config.granularity:  # before anything changes
+        check_frozen(content["frozen"], safe.units)
     if taken:
         safe._build_anew(config)
+        check_frozen(content["frozen"], safe.units)
     if content.get("probe", safe.decider.probe.digest()) != safe.decider.probe.digest():
         warn(
             "The probe is another one than in the run that wrote the checkpoint.",
