@@ -68,9 +68,7 @@ class Decider:
         self._settling = Settling(config.settle_patience, config.settle_tolerance)
         self._loss_fall = LossFall()
         self._went_on = False
-        # Of a checkpoint that another schedule follows: what its scorer kept, and its measurements.
-        self._kept: dict[str, Any] | None = None
-        self._measured: tuple[int, ...] = ()
+        self._before: tuple[int, ...] = ()  # the plan of a checkpoint that another one follows
 
     @property
     def measures_here(self) -> bool:
@@ -99,7 +97,7 @@ class Decider:
             step_samples: samples of one optimizer step on one rank.
         """
         self._take(self._of_main(lambda: self._told(lambda: self._prepared(step, step_samples), step)))
-        self._kept, self._measured = None, ()
+        self._before = ()
 
     def outlook(self, step: int) -> str:
         """In words, what is still to come of the schedule after this step."""
@@ -127,10 +125,7 @@ class Decider:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain JSON values."""
-        return {
-            **self._decided_so_far(),
-            "scorer": self.scorer.state_dict() if self.scorer is not None else self._kept,
-        }
+        return {**self._decided_so_far(), "scorer": self.scorer.state_dict() if self.scorer is not None else None}
 
     def _decided_so_far(self) -> dict[str, Any]:
         return {
@@ -163,19 +158,16 @@ class Decider:
         self.scorer, kept = None, state["scorer"]
         if other_score:
             self.scores, self._settling = {}, Settling(self.config.settle_patience, self.config.settle_tolerance)
-            kept = (
-                None
-                if kept is None
-                else {**kept, "references": None, "gradients": dict.fromkeys(kept["gradients"], 0.0)}
-            )
+            kept = kept and {**kept, "references": None, "gradients": dict.fromkeys(kept["gradients"], 0.0)}
         if other_schedule and self.plan is not None:
-            self._measured, self.plan = self.plan, None
-        if self.plan is None:
-            self._kept = kept
-            return
+            self._before, self.plan = self.plan, None
         if kept is None or not self.measures_here:
             return
-        scorer = self.scorer = self.new_scorer(self.probe.shrunk(kept["samples"]))
+        if self.plan is None:
+            self.scorer = scorer = self.new_scorer(self.probe)
+            self._told(lambda: scorer.go_on_from(kept), step)
+            return
+        self.scorer = scorer = self.new_scorer(self.probe.shrunk(kept["samples"]))
         measures_again = any(later > step for later in self.plan)
         self._told(lambda: scorer.load_state_dict(kept, measures_again=measures_again), step)
 
@@ -217,9 +209,7 @@ class Decider:
     def _prepared(self, step: int, step_samples: int) -> None:
         self.plan = ()
         until = max(1, self._ramp_end)
-        self.scorer = self.new_scorer(self.probe)
-        if self._kept is not None:
-            self.scorer.go_on_from(self._kept)
+        self.scorer = self.scorer or self.new_scorer(self.probe)
         count = self.scorer.prepare(self.total_steps * step_samples, until)
         self.plan = measurement_steps(until, count)
         self._join(step, until / count)
@@ -241,7 +231,7 @@ class Decider:
             step: optimizer steps done.
             distance: steps between two measurements of ``self.plan``.
         """
-        before, plan = self._measured, self.plan or ()
+        before, plan = self._before, self.plan or ()
         if before and distance > before[-1] / len(before) and self.warmup_end is None:
             # Calm scores say less the closer they were taken, and losses of shorter stretches fall less.
             self._settling = Settling(self.config.settle_patience, self.config.settle_tolerance)

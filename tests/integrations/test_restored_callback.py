@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import cases
 from adafreeze import AdafreezeWarning, ConfigError, Journal, RunError, SafeCallback, SafeConfig
@@ -193,11 +193,12 @@ def test_two_of_them_are_refused_also_where_the_checkpoint_knows_one(tmp_path):
 def test_a_second_train_is_a_run_of_its_own(tmp_path):
     callback = SafeCallback(SafeConfig(cache="off"))
     host = trainer(tmp_path, callback, save_strategy="no")
+    set_seed(3)
     host.train()
     first, found = callback.safe, losses(host)
-    cases_model = cases.lora_model("bert")
-    host.model.load_state_dict(cases_model.state_dict())
-    host.optimizer = host.lr_scheduler = None
+    host.model.load_state_dict(cases.lora_model("bert").state_dict())
+    host.optimizer = host.lr_scheduler = None  # the Trainer would go on with its moments
+    set_seed(3)
     host.train()
     assert callback.safe is not first and callback.safe.steps == 24
     assert losses(host)[-24:] == found and callback.safe.frozen == first.frozen
