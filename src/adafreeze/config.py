@@ -40,7 +40,7 @@ def _knows_what_was_given(cls: type[_T]) -> type[_T]:
     @functools.wraps(make)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
-        object.__setattr__(self, "_given", frozenset(names[: len(args)]) | kwargs.keys())
+        object.__setattr__(self, "_given", frozenset({*names[: len(args)], *kwargs}))
 
     cls.__init__ = __init__  # type: ignore[assignment]
     return cls

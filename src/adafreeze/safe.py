@@ -87,7 +87,9 @@ class Safe:
         check_run(total_steps)
         self.ranks = Ranks()
         self.model = unwrap(model)
-        self.length = RunLength(total_steps, samples_per_step, samples_per_epoch or samples_of(probe), self.ranks.size)
+        self.total_steps = total_steps
+        self.samples_per_epoch = samples_per_epoch or samples_of(probe)
+        self.length = RunLength(total_steps, samples_per_step, self.samples_per_epoch, self.ranks.size)
         self.steps = 0
         self._given = model, optimizer, probe, batch_size or batch_size_of(probe), journal
         self._batches: Any = probe  # what the probe is drawn from
@@ -122,9 +124,8 @@ class Safe:
         self._guard = Guard(self.model, self.freezer, self.journal)
         chains = units_along(chains_of(flows), self.stacks, self.units)
         parts = self._new_scorer, self._guard, self.journal, self.ranks
-        self.decider = Decider(
-            self.config, self.length.total_steps, chains, drawn, *parts, collective=self.parallel.collective
-        )
+        collective = self.parallel.collective
+        self.decider = Decider(self.config, self.total_steps, chains, drawn, *parts, collective=collective)
         rest = probe, self.ranks.size, self._cache_room
         self.caching = Caching(self.config, self.prefix, self.backend, self.journal, self._progress, *rest)
         held = self.model, self.stacks, self.prefix, optimizer, self.journal, self._bytes_beside
@@ -150,11 +151,6 @@ class Safe:
             raise
 
     # What a host reads.
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.length.total_steps
 
     @property
     def frozen(self) -> frozenset[str]:
