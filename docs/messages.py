@@ -26,7 +26,7 @@ AREAS = {
     "The prefix cache": ("caching", "freeze.cache"),
     "Plan and memory budget": ("plan", "budget", "costs", "freeze.recompute"),
     "Many processes": ("freeze.parallel",),
-    "Stop and resume": ("state", "integrations.checkpoints"),
+    "Stop and resume": ("resume", "state", "integrations.checkpoints"),
     "Trainer, Accelerate, Lightning": ("integrations", "doctor"),
     "Journals, reports and what is made of a run": ("journal", "_history", "export", "report", "analysis"),
     "Comparing methods": ("methods",),

@@ -12,9 +12,9 @@ SOURCE = Path(adafreeze.__file__).parent
 FLOORS = [
     ["__init__", "cli"],
     ["integrations", "doctor", "methods", "analysis", "report"],
-    ["safe", "plan", "export"],
+    ["safe", "resume", "plan", "export"],
     ["deciding"],
-    ["preflight", "scoring", "budget", "caching", "state", "_stage", "_guard", "_observe"],
+    ["preflight", "scoring", "budget", "caching", "state", "length", "_stage", "_guard", "_observe"],
     ["freeze", "config", "tasks"],
     ["costs", "model"],
     ["decide"],

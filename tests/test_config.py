@@ -1,9 +1,13 @@
+import copy
 import dataclasses
+import inspect
 import math
+import pickle
 
 import pytest
 
 from adafreeze import ConfigError, SafeConfig
+from adafreeze.cli._arguments import parse
 
 
 @pytest.mark.parametrize(
@@ -126,3 +130,36 @@ def test_a_config_does_not_change():
 def test_the_ends_of_each_range_are_allowed():
     SafeConfig(freeze_share=0, threshold=0, warmup=0, ramp_end=0, settle_tolerance=0, overhead=0, min_live_blocks=0)
     SafeConfig(freeze_share=1, threshold=1, warmup=1, ramp_end=1, settle_tolerance=1, overhead=1)
+
+
+# What was given.
+
+
+def test_a_config_knows_which_fields_were_given():
+    assert SafeConfig().given == frozenset()
+    assert SafeConfig("share", freeze_share=0.6, seed=0).given == {"policy", "freeze_share", "seed"}
+    assert SafeConfig.from_dict({"warmup": 0.5}).given == {"warmup"}
+    assert {"policy", "warmup", "threshold"} <= SafeConfig.paper(threshold=0.2).given
+    assert parse(["--model_name_or_path", "m", "--output_dir", "o"]).safe.given == frozenset()
+    flags = ["--freeze_share", "0.6", "--dry_run"]
+    assert parse(["--model_name_or_path", "m", "--output_dir", "o", *flags]).safe.given == {"freeze_share", "dry_run"}
+
+
+def test_what_adafreeze_changes_is_not_given():
+    config = SafeConfig(seed=0).changed(cache="off", cache_dir=None)
+    assert config == SafeConfig(cache="off") and config.given == {"seed"}
+    assert config.changed(seed=3).given == {"seed"}
+    with pytest.raises(ConfigError, match="freeze_share is 2"):
+        config.changed(freeze_share=2)
+
+
+@pytest.mark.parametrize("twin", [copy.copy, copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_copies_and_pickles_know_it_too(twin):
+    assert twin(SafeConfig(seed=0)).given == {"seed"} and twin(SafeConfig(seed=0)) == SafeConfig()
+
+
+def test_what_was_given_shows_nowhere_else():
+    given, unsaid = SafeConfig(seed=0, freeze_share=0.6), SafeConfig()
+    assert given == unsaid and hash(given) == hash(unsaid) and repr(given) == repr(unsaid)
+    assert given.to_dict() == unsaid.to_dict() == dataclasses.asdict(given) and "_given" not in repr(given)
+    assert list(inspect.signature(SafeConfig).parameters) == [field.name for field in dataclasses.fields(SafeConfig)]

@@ -46,8 +46,10 @@ class History:
                 fix="Train with --method safe, or SafeCallback(journal=...), and export that run.",
             )
         start, later = events[starts[-1]], events[starts[-1] + 1 :]
-        self.config: dict[str, Any] = start["config"]
-        self.total_steps: int = start["total_steps"]
+        # A resumed run may go on with other settings, or for longer.
+        planned = next((event for event in reversed(later) if event.get("event") == "replan"), start)
+        self.config: dict[str, Any] = planned["config"]
+        self.total_steps: int = planned["total_steps"]
         self.units: list[str] = start["units"]
         self.frozen: dict[str, int] = {}
         measured: dict[str, float] = {}

@@ -24,6 +24,7 @@ from .model.draw import varies
 
 __all__ = ["Caching", "outlook"]
 
+ONE_EPOCH = "no sample comes twice in one epoch"
 # A store that a killed run left is deleted when nobody has written to it for so long.
 STALE_DAYS = 7
 
@@ -88,7 +89,7 @@ class Caching:
             return
         self._announced = True
         if self._reason is None and steps_per_epoch is not None and total_steps <= steps_per_epoch:
-            self._reason = "no sample comes twice in one epoch"
+            self._reason = ONE_EPOCH
         if self._reason is None and varies(self._source):
             self._reason = "samples come with other inputs each time (random masking, augmentation)"
         if self._reason is not None and self.cache is not None:
@@ -196,10 +197,17 @@ class Caching:
             "cache": self.cache.state_dict() if self.cache is not None else self._resumed,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what ``state_dict`` wrote, before the prefix changes."""
+    def load_state_dict(self, state: Mapping[str, Any], *, other_length: bool = False) -> None:
+        """Take up what ``state_dict`` wrote, before the prefix changes.
+
+        Args:
+            state: of the checkpoint.
+            other_length: the run has other epochs now, for which the outlook is another.
+        """
         self._folder, self._resumed = state["folder"], state["cache"]
-        self._said = state.get("announced", True)
+        self._said = state.get("announced", True) and not other_length
+        if other_length and self._resumed is not None and self._resumed["off"] == ONE_EPOCH:
+            self._resumed = {**self._resumed, "off": None}
         if self.cache is not None and self._resumed is not None:  # units that were frozen by hand have opened it
             self.cache.load_state_dict(self._resumed)
 

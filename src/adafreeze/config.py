@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from .decide.policy import POLICIES
 from .decide.scores import SCORES
@@ -24,7 +25,28 @@ AS_PUBLISHED: dict[str, Any] = {"freeze_at_start": 0.0, "lr_scale": 1.0, "wait_f
 # What the published method has other than our defaults; it leaves the warm-up's length open, and this is our reading.
 PAPER: dict[str, Any] = {"policy": "threshold", "warmup": 0.3, "ramp_end": 0.5, **AS_PUBLISHED}
 
+_T = TypeVar("_T")
 
+
+def _knows_what_was_given(cls: type[_T]) -> type[_T]:
+    """Let a frozen dataclass keep the names of the arguments that it was made with.
+
+    Around ``__init__``, and not in ``__new__``, which copies and pickles call without arguments, and which would hide
+    the signature.
+    """
+    make: Any = cls.__init__
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+    @functools.wraps(make)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        object.__setattr__(self, "_given", frozenset({*names[: len(args)], *kwargs}))
+
+    cls.__init__ = __init__  # type: ignore[assignment]
+    return cls
+
+
+@_knows_what_was_given
 @dataclass(frozen=True)
 class SafeConfig:
     """Settings of selective adapter freezing. The defaults need no tuning.
@@ -180,6 +202,30 @@ class SafeConfig:
                 cause="The threshold rises from the end of the warm-up to ramp_end.",
                 fix=f"SafeConfig(warmup={max(0.0, self.ramp_end - 0.2):g}, ramp_end={self.ramp_end})",
             )
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the fields that were given, to the class, ``from_dict`` or as flags; the others are defaults.
+
+        A resumed run takes these from here and the others from its checkpoint.
+
+        >>> sorted(SafeConfig(freeze_share=0.6, seed=1).given)
+        ['freeze_share', 'seed']
+        """
+        given: frozenset[str] = vars(self).get("_given", frozenset())
+        return given
+
+    def changed(self, **fields: Any) -> SafeConfig:
+        """A copy with other values of some fields, by adafreeze itself: what was given stays what it was.
+
+        ``dataclasses.replace`` gives every field.
+
+        >>> SafeConfig(seed=1).changed(cache="off").given
+        frozenset({'seed'})
+        """
+        config = dataclasses.replace(self, **fields)
+        object.__setattr__(config, "_given", self.given)
+        return config
 
     @property
     def share_at_start(self) -> float:

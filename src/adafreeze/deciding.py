@@ -69,6 +69,7 @@ class Decider:
         self._settling = Settling(config.settle_patience, config.settle_tolerance)
         self._loss_fall = LossFall()
         self._went_on = False
+        self._before: tuple[int, ...] = ()  # the plan of a checkpoint that another one follows
         self._measured_at = 0
         self.begin()
 
@@ -82,6 +83,10 @@ class Decider:
         if self.warmup_end is None:
             return 0.0
         return cubic_ramp(step, self.warmup_end, self._ramp_end)
+
+    @property
+    def _warmup_limit(self) -> int:
+        return max(1, int(self.config.warmup * self.total_steps))
 
     @property
     def _ramp_end(self) -> int:
@@ -103,6 +108,15 @@ class Decider:
             step_samples: samples of one optimizer step on one rank.
         """
         self._take(self._of_main(lambda: self._told(lambda: self._prepared(step, step_samples), step)))
+        self._before = ()
+
+    def outlook(self, step: int) -> str:
+        """In words, what is still to come of the schedule after this step."""
+        if step >= self._ramp_end:
+            return f"the ramp has ended (step {self._ramp_end})"
+        if self.warmup_end is not None:
+            return f"the warm-up has ended, the ramp rises until step {self._ramp_end}"
+        return f"the warm-up ends by step {self._warmup_limit}, the ramp rises until step {self._ramp_end}"
 
     def due(self, step: int) -> bool:
         """Whether scores are measured after this step."""
@@ -144,17 +158,35 @@ class Decider:
         self._settling.load_state_dict(state["settling"])
         self._loss_fall.load_state_dict(state.get("loss_fall") or LossFall().state_dict())
 
-    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Take up what ``state_dict`` wrote on rank 0; takes the representations of the beginning again, if need be."""
+    def load_state_dict(
+        self, state: Mapping[str, Any], step: int, *, other_schedule: bool = False, other_score: bool = False
+    ) -> None:
+        """Take up what ``state_dict`` wrote on rank 0; takes the representations of the beginning again, if need be.
+
+        Args:
+            state: of the checkpoint.
+            step: optimizer steps done.
+            other_schedule: the run has another length or other settings now: ``prepare`` is to be called again. A
+                warm-up that has ended has ended; one that has not ends by the new schedule.
+            other_score: scores of before are of another kind than those to come.
+        """
         self._take_up(state)
-        self.scorer, self._measured_at = None, step
-        if self.plan is None:
+        self.scorer, self._measured_at, kept = None, step, state["scorer"]
+        if other_score:
+            self.scores, self._settling = {}, Settling(self.config.settle_patience, self.config.settle_tolerance)
+            kept = kept and {**kept, "references": None, "gradients": dict.fromkeys(kept["gradients"], 0.0)}
+        if other_schedule and self.plan is not None:
+            self._before, self.plan = self.plan, None
+        elif self.plan is None:  # it was written before the first step
             self.begin()
             return
-        kept = state["scorer"]
         if kept is None or not self.measures_here:
             return
-        scorer = self.scorer = self.new_scorer(self.probe.shrunk(kept["samples"]))
+        if self.plan is None:
+            self.scorer = scorer = self.new_scorer(self.probe)
+            self._told(lambda: scorer.go_on_from(kept), step)
+            return
+        self.scorer = scorer = self.new_scorer(self.probe.shrunk(kept["samples"]))
         measures_again = any(later > step for later in self.plan)
         self._told(lambda: scorer.load_state_dict(kept, measures_again=measures_again), step)
 
@@ -196,9 +228,10 @@ class Decider:
     def _prepared(self, step: int, step_samples: int) -> None:
         self.plan = ()
         until = max(1, self._ramp_end)
-        assert self.scorer is not None
+        self.scorer = self.scorer or self.new_scorer(self.probe)
         count = self.scorer.prepare(self.total_steps * step_samples, until)
         self.plan = measurement_steps(until, count)
+        self._join(step, until / count)
         self.journal.write(
             "probe",
             step=step,
@@ -209,6 +242,21 @@ class Decider:
             flops_per_measurement=self.scorer.flops_per_measurement,
             plan=self.plan,
         )
+
+    def _join(self, step: int, distance: float) -> None:
+        """Let a plan whose first part lies behind follow on the measurements of another one.
+
+        Args:
+            step: optimizer steps done.
+            distance: steps between two measurements of ``self.plan``.
+        """
+        before, plan = self._before, self.plan or ()
+        if before and distance > before[-1] / len(before) and self.warmup_end is None:
+            # Calm scores say less the closer they were taken, and losses of shorter stretches fall less.
+            self._settling = Settling(self.config.settle_patience, self.config.settle_tolerance)
+            self._loss_fall = LossFall()
+        if plan and plan[-1] < step and any(later >= step for later in before):
+            self.plan = (*plan, step)  # where the ramp has risen to its end meanwhile, one look decides
 
     def _decided(
         self, step: int, frozen: frozenset[str], prefixes: Mapping[str, int], losses: Losses
@@ -252,7 +300,7 @@ class Decider:
 
     def _chosen(self, step: int, frozen: frozenset[str], losses: Losses) -> list[str]:
         if self.warmup_end is None:
-            limit = max(1, int(self.config.warmup * self.total_steps))
+            limit = self._warmup_limit
             choice = frozenset(choose(self.config.policy, self._situation(step, 1.0, frozen)))
             settled = self._settling.update(self.scores, choice)
             falls = self._loss_fall.update(losses)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -83,7 +82,7 @@ def check_parallel(config: SafeConfig, parallel: Parallel) -> SafeConfig:
     if parallel.no_cache is None or config.cache == "off":
         return config
     note(f"Prefix cache off: {parallel.no_cache}.")
-    return replace(config, cache="off")
+    return config.changed(cache="off")
 
 
 def check_units(names: tuple[str, ...], units: Mapping[str, Unit], optimizer: Any, parallel: Parallel) -> None:

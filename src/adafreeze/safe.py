@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -17,18 +16,19 @@ from .caching import Caching
 from .config import SafeConfig
 from .decide.policy import freezes_prefixes
 from .deciding import Decider
-from .errors import ProbeError, note, warn
+from .errors import ProbeError, note
 from .freeze import Freezer, Prefix
 from .freeze.cache import Progress
 from .freeze.parallel import Ranks, find_parallel
 from .freeze.step_length import StepLength
 from .journal import Journal
+from .length import RunLength
 from .model import Probe, find_stacks, find_units
 from .model.backends import find_backend
 from .model.blocks import device_of, unwrap
 from .model.draw import batch_size_of, samples_of
 from .model.flow import chains_of
-from .model.patches import claim, forwarders, release
+from .model.patches import claim, forwarders
 from .model.units import blocks_below, units_along
 from .preflight import (
     check_parallel,
@@ -40,8 +40,8 @@ from .preflight import (
     frozen_at_start,
     paying_units,
 )
+from .resume import kept, take_up
 from .scoring import Scorer
-from .state import opened, packed_random_state, restore_random_state, sealed
 
 __all__ = ["Safe"]
 
@@ -95,21 +95,32 @@ class Safe:
         samples_per_epoch: int | None = None,
         journal: Journal | str | os.PathLike[str] | None = None,
     ) -> None:
-        self.config = config or SafeConfig()
         check_run(total_steps)
         self.ranks = Ranks()
         self.model = unwrap(model)
         close_earlier(self.model)
         self.total_steps = total_steps
-        self.samples_per_step = samples_per_step
         self.samples_per_epoch = samples_per_epoch or samples_of(probe)
+        self.length = RunLength(total_steps, samples_per_step, self.samples_per_epoch, self.ranks.size)
         self.steps = 0
+        self._given = model, optimizer, probe, batch_size or batch_size_of(probe), journal
+        self._batches: Any = probe  # what the probe is drawn from
+        self._owns_journal = not isinstance(journal, Journal)
+        self._at_close: tuple[frozenset[str], dict[str, int]] | None = None
+        self._build(config or SafeConfig())
+
+    def _build(self, config: SafeConfig, journal: Journal | None = None) -> None:
+        """Make all parts, by these settings, and freeze what is to be frozen from the start."""
+        self._asked = config  # what a checkpoint keeps: in another environment there may be a cache
+        model, optimizer, probe, batch_size, given = self._given
         self.stacks = find_stacks(self.model)
         self.backend = find_backend(self.model)
-        self.units = find_units(self.model, self.stacks, self.backend, self.config.granularity)
-        drawn = drawn_by_main(probe, self.model, self.config, self.ranks)
+        self.units = find_units(self.model, self.stacks, self.backend, config.granularity)
+        drawn = drawn_by_main(self._batches, self.model, config, self.ranks)
+        if samples_of(probe) is None:  # it may be gone through once only
+            self._batches = drawn.chunks
         self.parallel = find_parallel(model, optimizer, self.units)
-        self.config = check_parallel(self.config, self.parallel)
+        self.config = check_parallel(config, self.parallel)
         check_units(self.config.freeze, self.units, optimizer, self.parallel)
         self.freezer = Freezer(self.units, self.backend, optimizer)
         try:
@@ -120,30 +131,33 @@ class Safe:
         claim(self, self._claimed)
         self.prefix = Prefix(self.model, self.stacks, flows, keep_dropout=self.config.prefix_dropout)
         self.prefix.on_end = self._prefix_ended
-        self._owns_journal = not isinstance(journal, Journal)
-        given = journal if self.ranks.is_main else None
-        self.journal = given if isinstance(given, Journal) else Journal(given)
-        self._at_close: tuple[frozenset[str], dict[str, int]] | None = None
+        given = given if self.ranks.is_main else None
+        self.journal = journal or (given if isinstance(given, Journal) else Journal(given))
         self._write_start()
         self._guard = Guard(self.model, self.freezer, self.journal)
         chains = units_along(chains_of(flows), self.stacks, self.units)
         parts = self._new_scorer, self._guard, self.journal, self.ranks
-        self.decider = Decider(self.config, total_steps, chains, drawn, *parts, collective=self.parallel.collective)
+        collective = self.parallel.collective
+        self.decider = Decider(self.config, self.total_steps, chains, drawn, *parts, collective=collective)
         rest = probe, self.ranks.size, self._cache_room
         self.caching = Caching(self.config, self.prefix, self.backend, self.journal, self._progress, *rest)
         held = self.model, self.stacks, self.prefix, optimizer, self.journal, self._bytes_beside
-        self.budget = open_budget(self.config.memory_limit, drawn, batch_size or batch_size_of(probe), *held)
+        self.budget = open_budget(self.config.memory_limit, drawn, batch_size, *held)
         self._observer = Observer(self.model, optimizer, self._audit, self._look_at_gradients)
         head, ranks_move = self._guard.something_else_trains(), self.backend.moves_ranks
         self._pay = paying_units(self.config, self.model, self.stacks, self.units, flows, self.backend)
         self._at_start = frozen_at_start(self.config, chains, self.journal, self._pay, head=head, ranks_move=ranks_move)
         by_choice = [unit for name, unit in self.units.items() if name not in self._at_start]
         self._step_length = StepLength(optimizer, self.config.lr_scale, by_choice)
-        if samples_per_step is not None:
+        if self.length.samples_per_step is not None:
             self._announce()
+        moments = getattr(self.freezer.optimizer, "state", {})
+        before = dict(moments)
         try:
             # Even where no adapter stands at the bottom of the stack: until something freezes, the run is as it was.
             self._freeze(self._at_start, by="start")
+            # Until the first training pass: a checkpoint that is loaded before may not have frozen them.
+            self._moments = {parameter: before[parameter] for parameter in before if parameter not in moments}
             if self.budget is not None:
                 self.budget.check()
         except BaseException:
@@ -221,7 +235,8 @@ class Safe:
         self.steps += 1
         if self.decider.plan is None:
             self._announce()
-            self.decider.prepare(self.steps, self._step_samples * self._rows_per_sample)
+            step_samples = self.length.step_samples(*self._seen) * self.length.rows_per_sample(*self._seen)
+            self.decider.prepare(self.steps, step_samples)
         if not self.decider.due(self.steps):
             return []
         self.ranks.check_alike("frozen", self.frozen, self.steps)
@@ -241,18 +256,21 @@ class Safe:
         """Leave the model as it was: flags, modules, hooks, forwards. Trained weights stay."""
         if self._at_close is None:
             self._at_close = self.frozen, self.prefixes
-            self._observer.remove()
-            self._step_length.remove()
-            self.caching.close()
-            self.prefix.restore()
-            if self.budget is not None:
-                self.budget.close()
-            self.freezer.restore()
-            self.parallel.release()
-            release(self, self._claimed)
+            self._take_down()
             self.journal.write("close", step=self.steps, frozen=self.frozen, flops_spent=self.flops_spent)
             if self._owns_journal:
                 self.journal.close()
+
+    def _take_down(self) -> None:
+        self._observer.remove()
+        self._step_length.remove()
+        self.caching.close()
+        self.prefix.restore()
+        if self.budget is not None:
+            self.budget.close()
+        self.freezer.restore()
+        self.parallel.release()
+        release(self, self._claimed)
 
     def state_dict(self, *, random_state: bool = True) -> dict[str, Any]:
         """What a resumed run needs, as plain JSON values; that of rank 0 will do for all, but for the random state.
@@ -260,19 +278,7 @@ class Safe:
         Args:
             random_state: with that of Python, NumPy and torch on this rank; False where the host keeps it.
         """
-        return sealed(
-            {
-                "steps": self.steps,
-                **self._observer.state_dict(),
-                "frozen": sorted(self.frozen),
-                "probe": self.decider.probe.digest(),
-                "deciding": self.decider.state_dict(),
-                "cache": self.caching.state_dict(),
-                "budget": self.budget.state_dict() if self.budget is not None else None,
-                "journal": self.journal.mark(),
-                "random": packed_random_state(self.ranks.rank) if random_state else None,
-            }
-        )
+        return kept(self, random_state=random_state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a run where ``state_dict`` was written; freezes its units at once.
@@ -280,40 +286,26 @@ class Safe:
         To be called last, when model, optimizer and scheduler have theirs: a random state that was kept is put back
         here. What the journal holds of later steps is cut off: they come again.
 
+        Settings that were not given are the checkpoint's, from the start of the run on. If the run has another length
+        than was planned, the schedule is laid out anew from the step reached.
+
         Raises:
             RunError: cut off, edited, written by another version, or for a model with other units.
         """
-        content = opened(state, self.units)
-        if content.get("probe", self.decider.probe.digest()) != self.decider.probe.digest():
-            warn(
-                "The probe is another one than in the run that wrote the checkpoint.",
-                cause="The train data, their order or SafeConfig(seed=, probe_tokens=) have changed.",
-                fix="Resume with the same data, or pass probe= explicitly. Scores before and after are of two probes.",
-            )
-        self.steps = content["steps"]
-        self._observer.load_state_dict(content)
-        self.journal.rewind(content.get("journal"))
-        frozen = dict.fromkeys([*content["frozen"], *self._at_start])
-        if not self.frozen <= frozen.keys():
-            self._thaw()
-        self.decider.load_state_dict(content["deciding"], self.steps)
-        self.caching.load_state_dict(content["cache"])
-        if self.decider.plan is not None:
-            self._announce()
-        if self.budget is not None and content["budget"] is not None:
-            self.budget.load_state_dict(content["budget"])
-        self._freeze([name for name in frozen if name not in self.frozen], by="resume")
-        restore_random_state(content.get("random"), self.ranks.rank)
+        take_up(self, state)
 
     # What holds it together.
 
-    def _thaw(self) -> None:
-        """For a run that goes back to before a freeze."""
-        self.freezer.restore()
-        self._step_length.after_freeze(())
-        self.prefix.update()
-        self.parallel.after_freeze(())
-        self.caching.prefix_changed()
+    def _build_anew(self, config: SafeConfig) -> None:
+        """Make all parts again, as if these settings had been given before step 0."""
+        self._take_down()
+        if self.freezer.optimizer is not None:
+            self.freezer.optimizer.state.update(self._moments)
+        try:
+            self._build(config, self.journal)
+        except BaseException:
+            self._at_close = self._at_close or (frozenset(), {})
+            raise
 
     @property
     def _claimed(self) -> list[nn.Module]:
@@ -329,7 +321,7 @@ class Safe:
         if thawed:
             others = [name for name in self.frozen if name not in thawed]
             self._at_start = [name for name in self._at_start if name not in thawed]
-            self._thaw()
+            self.freezer.restore()
             self.freezer.freeze(others)
             self._step_length.after_freeze(self.frozen)
             self.prefix.update()
@@ -356,8 +348,9 @@ class Safe:
                 self._prefix_ended(path)
 
     @property
-    def _step_samples(self) -> int:
-        return self.samples_per_step or self._observer.samples // max(1, self.steps) or 1
+    def _seen(self) -> tuple[int, int]:
+        """Optimizer steps, and the rows that the model got in them on this rank."""
+        return self.steps, self._observer.samples
 
     def _bytes_beside(self) -> int:
         """Bytes on the device beside what a training step holds: of measuring and cache only where that is the host."""
@@ -373,23 +366,11 @@ class Safe:
         return self.budget.room()
 
     def _progress(self) -> Progress:
-        rows, epoch = self._rows_per_sample, self._rank_epoch
-        remaining = max(0, self.total_steps - self.steps) * self._step_samples * rows
-        return Progress(self.steps, remaining, epoch and epoch * rows)
-
-    @property
-    def _rows_per_sample(self) -> int:
-        """Rows that the model gets for one sample of the data: two for a pair that DPO compares."""
-        return max(1, round(self._observer.samples / (max(1, self.steps) * self._step_samples)))
-
-    @property
-    def _rank_epoch(self) -> int | None:
-        """Samples of one pass over the data on this rank."""
-        return None if self.samples_per_epoch is None else -(-self.samples_per_epoch // self.ranks.size)
+        return self.length.progress(*self._seen)
 
     def _announce(self) -> None:
-        epoch = None if self._rank_epoch is None else math.ceil(self._rank_epoch / self._step_samples)
         at_start = blocks_below(self.decider.chains, self._at_start)
+        epoch = self.length.epoch_steps(*self._seen)
         self.caching.announce(sum(map(len, self.stacks)), epoch, self.total_steps, at_start)
 
     def _new_scorer(self, probe: Probe) -> Scorer:
@@ -445,6 +426,7 @@ class Safe:
     # What the observer calls.
 
     def _audit(self) -> None:
+        self._moments = {}
         if self._guard.audit(self.steps):
             self.prefix.update()
             self.caching.prefix_changed()

@@ -85,6 +85,7 @@ class Scorer:
         self._references: dict[str, Any] = {}
         self.at_rest = True
         self._began: dict[str, Tensor] = {}
+        self._goes_on = False
         self._gradients: dict[str, float] = dict.fromkeys(units, 0.0)
 
     @property
@@ -115,8 +116,10 @@ class Scorer:
             ProbeError: the pre-trained representations would not fit into memory.
         """
         if self.score.needs not in ("outputs", "local_outputs"):
-            self._references = self._parameters_now() if self.score.needs == "weights" else {}
-            self._gradients = dict.fromkeys(self.units, 0.0)  # the first interval begins here
+            if not self._references:
+                self._references = self._parameters_now() if self.score.needs == "weights" else {}
+            if not self._goes_on:
+                self._gradients = dict.fromkeys(self.units, 0.0)  # the first interval begins here
             return min(most, MOST_MEASUREMENTS)
         if self.collective and not self.at_rest:
             warn(
@@ -182,14 +185,21 @@ class Scorer:
 
         Takes the representations of the beginning again, unless nothing is to be measured any more.
         """
+        self.go_on_from(state)
+        if self.score.needs == "outputs" and measures_again:
+            spent = self.flops_spent
+            self._take_references()
+            self.flops_spent = spent
+        self.floor, self.flops_per_measurement = dict(state["floor"]), state["flops_per_measurement"]
+
+    def go_on_from(self, state: Mapping[str, Any]) -> None:
+        """Take up of what ``state_dict`` wrote only what cannot be measured again; ``prepare`` may come after it."""
+        self._goes_on = True
         self.at_rest = state.get("at_rest", True)
         self._began = _unpacked(state["others"]) if state.get("others") is not None else {}
-        if self.score.needs == "outputs" and measures_again:
-            self._take_references()
-        elif state["references"] is not None:
+        if state["references"] is not None:
             self._references = dict(_unpacked(state["references"]))
-        self.floor, self._gradients = dict(state["floor"]), dict(state["gradients"])
-        self.flops_spent, self.flops_per_measurement = state["flops_spent"], state["flops_per_measurement"]
+        self._gradients, self.flops_spent = dict(state["gradients"]), state["flops_spent"]
 
     def measure(self, prefix: Mapping[str, int]) -> dict[str, float]:
         """The score of each unit above ``prefix`` now; NaN where an activation is not finite.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -12,10 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import RunError, warn
+from .config import SafeConfig
+from .decide.policy import POLICIES
+from .decide.scores import SCORES
+from .errors import ConfigError, RunError, note, warn
 from .model.draw import random_state, set_random_state
 
-__all__ = ["STATE_VERSION", "opened", "packed_random_state", "restore_random_state", "sealed"]
+__all__ = [
+    "STATE_VERSION",
+    "check_frozen",
+    "opened",
+    "packed_random_state",
+    "restore_random_state",
+    "sealed",
+    "settings_after",
+]
 
 STATE_VERSION = 2
 
@@ -31,15 +43,14 @@ def sealed(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, "checksum": _checksum(content)}
 
 
-def opened(state: Any, units: Collection[str]) -> dict[str, Any]:
-    """The content of ``state``, if it is whole and belongs to this run.
+def opened(state: Any) -> dict[str, Any]:
+    """The content of ``state``, if it is whole.
 
     Args:
         state: what ``sealed`` returned, through whatever the host wrote it to.
-        units: names of the model's units.
 
     Raises:
-        RunError: cut off, edited, written by another version, or for another model.
+        RunError: cut off, edited, or written by another version.
     """
     if not isinstance(state, Mapping) or "version" not in state:
         raise _damaged(f"The adafreeze state of the checkpoint is {_shortly(state)}, without a version.")
@@ -55,17 +66,95 @@ def opened(state: Any, units: Collection[str]) -> dict[str, Any]:
         raise _damaged("The adafreeze state of the checkpoint does not match its checksum.")
     try:
         content = _from_version_1(content) if version == 1 else content
-        frozen, _ = content["frozen"], content["deciding"]
+        _ = content["frozen"], content["deciding"]
     except (KeyError, TypeError) as error:
         raise _damaged(f"The adafreeze state of the checkpoint lacks {error}.") from error
-    strangers = [name for name in frozen if name not in units]
+    return content
+
+
+def check_frozen(names: Collection[str], units: Collection[str]) -> None:
+    """Refuse a state for another model.
+
+    Raises:
+        RunError: one of the frozen ``names`` is none of the model's ``units``.
+    """
+    strangers = [name for name in names if name not in units]
     if strangers:
         raise RunError(
             f"The checkpoint froze {strangers[0]!r}, which is no unit of this model.",
             cause="It was written for another model, adapter or granularity.",
             fix="Resume with the model and SafeConfig of the checkpoint.",
         )
-    return content
+
+
+def settings_after(config: SafeConfig, kept: Mapping[str, Any] | None) -> tuple[SafeConfig, set[str]]:
+    """The settings that a resumed run goes on with: those given now, and of the others the checkpoint's.
+
+    A warning names the given ones that differ from the checkpoint's, and one line those that are taken from it. Of a
+    function a checkpoint has the name alone, by which it is compared.
+
+    Args:
+        config: of the run that resumes.
+        kept: ``SafeConfig.to_dict()`` of the run that wrote the checkpoint; None where it did not keep it.
+
+    Returns:
+        The settings, ``config`` itself if nothing is taken; and the names of those that differ from the checkpoint's.
+    """
+    now = config.to_dict()
+    differing = {
+        name: then for name, then in (kept or {}).items() if name in now and _comparable(then) != _comparable(now[name])
+    }
+    lost = {name: then for name, then in differing.items() if name not in config.given and _is_function(name, then)}
+    taken = {name: then for name, then in differing.items() if name not in config.given and name not in lost}
+    for name, then in lost.items():
+        warn(
+            f"SafeConfig.{name} was the function {then!r} in the run that wrote the checkpoint; now it is "
+            f"{now[name]!r}.",
+            cause="A checkpoint keeps the name of a function, not its code, and none was given.",
+            fix=f"SafeConfig({name}={then.split('.')[-1]}), with that function.",
+        )
+    merged, refused = _combined(config, taken)
+    given = {name: then for name, then in differing.items() if name in config.given or name in refused}
+    if given:
+        both = "; ".join(f"{name} was {then!r} and is {now[name]!r}" for name, then in given.items())
+        rest = f" ({', '.join(refused)} of the checkpoint does not go with what was given.)" if refused else ""
+        warn(
+            f"Settings are not those of the run that wrote the checkpoint: {both}.",
+            cause=f"They were given, and what is given counts from here on.{rest}",
+            fix="Nothing to do if that was meant; leave them out of SafeConfig(...) to go on as in the checkpoint.",
+        )
+    unsaid = ", ".join(f"{name}={taken[name]!r}" for name in taken if name not in refused)
+    if unsaid:
+        note(f"Settings of the checkpoint, where none were given: {unsaid}.")
+    return merged, set(lost) | set(given)
+
+
+def _combined(config: SafeConfig, fields: Mapping[str, Any]) -> tuple[SafeConfig, list[str]]:
+    """``config`` with as many of ``fields`` as go together with it, and the names of the others."""
+    if not fields:
+        return config, []
+    try:
+        return config.changed(**fields), []
+    except ConfigError:  # such as a folder for the cache, which is off now
+        refused = []
+        for name, value in fields.items():
+            try:
+                config = config.changed(**{name: value})
+            except ConfigError:
+                refused.append(name)
+        return config, refused
+
+
+def _is_function(name: str, value: Any) -> bool:
+    known: dict[str, Mapping[str, Any]] = {"policy": POLICIES, "score": SCORES}
+    return name in known and value not in known[name]
+
+
+def _comparable(value: Any) -> Any:
+    """A setting as JSON has it; of an object that is called, not where it lies in memory."""
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", value) if isinstance(value, str) else value
 
 
 def packed_random_state(rank: int = 0) -> dict[str, Any]:

@@ -107,6 +107,32 @@ def test_an_exception_in_mid_run_leaves_the_module_as_it_was(tmp_path):
     assert not any("forward" in part.__dict__ for part in module.model.modules())
 
 
+def test_it_goes_on_for_longer_than_planned_and_fits_a_second_time(tmp_path, caplog):
+    def fit(callback, epochs, **more):
+        torch.manual_seed(3)
+        trainer = Trainer(
+            accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            callbacks=[callback], default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(lightning_worker.Module("llama", 0.0), cases.loader("llama", 18, 3, length=12), **more)
+        return trainer
+
+    def measured(callback):
+        return [e["step"] for e in callback.safe.journal.events if e["event"] == "measure"]
+
+    config = lightning_worker.SafeConfig(warmup=0.5, ramp_end=0.7, freeze_at_start=0, overhead=1.0)
+    twice = AdapterFreezing(config)
+    fit(twice, 2).save_checkpoint(tmp_path / "two.ckpt")
+    fit(twice, 6)
+    control, longer = measured(twice), AdapterFreezing()
+    with caplog.at_level("INFO", logger="adafreeze"):
+        fit(longer, 6, ckpt_path=tmp_path / "two.ckpt", weights_only=True)
+    assert "Resumed at step 12 with 36 steps now, 12 planned then" in caplog.text
+    assert longer.safe.config == twice.safe.config and longer.safe.steps == twice.safe.steps == 36
+    assert measured(longer) == [step for step in control if step > 12]
+    assert longer.safe.frozen >= twice.safe.frozen
+
+
 def test_a_module_without_one_adapted_model_is_refused(tmp_path):
     class Plain(LightningModule):
         def __init__(self, *models):

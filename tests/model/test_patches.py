@@ -49,7 +49,7 @@ def described(model):
     return [
         (
             name, type(module), module.training, sorted(module.__dict__), len(module._forward_hooks),
-            len(module._forward_pre_hooks), [(n, p.requires_grad) for n, p in module._parameters.items() if p is not None],
+            len(module._forward_pre_hooks), [(n, p.requires_grad) for n, p in module.named_parameters(recurse=False)],
         )
         for name, module in model.named_modules()
     ]  # fmt: skip

@@ -178,6 +178,8 @@ def _make_trainer(
     # Behind SafeCallback, which adds to what is logged.
     callbacks.append(JournalCallback(journal, resumed, rewinds=safe_callback is None, meter=meter))
     training = setup.training
+    # The callbacks are made here, from the flags: the Trainer could not make them.
+    training.restore_callback_states_from_checkpoint = False
     if training.label_names is None:
         # Trainer cannot read them off a PeftModel, and then evaluates no metric.
         training.label_names = list(task.label_names)

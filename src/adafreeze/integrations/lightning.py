@@ -59,7 +59,7 @@ class _Hooks:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep it for ``on_train_start``: Lightning gives it before there is an optimizer."""
-        self._loaded = state
+        self._loaded = state or None  # of a checkpoint that was written before fitting began
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at the model, when weights and optimizer have their state, and freeze what is to be from the start.

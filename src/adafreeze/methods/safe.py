@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..config import AS_PUBLISHED, SafeConfig
@@ -66,7 +65,7 @@ class SafeBudget(Safe):
             model, inputs=dict(setup.collator(longest)), optim=optimizer, target=training.device.type, padding=True
         )
         assert setup.safe is not None
-        setup.safe = replace(setup.safe, memory_budget=(found.plain.peak + found.checkpointed.peak) // 2)
+        setup.safe = setup.safe.changed(memory_budget=(found.plain.peak + found.checkpointed.peak) // 2)
 
 
 def _length(row: Any) -> int:

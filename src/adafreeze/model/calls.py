@@ -64,4 +64,3 @@ class Call:
                 found.setdefault(place, {})[key] = value
         args = tuple(found.pop(position, {}) for position in range(self.positions))
         return args, {str(name): value for name, value in found.items()}
-

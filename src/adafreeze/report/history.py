@@ -147,6 +147,9 @@ def _take(history: History, kind: Any, event: Mapping[str, Any]) -> None:
         for name in ("config", "environment", "stacks"):
             setattr(history, name, dict(event.get(name) or {}))
         history.units = list(event.get("units") or [])
+    elif kind == "replan":
+        history.total_steps = int(_number(event.get("total_steps")) or 0)
+        history.config = dict(event.get("config") or {})
     elif kind == "measure":
         scores = {name: value for name, given in event["scores"].items() if (value := _number(given)) is not None}
         history.scores.append((step, scores))
