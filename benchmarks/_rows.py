@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
-
 from _zoo import BOS, EOS, FIRST_WORD, IMAGE, MASK, ROWS, VOCABULARY, Row
+from torch import nn
 
 CHOICES = 3
 # Lengths of the texts, special tokens included: three batches of four rows have padding, whatever their order.
@@ -24,7 +23,7 @@ def candidates(model: nn.Module, head: str) -> Iterator[tuple[list[Row], tuple[s
     yield from maker(model, names)
 
 
-class _Draw:
+class Draw:
     """Random values from a generator of its own."""
 
     def __init__(self, seed: int = 0) -> None:
@@ -49,7 +48,7 @@ def _lengths() -> Iterator[tuple[int, ...]]:
         yield (fixed,) * ROWS
 
 
-def _text(draw: _Draw, names: set[str], length: int) -> Row:
+def _text(draw: Draw, names: set[str], length: int) -> Row:
     ids = draw.words(length)
     row: Row = {"input_ids": ids}
     if "attention_mask" in names:
@@ -59,8 +58,12 @@ def _text(draw: _Draw, names: set[str], length: int) -> Row:
 
 def _of_text(label: Any) -> Any:
     def make(model: nn.Module, names: set[str]) -> Iterator[tuple[list[Row], tuple[str, ...]]]:
+        if label is _target and "input_features" in names:
+            from _pictures import sounds
+
+            yield from sounds(model, names)
         for lengths in _lengths():
-            draw = _Draw()
+            draw = Draw()
             rows = []
             for index, length in enumerate(lengths):
                 row = _text(draw, names, length)
@@ -79,37 +82,37 @@ def _of_text(label: Any) -> Any:
     return make
 
 
-def _class(row: Row, draw: _Draw, index: int) -> Row:
+def _class(row: Row, draw: Draw, index: int) -> Row:
     return row | {"labels": torch.tensor(index % 2)}
 
 
-def _next_words(row: Row, draw: _Draw, index: int) -> Row:
+def _next_words(row: Row, draw: Draw, index: int) -> Row:
     return row | {"labels": row["input_ids"].clone()}
 
 
-def _masked(row: Row, draw: _Draw, index: int) -> Row:
+def _masked(row: Row, draw: Draw, index: int) -> Row:
     ids, labels = row["input_ids"].clone(), torch.full_like(row["input_ids"], -100)
     for place in (1 + index % 3, 5):
         labels[place], ids[place] = ids[place], MASK
     return row | {"input_ids": ids, "labels": labels}
 
 
-def _answer(row: Row, draw: _Draw, index: int) -> Row:
+def _answer(row: Row, draw: Draw, index: int) -> Row:
     return row | {"start_positions": torch.tensor(1 + index % 3), "end_positions": torch.tensor(4 + index % 2)}
 
 
-def _tags(row: Row, draw: _Draw, index: int) -> Row:
+def _tags(row: Row, draw: Draw, index: int) -> Row:
     return row | {"labels": row["input_ids"] % 2}
 
 
-def _target(row: Row, draw: _Draw, index: int) -> Row:
+def _target(row: Row, draw: Draw, index: int) -> Row:
     return row | {"labels": draw.words(5 + index % 3)}
 
 
 def _choices(model: nn.Module, names: set[str]) -> Iterator[tuple[list[Row], tuple[str, ...]]]:
     for rows, _ in _of_text(lambda row, draw, index: row)(model, names):
         lengths = [len(row["input_ids"]) for row in rows]
-        draw, made = _Draw(1), []
+        draw, made = Draw(1), []
         for index, length in enumerate(lengths):
             options = [_text(draw, names, length) for _ in range(CHOICES)]
             row = {name: torch.stack([option[name] for option in options]) for name in options[0]}
@@ -119,7 +122,7 @@ def _choices(model: nn.Module, names: set[str]) -> Iterator[tuple[list[Row], tup
         yield made, ()
 
 
-def _image_size(model: nn.Module) -> tuple[int, int, int]:
+def image_size(model: nn.Module) -> tuple[int, int, int]:
     config = model.config
     config = getattr(config, "vision_config", None) or getattr(config, "backbone_config", None) or config
     size = getattr(config, "image_size", IMAGE)
@@ -130,17 +133,17 @@ def _image_size(model: nn.Module) -> tuple[int, int, int]:
 
 def _images(label: Any) -> Any:
     def make(model: nn.Module, names: set[str]) -> Iterator[tuple[list[Row], tuple[str, ...]]]:
-        channels, height, width = _image_size(model)
+        channels, height, width = image_size(model)
         name = "pixel_values" if "pixel_values" in names else "inputs"
         sizes = dict.fromkeys([(height, width), (IMAGE, IMAGE), (64, 64), (128, 128), (224, 224)])
         for height, width in sizes:
-            draw = _Draw()
+            draw = Draw()
             yield [label({name: draw.normal(channels, height, width)}, draw, index) for index in range(ROWS)], ()
 
     return make
 
 
-def _map(row: Row, draw: _Draw, index: int) -> Row:
+def _map(row: Row, draw: Draw, index: int) -> Row:
     height, width = row["pixel_values"].shape[-2:]
     return row | {"labels": torch.randint(0, 2, (height, width), generator=draw.generator)}
 
@@ -155,10 +158,10 @@ def _hidden_patches(model: nn.Module, names: set[str]) -> Iterator[tuple[list[Ro
 
 
 def _video(model: nn.Module, names: set[str]) -> Iterator[tuple[list[Row], tuple[str, ...]]]:
-    channels, height, width = _image_size(model)
+    channels, height, width = image_size(model)
     name = "pixel_values" if "pixel_values" in names else "pixel_values_videos"
     for frames in (getattr(model.config, "num_frames", 4), getattr(model.config, "frames_per_clip", 4), 2):
-        draw = _Draw()
+        draw = Draw()
         yield (
             [
                 {name: draw.normal(frames, channels, height, width), "labels": torch.tensor(index % 2)}
@@ -168,7 +171,7 @@ def _video(model: nn.Module, names: set[str]) -> Iterator[tuple[list[Row], tuple
         )
 
 
-def _sound(draw: _Draw, model: nn.Module, names: set[str], kind: int, index: int) -> Row:
+def sound(draw: Draw, model: nn.Module, names: set[str], kind: int, index: int) -> Row:
     """Waveforms of two lengths, or spectrograms in the order that the model wants."""
     config = (
         getattr(model.config, "audio_config", None) or getattr(model.config, "encoder_config", None) or model.config
@@ -199,14 +202,18 @@ def _sound(draw: _Draw, model: nn.Module, names: set[str], kind: int, index: int
 
 def _of_sound(label: Any) -> Any:
     def make(model: nn.Module, names: set[str]) -> Iterator[tuple[list[Row], tuple[str, ...]]]:
+        if label is _target and "input_ids" in names:
+            from _pictures import sounds
+
+            yield from sounds(model, names)
         for kind in range(4):
-            draw = _Draw()
-            yield [label(_sound(draw, model, names, kind, index), draw, index) for index in range(ROWS)], ()
+            draw = Draw()
+            yield [label(sound(draw, model, names, kind, index), draw, index) for index in range(ROWS)], ()
 
     return make
 
 
-def _letters(row: Row, draw: _Draw, index: int) -> Row:
+def _letters(row: Row, draw: Draw, index: int) -> Row:
     return row | {"labels": draw.words(3)[:2] % 16 + FIRST_WORD}
 
 
@@ -217,7 +224,7 @@ def _image_and_text(model: nn.Module, names: set[str]) -> Iterator[tuple[list[Ro
 
 
 def _series(model: nn.Module, names: set[str]) -> Iterator[tuple[list[Row], tuple[str, ...]]]:
-    config, draw = model.config, _Draw()
+    config, draw = model.config, Draw()
     if "past_time_features" in names:
         past = config.context_length + max(config.lags_sequence)
         features = config.num_time_features

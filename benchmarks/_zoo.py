@@ -40,17 +40,17 @@ class Case:
         model: without adapters, or with (``adapted``).
         rows: the samples.
         together: names whose tensors are concatenated along dimension 0, not stacked (image patches of Qwen-VL).
-        adapted: the model brings its adapters.
         targets: names of modules for LoRA; None: found by ``lora_targets``.
-        trainer: trains (model, rows, callbacks) and returns the losses; None: transformers' Trainer.
+        adapt: puts the adapters into the model, if it does that in a way of its own.
+        trainer: makes what trains, from the model, callbacks, and a list for the losses; None: transformers' Trainer.
     """
 
     model: nn.Module
     rows: Sequence[Row]
     together: tuple[str, ...] = ()
-    adapted: bool = False
     targets: Any = None
-    trainer: Callable[..., Any] | None = None
+    adapt: Callable[[Any], Any] | None = None
+    trainer: Callable[[Any, list[Any], list[float]], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -213,8 +213,9 @@ _SIZES: dict[str, Any] = {
         ),
         WIDTH // HEADS,
     ),
-    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim"), WIDTH // HEADS // 2),
-    "qk_head_dim": WIDTH // HEADS,
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), WIDTH // HEADS),
+    "rotary_dim": WIDTH // HEADS // 2,
+    "qk_head_dim": 2 * WIDTH // HEADS,
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank"), 8),
     # experts
     **dict.fromkeys(
@@ -276,6 +277,7 @@ _SIZES: dict[str, Any] = {
     "num_queries": 4,
     # sound
     "num_mel_bins": 16,
+    "mask_time_length": 2,
     "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 2,
     "classifier_proj_size": WIDTH,
@@ -304,6 +306,7 @@ _LISTS: dict[str, Callable[[int], list[int]]] = {
     "num_attention_heads": lambda n: [2] * n,
     "conv_dim": lambda n: [WIDTH] * n,
     "tdnn_dim": lambda n: [WIDTH] * n,
+    "deepstack_visual_indexes": lambda n: list(range(1, n + 1)),
     "embed_dims": lambda n: [16 * 2**i for i in range(n)],
     "embed_dim": lambda n: [16 * 2**i for i in range(n)],
 }
@@ -318,9 +321,12 @@ def sized(config_class: type[PreTrainedConfig], forced: Mapping[str, Any] | None
     values: dict[str, Any] = {}
     special = iter(range(MASK + 1, FIRST_WORD))
     for name, value in vars(default).items():
-        if isinstance(value, PreTrainedConfig):
-            inner = forced.get(name)
-            values[name] = inner if isinstance(inner, PreTrainedConfig) else sized(type(value), inner)
+        inner = forced.get(name)
+        if isinstance(value, PreTrainedConfig) or (isinstance(inner, Mapping) and "type" in inner):
+            given = dict(inner or {})
+            kind = given.pop("type", None)
+            values[name] = sized(CONFIG_MAPPING[kind] if kind else type(value), given)
+            forced.pop(name, None)
         elif name not in own or isinstance(value, bool):
             continue
         elif name in _SPECIAL:
@@ -342,7 +348,9 @@ def sized(config_class: type[PreTrainedConfig], forced: Mapping[str, Any] | None
                 else _SIZES[name]
             )
     values = {name: value for name, value in values.items() if name in accepted or isinstance(value, PreTrainedConfig)}
-    values |= {name: value for name, value in forced.items() if not isinstance(value, Mapping) or name not in values}
+    if "kv_lora_rank" in own and "num_key_value_heads" in values:  # latent attention has keys for every head
+        values["num_key_value_heads"] = HEADS
+    values |= forced
     return config_class(**values)
 
 
@@ -399,7 +407,6 @@ def build(kind: str, head: str, class_name: str, forced: Mapping[str, Any] | Non
         NotRunnable: the library cannot build it tiny, or none of the inputs that are tried gives a loss.
     """
     import transformers
-
     from _rows import candidates
 
     try:
@@ -412,7 +419,7 @@ def build(kind: str, head: str, class_name: str, forced: Mapping[str, Any] | Non
     count = sum(p.numel() for p in model.parameters())
     if count > MOST_PARAMETERS:
         raise NotRunnable(f"cannot be built tiny: {count / 1e6:.0f} M parameters remain")
-    failures = []
+    failures: list[str] = []
     for rows, together in candidates(model, head):
         try:
             loss = loss_of(model, collate(rows[:2], together))
@@ -422,7 +429,8 @@ def build(kind: str, head: str, class_name: str, forced: Mapping[str, Any] | Non
         if loss is not None and loss.requires_grad:
             return Case(model, rows, together)
         failures.append("returns no loss")
-    raise NotRunnable(failures[-1] if failures else f"no inputs are known for {head}")
+    failures = list(dict.fromkeys(failures))
+    raise NotRunnable(" / ".join(failures[:3]) or f"no inputs are known for {head}")
 
 
 def config_of(
@@ -546,8 +554,8 @@ def lora_targets(model: nn.Module) -> list[str] | str:
         if isinstance(module, (nn.Linear, Conv1D)) and re.search(r"\.\d+\.", name)
     ]
     last = {name.rsplit(".", 1)[-1] for name in linear}
-    found = sorted(last & set(_ATTENTION))
-    return found or "all-linear"
+    # PEFT refuses Mamba's out_proj.
+    return sorted(last & set(_ATTENTION)) or sorted(last - {"out_proj"}) or "all-linear"
 
 
 def head_names(model: nn.Module) -> list[str]:
@@ -558,4 +566,6 @@ def head_names(model: nn.Module) -> list[str]:
 
 def families() -> list[Family]:
     """All of them, in the order of the table."""
-    return list(of_transformers())
+    from _shapes import of_own_shape
+
+    return [*of_own_shape(), *of_transformers()]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import json
 import logging
 import math
@@ -37,11 +38,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import transformers
+from _zoo import Case, Family, NotRunnable, collate, families, first_line, head_names, lora_targets
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import Trainer, TrainingArguments, set_seed
 
-from _zoo import Case, Family, NotRunnable, collate, families, first_line, head_names, lora_targets
 from adafreeze import SafeCallback, SafeConfig
 from adafreeze.env import environment
 from adafreeze.errors import AdafreezeError, AdafreezeWarning
@@ -106,7 +107,7 @@ class Arm:
 
 @contextmanager
 def heard() -> Iterator[list[str]]:
-    """adafreeze's warnings and notes, one line each."""
+    """Adafreeze's warnings and notes, one line each."""
     lines: list[str] = []
 
     class Listener(logging.Handler):
@@ -133,16 +134,15 @@ def heard() -> Iterator[list[str]]:
 def with_lora(case: Case) -> torch.nn.Module:
     """A copy of the model with adapters, LoRA r = 4 on the projections of attention."""
     model = copy.deepcopy(case.model)
-    if case.adapted:
-        return model
+    if case.adapt is not None:
+        return case.adapt(model)
     targets = lora_targets(model) if case.targets is None else case.targets
     heads = head_names(model)
     return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, modules_to_save=heads or None))
 
 
-def trainer_of(case: Case, model: torch.nn.Module, callbacks: list[Any], losses: list[float]) -> Trainer:
-    """transformers' Trainer, which writes down the loss of each micro-batch beside what it does."""
-    kind, arguments = case.trainer(model) if case.trainer is not None else (Trainer, {})
+def recording(kind: type[Trainer], losses: list[float]) -> type[Trainer]:
+    """A Trainer that writes down the loss of each micro-batch beside what it does."""
 
     class Recording(kind):  # type: ignore[misc, valid-type]
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -150,12 +150,13 @@ def trainer_of(case: Case, model: torch.nn.Module, callbacks: list[Any], losses:
             losses.append(float(result[0] if isinstance(result, tuple) else result))
             return result
 
-    arguments = {"model": model, "train_dataset": case.rows, **arguments}
-    if case.trainer is None:
-        arguments["data_collator"] = lambda rows: collate(rows, case.together)
-    folder = tempfile.mkdtemp(prefix="families-")
-    arguments["args"] = arguments.pop("arguments_class", TrainingArguments)(
-        folder,
+    return Recording
+
+
+def arguments(kind: type[TrainingArguments] = TrainingArguments, **more: Any) -> TrainingArguments:
+    """Those of every arm."""
+    return kind(
+        os.path.join(tempfile.gettempdir(), "families-unused"),
         per_device_train_batch_size=BATCH,
         num_train_epochs=EPOCHS,
         learning_rate=RATE,
@@ -165,12 +166,22 @@ def trainer_of(case: Case, model: torch.nn.Module, callbacks: list[Any], losses:
         save_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
         log_level="error",
+        **more,
     )
-    os.rmdir(folder)
-    return Recording(callbacks=callbacks, **arguments)
+
+
+def trainer_of(case: Case, model: Any, callbacks: list[Any], losses: list[float]) -> Any:
+    """What trains the case."""
+    if case.trainer is not None:
+        return case.trainer(model, callbacks, losses)
+    return recording(Trainer, losses)(
+        model=model,
+        args=arguments(remove_unused_columns=False),
+        train_dataset=case.rows,
+        data_collator=lambda rows: collate(rows, case.together),
+        callbacks=callbacks,
+    )
 
 
 def run(case: Case, settings: dict[str, Any] | None) -> Arm:
@@ -178,7 +189,8 @@ def run(case: Case, settings: dict[str, Any] | None) -> Arm:
     arm = Arm()
     set_seed(0)
     model = with_lora(case)
-    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    module = getattr(model, "model_body", model)  # SetFit's model is no module itself
+    start = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
     callback = SafeCallback(SafeConfig(**settings)) if settings is not None else None
     trainer = None
     with heard() as arm.messages:
@@ -199,7 +211,7 @@ def run(case: Case, settings: dict[str, Any] | None) -> Arm:
         cache = [event for event in events if event["event"] == "cache"]
         arm.hits = sum(event["hits"] + event["advanced"] for event in cache)
         arm.misses = sum(event["misses"] for event in cache)
-    trained = dict(model.named_parameters())
+    trained = dict(module.named_parameters())
     arm.weights = {name: trained[name].detach() for name in start if name in trained}
     arm.moved = distance(start, arm.weights)
     return arm
@@ -211,7 +223,7 @@ def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
 
 
 def largest_difference(first: Sequence[float], second: Sequence[float]) -> float:
-    """max |a − b| / max(|b|, 1e-3) over the steps that both have; inf where only one is finite."""
+    """Max |a − b| / max(|b|, 1e-3) over the steps that both have; inf where only one is finite."""
     worst = 0.0
     for a, b in zip(first, second, strict=False):
         if math.isfinite(a) and math.isfinite(b):
@@ -282,6 +294,8 @@ def examine(family: Family, tell: Callable[[dict[str, Any]], None] = lambda row:
     row: dict[str, Any] = {"name": family.name, "head": family.head}
     arms: dict[str, Arm] = {}
     try:
+        if family.needs is not None:
+            importlib.import_module(family.needs)
         set_seed(0)
         case = family.build()
         for name, settings in ARMS.items():
