@@ -82,6 +82,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "ministral": _HEAD,
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
+    "perceiver": {"num_self_attends_per_block": 4, "num_latents": 16},
     "neomme": {"head_dim": 16, "hidden_size": 64},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "is_decoder": False, "num_buckets": 4},
     "reformer | causal LM": {"is_decoder": True},

@@ -545,17 +545,18 @@ _ATTENTION = (
 
 
 def lora_targets(model: nn.Module) -> list[str] | str:
-    """Linear layers of attention in the blocks; where none is known by name, all linear layers of the blocks."""
+    """Linear layers of attention; where a block has none that is known by name, all its linear layers."""
     from transformers.pytorch_utils import Conv1D
 
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and re.search(r"\.\d+\.", name)
-    ]
-    last = {name.rsplit(".", 1)[-1] for name in linear}
-    # PEFT refuses Mamba's out_proj.
-    return sorted(last & set(_ATTENTION)) or sorted(last - {"out_proj"}) or "all-linear"
+    of_blocks: dict[str, set[str]] = {}
+    for name, module in model.named_modules():
+        inside = re.match(r"(.*?\.\d+)\.", name)
+        if inside and isinstance(module, (nn.Linear, Conv1D)):
+            of_blocks.setdefault(inside[1], set()).add(name.rsplit(".", 1)[-1])
+    found: set[str] = set()
+    for names in of_blocks.values():
+        found |= names & set(_ATTENTION) or names - {"out_proj"}  # PEFT refuses that of Mamba
+    return sorted(found) or "all-linear"
 
 
 def head_names(model: nn.Module) -> list[str]:

@@ -62,7 +62,7 @@ TOLERANCE = 1e-4
 TOLERANCE_WEIGHTS = 0.02
 SECONDS = 90
 # What adafreeze says in every run; none of these says why something is off.
-_USUAL = ("units are frozen", "Prefix cache on", "Prefix cache: padding is read", "blocks of", "would freeze")
+_USUAL = ("units are frozen", "Prefix cache on", "Prefix cache: padding is read", "No memory budget", "would freeze")
 
 
 @dataclass
