@@ -2,7 +2,7 @@
 
     python benchmarks/families.py [--only NAME ...] [--list] [--again] [-o FILE] [--jobs N]
 
-Each family (benchmarks/_zoo.py) is a random model of a few narrow blocks with LoRA, trained by transformers' Trainer on
+Each family (benchmarks/_zoo) is a random model of a few narrow blocks with LoRA, trained by transformers' Trainer on
 the CPU: 12 rows, batches of 4, 3 epochs, learning rate 1e-3. Four arms start from the same weights and seed: *control*
 without adafreeze, *later* with ``SafeConfig(freeze_at_start=0)``, *defaults* with ``SafeConfig()`` and *uncached* with
 ``SafeConfig(cache="off")``. *later* must have the losses of *control* to the bit until its first freeze, and *defaults*
@@ -21,7 +21,6 @@ import math
 import multiprocessing
 import os
 import signal
-import sys
 import tempfile
 import time
 import warnings
@@ -34,14 +33,14 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-import transformers
 from _zoo import Case, Family, NotRunnable, collate, families, first_line, head_names, lora_targets
+from _zoo.page import page
+from _zoo.training import arguments, recording
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, set_seed
 
 from adafreeze import SafeCallback, SafeConfig
 from adafreeze.env import environment
@@ -49,7 +48,6 @@ from adafreeze.errors import AdafreezeError, AdafreezeWarning
 
 RESULTS = Path(__file__).parent / "results" / "families.json"
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
-BATCH, EPOCHS, RATE = 4, 3, 1e-3
 ARMS: dict[str, dict[str, Any] | None] = {
     "control": None,
     "later": {"freeze_at_start": 0},
@@ -141,36 +139,6 @@ def with_lora(case: Case) -> torch.nn.Module:
     return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, modules_to_save=heads or None))
 
 
-def recording(kind: type[Trainer], losses: list[float]) -> type[Trainer]:
-    """A Trainer that writes down the loss of each micro-batch beside what it does."""
-
-    class Recording(kind):  # type: ignore[misc, valid-type]
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            result = super().compute_loss(*args, **kwargs)
-            losses.append(float(result[0] if isinstance(result, tuple) else result))
-            return result
-
-    return Recording
-
-
-def arguments(kind: type[TrainingArguments] = TrainingArguments, **more: Any) -> TrainingArguments:
-    """Those of every arm."""
-    return kind(
-        os.path.join(tempfile.gettempdir(), "families-unused"),
-        per_device_train_batch_size=BATCH,
-        num_train_epochs=EPOCHS,
-        learning_rate=RATE,
-        seed=0,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        log_level="error",
-        **more,
-    )
-
-
 def trainer_of(case: Case, model: Any, callbacks: list[Any], losses: list[float]) -> Any:
     """What trains the case."""
     if case.trainer is not None:
@@ -238,7 +206,7 @@ def reason_in(arm: Arm) -> str | None:
     return next((line for line in arm.messages if not any(usual in line for usual in _USUAL)), None)
 
 
-def faults_of(case: Case, arms: dict[str, Arm], row: dict[str, Any]) -> list[str]:
+def faults_of(arms: dict[str, Arm], row: dict[str, Any]) -> list[str]:
     """What adafreeze did wrong; fills in the columns with the differences."""
     control, found = arms["control"], []
     for name, arm in arms.items():
@@ -296,6 +264,9 @@ def examine(family: Family, tell: Callable[[dict[str, Any]], None] = lambda row:
     try:
         if family.needs is not None:
             importlib.import_module(family.needs)
+    except ImportError as error:
+        return row | {"verdict": "not installed", "reason": first_line(error)}
+    try:
         set_seed(0)
         case = family.build()
         for name, settings in ARMS.items():
@@ -306,13 +277,11 @@ def examine(family: Family, tell: Callable[[dict[str, Any]], None] = lambda row:
                 raise NotRunnable(f"the control fails: {control.error}")
             if not all(map(math.isfinite, control.losses)):
                 raise NotRunnable("the loss of the control is not finite")
-        faults = faults_of(case, arms, row)
-        if faults and not reproducible(case, arms):
+        faults = faults_of(arms, row)
+        if faults and not reproducible(case, arms["control"]):
             raise NotRunnable("the control differs from itself when it is run again")
     except NotRunnable as error:
         return row | {"verdict": "not runnable", "reason": str(error)}
-    except ImportError as error:
-        return row | {"verdict": "not installed", "reason": first_line(error)}
     if faults:
         row |= {"verdict": "FAULT", "reason": "; ".join(faults)}
     else:
@@ -321,9 +290,9 @@ def examine(family: Family, tell: Callable[[dict[str, Any]], None] = lambda row:
     return row | {"arms": {name: arm.to_dict() for name, arm in arms.items()}}
 
 
-def reproducible(case: Case, arms: dict[str, Arm]) -> bool:
+def reproducible(case: Case, control: Arm) -> bool:
     """Whether the control, run once more, has the losses it had."""
-    return run(case, None).losses == arms["control"].losses
+    return run(case, None).losses == control.losses
 
 
 # Each family runs in a process of its own: what hangs or crashes costs one row.
@@ -400,20 +369,6 @@ def write(rows: dict[str, dict[str, Any]], path: Path) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-def page(rows: Sequence[dict[str, Any]], versions: str) -> str:
-    """docs/families.md."""
-    from _page import render
-
-    return render(rows, versions)
-
-
-def versions() -> str:
-    """What the table was made with."""
-    import peft
-
-    return f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help='names, or "name | head"')
@@ -441,7 +396,7 @@ def main() -> None:
             saved = time.perf_counter()
     write(rows, options.output)
     if options.output == RESULTS:
-        PAGE.write_text(page(list(rows.values()), versions()))
+        PAGE.write_text(page(json.loads(RESULTS.read_text())))
     counts: dict[str, int] = {}
     for row in rows.values():
         counts[row["verdict"]] = counts.get(row["verdict"], 0) + 1

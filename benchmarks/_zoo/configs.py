@@ -1,81 +1,20 @@
-"""Tiny random models of every architecture that the installed transformers can build, each with rows to train on.
-
-``families()`` lists them: one for each (architecture, head) of transformers' own Auto mappings, and those that have a
-shape of their own. A ``Family`` is built when it is called: a model without adapters, rows, and a collator.
-"""
+"""Tiny configs: small numbers by the attribute's name, and exceptions by family."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-VOCABULARY = 96
-FIRST_WORD = 48  # below it are the special tokens, each with an id of its own
-PAD, BOS, EOS, MASK = 0, 1, 2, 3
-ROWS = 12
-MOST_PARAMETERS = 20_000_000
-IMAGE, PATCH = 32, 8
-Row = dict[str, Any]
-
-
-class NotRunnable(Exception):
-    """The family cannot be built tiny, or gives no loss: nothing of adafreeze was tried."""
-
-
-@dataclass
-class Case:
-    """What is trained.
-
-    Attributes:
-        model: without adapters, or with (``adapted``).
-        rows: the samples.
-        together: names whose tensors are concatenated along dimension 0, not stacked (image patches of Qwen-VL).
-        targets: names of modules for LoRA; None: found by ``lora_targets``.
-        adapt: puts the adapters into the model, if it does that in a way of its own.
-        trainer: makes what trains, from the model, callbacks, and a list for the losses; None: transformers' Trainer.
-    """
-
-    model: nn.Module
-    rows: Sequence[Row]
-    together: tuple[str, ...] = ()
-    targets: Any = None
-    adapt: Callable[[Any], Any] | None = None
-    trainer: Callable[[Any, list[Any], list[float]], Any] | None = None
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row of the table.
-
-    Attributes:
-        name: of the architecture, as transformers' ``model_type`` where it has one.
-        head: what it is trained for.
-        build: makes a ``Case``; called once an arm, after the seed is set.
-        needs: the optional package that it is made with.
-    """
-
-    name: str
-    head: str
-    build: Callable[[], Case] = field(compare=False)
-    needs: str | None = None
-
-    @property
-    def key(self) -> str:
-        return f"{self.name} | {self.head}"
-
+from .case import BOS, EOS, FIRST_WORD, HALF, HEADS, IMAGE, LAYERS, MASK, PAD, PATCH, VOCABULARY, WIDTH
+from .exceptions import EXCEPTIONS
 
 # Sizes by the attribute's name; what is not listed stays as the library sets it.
-LAYERS, HALF, WIDTH, HEADS = 6, 3, 32, 4
 _SIZES: dict[str, Any] = {
     # depth
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"), LAYERS),
@@ -360,85 +299,10 @@ def _accepted(config_class: type) -> set[str]:
     return set(inspect.signature(config_class.__init__).parameters)
 
 
-# Heads, in the order of the table, with transformers' own list of architectures that have one.
-HEADS_OF: dict[str, str] = {
-    "sequence classification": "SEQUENCE_CLASSIFICATION",
-    "causal LM": "CAUSAL_LM",
-    "masked LM": "MASKED_LM",
-    "seq2seq LM": "SEQ_TO_SEQ_CAUSAL_LM",
-    "multiple choice": "MULTIPLE_CHOICE",
-    "token classification": "TOKEN_CLASSIFICATION",
-    "question answering": "QUESTION_ANSWERING",
-    "image classification": "IMAGE_CLASSIFICATION",
-    "masked image modeling": "MASKED_IMAGE_MODELING",
-    "semantic segmentation": "SEMANTIC_SEGMENTATION",
-    "video classification": "VIDEO_CLASSIFICATION",
-    "audio classification": "AUDIO_CLASSIFICATION",
-    "CTC": "CTC",
-    "speech seq2seq": "SPEECH_SEQ_2_SEQ",
-    "image-text-to-text": "IMAGE_TEXT_TO_TEXT",
-    "time series prediction": "TIME_SERIES_PREDICTION",
-}
-# Of these heads an architecture gets a row only where it has none of another text head.
-IF_NO_OTHER = ("token classification", "question answering")
-
-
-def names_of(head: str) -> dict[str, str]:
-    """Model type → class name, as the library lists them."""
-    mapping = getattr(modeling_auto, f"MODEL_FOR_{HEADS_OF[head]}_MAPPING_NAMES")
-    return {kind: name if isinstance(name, str) else name[0] for kind, name in mapping.items()}
-
-
-def of_transformers() -> Iterator[Family]:
-    """One family for each architecture and head in the library's mappings."""
-    seen: set[str] = set()
-    for head in HEADS_OF:
-        for kind, class_name in sorted(names_of(head).items()):
-            if head in IF_NO_OTHER and kind in seen:
-                continue
-            seen.add(kind)
-            yield Family(kind, head, lambda kind=kind, head=head, name=class_name: build(kind, head, name))
-
-
-def build(kind: str, head: str, class_name: str, forced: Mapping[str, Any] | None = None) -> Case:
-    """A tiny model of an architecture with this head, and rows that it takes.
-
-    Raises:
-        NotRunnable: the library cannot build it tiny, or none of the inputs that are tried gives a loss.
-    """
-    import transformers
-    from _rows import candidates
-
-    try:
-        model_class = getattr(transformers, class_name)
-        config = config_of(kind, head, model_class.config_class or CONFIG_MAPPING[kind], forced)
-        torch.manual_seed(0)
-        model = model_class(config)
-    except Exception as error:
-        raise NotRunnable(f"cannot be built tiny: {first_line(error)}") from error
-    count = sum(p.numel() for p in model.parameters())
-    if count > MOST_PARAMETERS:
-        raise NotRunnable(f"cannot be built tiny: {count / 1e6:.0f} M parameters remain")
-    failures: list[str] = []
-    for rows, together in candidates(model, head):
-        try:
-            loss = loss_of(model, collate(rows[:2], together))
-        except Exception as error:
-            failures.append(first_line(error))
-            continue
-        if loss is not None and loss.requires_grad:
-            return Case(model, rows, together)
-        failures.append("returns no loss")
-    failures = list(dict.fromkeys(failures))
-    raise NotRunnable(" / ".join(failures[:3]) or f"no inputs are known for {head}")
-
-
 def config_of(
     kind: str, head: str, config_class: type[PreTrainedConfig], forced: Mapping[str, Any] | None = None
 ) -> PreTrainedConfig:
     """The tiny config of an architecture, as its exceptions say."""
-    from _exceptions import EXCEPTIONS
-
     given = dict(EXCEPTIONS.get(kind, {}))
     given |= EXCEPTIONS.get(f"{kind} | {head}", {})
     given |= forced or {}
@@ -451,122 +315,3 @@ def config_of(
     if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = BOS
     return config
-
-
-def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
-    """What the model itself returns as its loss."""
-    model.train()
-    outputs = model(**batch)
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-    return loss if isinstance(loss, Tensor) else None
-
-
-def first_line(error: BaseException) -> str:
-    """``ValueError: what it says first``, without paths of this machine."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = re.sub(r"(/[\w.\-]+){2,}", "...", " ".join(lines[:3]) if lines else "")
-    return f"{type(error).__name__}: {text[:200]}"
-
-
-_FILL = {"labels": -100, "input_ids": PAD, "decoder_input_ids": PAD}
-
-
-def collate(rows: Sequence[Row], together: Sequence[str] = ()) -> dict[str, Any]:
-    """Rows as one batch: each tensor padded to the largest of the batch in every dimension; ``together`` joined."""
-    batch: dict[str, Any] = {}
-    for name in rows[0]:
-        values = [torch.as_tensor(row[name]) for row in rows]
-        if name in together:
-            batch[name] = torch.cat(values)
-            continue
-        shape = [max(sizes) for sizes in zip(*(value.shape for value in values), strict=True)]
-        padded = values[0].new_full((len(values), *shape), _FILL.get(name, 0))
-        for place, value in zip(padded, values, strict=True):
-            place[tuple(slice(size) for size in value.shape)] = value
-        batch[name] = padded
-    return batch
-
-
-# Names of the linear layers of attention, over all families.
-_ATTENTION = (
-    *(
-        "q_proj",
-        "v_proj",
-        "k_proj",
-        "query",
-        "value",
-        "key",
-        "q",
-        "v",
-        "q_lin",
-        "v_lin",
-        "query_key_value",
-        "qkv",
-        "c_attn",
-    ),
-    *(
-        "qkv_proj",
-        "Wqkv",
-        "query_proj",
-        "value_proj",
-        "in_proj_linear",
-        "to_q",
-        "to_v",
-        "c_q",
-        "c_v",
-        "q_a_proj",
-        "q_b_proj",
-    ),
-    *(
-        "kv_b_proj",
-        "kv_a_proj_with_mqa",
-        "att_proj",
-        "linear_q",
-        "linear_v",
-        "Wq",
-        "Wv",
-        "query_proj",
-        "W_pack",
-        "wq",
-        "wv",
-    ),
-    *(
-        "q_head",
-        "v_head",
-        "in_proj_qkvz",
-        "attn_qkv",
-        "self_attn_q",
-        "project_q",
-        "query_layer",
-        "fc_q",
-        "project_value",
-    ),
-)
-
-
-def lora_targets(model: nn.Module) -> list[str] | str:
-    """Linear layers of attention; where a block has none that is known by name, all its linear layers."""
-    from transformers.pytorch_utils import Conv1D
-
-    of_blocks: dict[str, set[str]] = {}
-    for name, module in model.named_modules():
-        inside = re.match(r"(.*?\.\d+)\.", name)
-        if inside and isinstance(module, (nn.Linear, Conv1D)):
-            of_blocks.setdefault(inside[1], set()).add(name.rsplit(".", 1)[-1])
-    found: set[str] = set()
-    for names in of_blocks.values():
-        found |= names & set(_ATTENTION) or names - {"out_proj"}  # PEFT refuses that of Mamba
-    return sorted(found) or "all-linear"
-
-
-def head_names(model: nn.Module) -> list[str]:
-    """What people train beside the adapters: the classifier, which is new."""
-    new = ("classifier", "score", "classification_head", "qa_outputs", "pre_classifier", "seq_relationship", "cls_head")
-    return [name for name, _ in model.named_children() if name in new]
-
-
-def families() -> list[Family]:
-    """All of them, in the order of the table."""
-    from _shapes import of_own_shape
-
-    return [*of_own_shape(), *of_transformers()]

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from _rows import LENGTHS, Draw, image_size, sound
-from _zoo import ROWS, Row
 from torch import nn
+
+from .case import ROWS, Row
+from .rows import LENGTHS, Draw, image_size, sound
 
 # Tokens that one picture or sound may take in the text.
 TOKENS = (16, 4, 1, 5, 17, 8, 9, 2, 3, 6, 12, 13, 18, 20, 24, 25, 32, 34, 36, 40, 48, 64, 65, 80, 96, 100, 128, 256)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 HEAD = """# Model families
@@ -11,15 +11,16 @@ HEAD = """# Model families
 <!-- Written by `python benchmarks/families.py` from benchmarks/results/families.json. -->
 
 Every architecture that transformers can build tiny from its configuration class, for a head that returns a loss, and
-some that have a shape of their own. Each is a random model with LoRA, trained four times for three epochs from the same
-weights: without adafreeze, with `SafeConfig(freeze_at_start=0)`, with `SafeConfig()`, and with `SafeConfig(cache="off")`.
-Made with {versions}, by `python benchmarks/families.py`.
+some that have a shape of their own. Each is a random model with LoRA, trained four times for three epochs from the
+same weights: without adafreeze, with `SafeConfig(freeze_at_start=0)`, with `SafeConfig()`, and with
+`SafeConfig(cache="off")`. Made with {versions}, by `python benchmarks/families.py`.
 
 - **served**: the lowest blocks are frozen, and a sample that comes again starts above them.
 - **prefix without cache**: the lowest blocks are frozen and keep no activations, but run in each step.
 - **frozen without prefix**: adapters freeze, and all blocks run as before.
 - **refused**: adafreeze says before the first step why it does nothing.
-- **FAULT**: a crash or a loss that the run without adafreeze does not have, or a benefit that is missing without a word.
+- **FAULT**: a crash or a loss that the run without adafreeze does not have, or a missing benefit that no message
+  explains.
 
 The first difference is the largest relative difference of losses between `freeze_at_start=0` and the run without
 adafreeze, up to its first freeze: it must be 0. The second is that between the cache on and off, over all steps:
@@ -30,8 +31,10 @@ ORDER = ("served", "prefix without cache", "frozen without prefix", "refused", "
 ASIDE = ("not runnable", "not installed")
 
 
-def render(rows: Sequence[dict[str, Any]], versions: str) -> str:
-    """The page as Markdown."""
+def page(content: Mapping[str, Any]) -> str:
+    """The page as Markdown, from what the JSON file holds."""
+    rows, found = content["rows"], content["environment"]
+    versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "peft"))
     counts = Counter(row["verdict"] for row in rows)
     lines = [HEAD.format(versions=versions)]
     lines.append("| verdict | families |\n|---|---|\n")

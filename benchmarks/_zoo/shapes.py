@@ -1,4 +1,4 @@
-"""Families with a shape of their own: own modules around an encoder, other libraries' trainers, variants that matter."""
+"""Families with a shape of their own: own modules around an encoder, other libraries' trainers, variants."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 import transformers
-from _rows import LENGTHS, Draw
-from _zoo import BOS, EOS, PAD, ROWS, VOCABULARY, WIDTH, Case, Family, Row, build, names_of
 from torch import Tensor, nn
+
+from .build import build, names_of
+from .case import BOS, EOS, PAD, ROWS, VOCABULARY, WIDTH, Case, Family, Row
+from .rows import LENGTHS, Draw
+from .training import BATCH, EPOCHS, RATE, arguments, recording
 
 BLOCKS = 6
 
@@ -185,7 +188,6 @@ def _lora(model: Any) -> Any:
 
 
 def _bi_encoder(cached: bool) -> Case:
-    from families import arguments, recording
     from sentence_transformers import (
         SentenceTransformer,
         SentenceTransformerTrainer,
@@ -209,7 +211,6 @@ def _bi_encoder(cached: bool) -> Case:
 
 
 def _cross_encoder() -> Case:
-    from families import arguments, recording
     from sentence_transformers.cross_encoder import (
         CrossEncoder,
         CrossEncoderTrainer,
@@ -235,7 +236,6 @@ def _cross_encoder() -> Case:
 
 def _setfit() -> Case:
     import setfit
-    from families import BATCH, EPOCHS, RATE
 
     def trainer(model: Any, callbacks: list[Any], steps: list[float]) -> Any:
         settings = setfit.TrainingArguments(

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from _zoo import BOS, EOS, FIRST_WORD, IMAGE, MASK, ROWS, VOCABULARY, Row
 from torch import nn
+
+from .case import BOS, EOS, FIRST_WORD, IMAGE, MASK, ROWS, VOCABULARY, Row
 
 CHOICES = 3
 # Lengths of the texts, special tokens included: three batches of four rows have padding, whatever their order.
@@ -59,7 +60,7 @@ def _text(draw: Draw, names: set[str], length: int) -> Row:
 def _of_text(label: Any) -> Any:
     def make(model: nn.Module, names: set[str]) -> Iterator[tuple[list[Row], tuple[str, ...]]]:
         if label is _target and "input_features" in names:
-            from _pictures import sounds
+            from .media import sounds
 
             yield from sounds(model, names)
         for lengths in _lengths():
@@ -203,7 +204,7 @@ def sound(draw: Draw, model: nn.Module, names: set[str], kind: int, index: int) 
 def _of_sound(label: Any) -> Any:
     def make(model: nn.Module, names: set[str]) -> Iterator[tuple[list[Row], tuple[str, ...]]]:
         if label is _target and "input_ids" in names:
-            from _pictures import sounds
+            from .media import sounds
 
             yield from sounds(model, names)
         for kind in range(4):
@@ -218,7 +219,7 @@ def _letters(row: Row, draw: Draw, index: int) -> Row:
 
 
 def _image_and_text(model: nn.Module, names: set[str]) -> Iterator[tuple[list[Row], tuple[str, ...]]]:
-    from _pictures import pictures
+    from .media import pictures
 
     yield from pictures(model, names)
 
