@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import importlib
 import json
 import logging
@@ -337,6 +338,7 @@ def _signal(code: int | None) -> str:
 def run_all(chosen: Sequence[Family], jobs: int, seconds: float = SECONDS) -> Iterator[dict[str, Any]]:
     """Rows in the order in which they are done."""
     context = multiprocessing.get_context("fork")
+    gc.freeze()  # the Trainer collects garbage at its end, and walks all that was imported here
     waiting, running = list(chosen), {}
     with tempfile.TemporaryDirectory() as folder:
         while waiting or running:

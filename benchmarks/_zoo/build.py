@@ -35,6 +35,7 @@ HEADS_OF: dict[str, str] = {
     "CTC": "CTC",
     "speech seq2seq": "SPEECH_SEQ_2_SEQ",
     "image-text-to-text": "IMAGE_TEXT_TO_TEXT",
+    "image-text contrastive": "ZERO_SHOT_IMAGE_CLASSIFICATION",
     "time series prediction": "TIME_SERIES_PREDICTION",
 }
 # Of these heads an architecture gets a row only where it has none of another text head.
@@ -75,9 +76,13 @@ def build(kind: str, head: str, class_name: str, forced: Mapping[str, Any] | Non
     if count > MOST_PARAMETERS:
         raise NotRunnable(f"cannot be built tiny: {count / 1e6:.0f} M parameters remain")
     failures: list[str] = []
-    for rows, together in candidates(model, head):
+    tried = candidates(model, head)
+    while True:
         try:
+            rows, together = next(tried)
             loss = loss_of(model, collate(rows[:2], together))
+        except StopIteration:
+            break
         except Exception as error:
             failures.append(first_line(error))
             continue

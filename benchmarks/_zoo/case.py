@@ -79,6 +79,9 @@ def collate(rows: Sequence[Row], together: Sequence[str] = ()) -> dict[str, Any]
     """Rows as one batch: each tensor padded to the largest of the batch in every dimension; ``together`` joined."""
     batch: dict[str, Any] = {}
     for name in rows[0]:
+        if isinstance(rows[0][name], bool):  # a setting of the model
+            batch[name] = rows[0][name]
+            continue
         values = [torch.as_tensor(row[name]) for row in rows]
         if name in together:
             batch[name] = torch.cat(values)

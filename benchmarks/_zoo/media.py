@@ -21,10 +21,10 @@ def pictures(model: nn.Module, names: set[str]) -> Iterator[Made]:
     if "image_grid_thw" in names:
         yield from _grids(model, names)
     token = _token(model, "image_token_id", "image_token_index")
-    for pixels in _pixels(model, names):
-        yield from _with_media(names, token, pixels, lengths=LENGTHS)
-    for pixels in _pixels(model, names):
-        yield from _with_media(names, token, pixels, lengths=(12,) * ROWS)
+    for media in pixels(model, names):
+        yield from _with_media(names, token, media, lengths=LENGTHS)
+    for media in pixels(model, names):
+        yield from _with_media(names, token, media, lengths=(12,) * ROWS)
 
 
 def sounds(model: nn.Module, names: set[str]) -> Iterator[Made]:
@@ -66,12 +66,14 @@ def _text(draw: Draw, names: set[str], length: int, token: int | None, count: in
     for name in ("mm_token_type_ids", "token_type_ids"):
         if name in names:
             row[name] = (ids == token).long()
+    if "qformer_input_ids" in names:
+        row["qformer_input_ids"] = draw.words(length)
     if "decoder_input_ids" in names and "labels" in names:
         row["labels"] = draw.words(6)
     return row
 
 
-def _pixels(model: nn.Module, names: set[str]) -> Iterator[list[Row]]:
+def pixels(model: nn.Module, names: set[str]) -> Iterator[list[Row]]:
     channels, height, width = image_size(model)
     draw = Draw(1)
     if "flattened_patches" in names:
@@ -79,6 +81,17 @@ def _pixels(model: nn.Module, names: set[str]) -> Iterator[list[Row]]:
         depth = config.patch_embed_hidden_size if hasattr(config, "patch_embed_hidden_size") else 768
         patches = [draw.normal(16, depth) for _ in range(ROWS)]
         yield [{"flattened_patches": one} for one in patches]
+        return
+    if "spatial_shapes" in names:
+        patch = getattr(model.config, "vision_config", model.config).patch_size
+        yield [
+            {
+                "pixel_values": draw.normal(16, channels * patch * patch),
+                "pixel_attention_mask": torch.ones(16, dtype=torch.long),
+                "spatial_shapes": torch.tensor([4, 4]),
+            }
+            for _ in range(ROWS)
+        ]
         return
     if "image_position_ids" in names:
         patch, side = model.config.vision_config.patch_size, height // model.config.vision_config.patch_size

@@ -134,6 +134,11 @@ def image_size(model: nn.Module) -> tuple[int, int, int]:
 
 def _images(label: Any) -> Any:
     def make(model: nn.Module, names: set[str]) -> Iterator[tuple[list[Row], tuple[str, ...]]]:
+        if "spatial_shapes" in names:
+            from .media import pixels
+
+            for images in pixels(model, names):
+                yield [label(image, Draw(), index) for index, image in enumerate(images)], ()
         channels, height, width = image_size(model)
         name = "pixel_values" if "pixel_values" in names else "inputs"
         sizes = dict.fromkeys([(height, width), (IMAGE, IMAGE), (64, 64), (128, 128), (224, 224)])
@@ -224,6 +229,22 @@ def _image_and_text(model: nn.Module, names: set[str]) -> Iterator[tuple[list[Ro
     yield from pictures(model, names)
 
 
+def _pairs(model: nn.Module, names: set[str]) -> Iterator[tuple[list[Row], tuple[str, ...]]]:
+    """A picture and its text; each is told from those of the rest of the batch."""
+    from .media import pixels
+
+    for images in pixels(model, names):
+        for lengths in (LENGTHS, (FIXED,) * ROWS):
+            draw = Draw()
+            yield (
+                [
+                    _text(draw, names, length) | image | {"return_loss": True}
+                    for length, image in zip(lengths, images, strict=True)
+                ],
+                (),
+            )
+
+
 def _series(model: nn.Module, names: set[str]) -> Iterator[tuple[list[Row], tuple[str, ...]]]:
     config, draw = model.config, Draw()
     if "past_time_features" in names:
@@ -269,5 +290,6 @@ _MAKERS: dict[str, Any] = {
     "CTC": _of_sound(_letters),
     "speech seq2seq": _of_sound(_target),
     "image-text-to-text": _image_and_text,
+    "image-text contrastive": _pairs,
     "time series prediction": _series,
 }
