@@ -99,9 +99,23 @@ class Arm:
     moved: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the weights, as JSON has it."""
-        rest = {name: value for name, value in vars(self).items() if name != "weights"}
-        return rest | {"losses": [value if math.isfinite(value) else str(value) for value in self.losses]}
+        """What the table keeps: no weights, counts for names, and messages only where they say why something is off."""
+        kept = {
+            "losses": [float(f"{value:.6g}") if math.isfinite(value) else str(value) for value in self.losses],
+            "error": self.error,
+            "first_freeze": self.first_freeze,
+            "frozen": len(self.frozen),
+            "units": self.units,
+            "prefixes": self.prefixes,
+            "off": self.off,
+            "messages": [line for line in dict.fromkeys(self.messages) if not is_usual(line)],
+        }
+        return {name: value for name, value in kept.items() if value not in (None, [], {})}
+
+
+def is_usual(line: str) -> bool:
+    """Whether adafreeze says this in every run."""
+    return any(usual in line for usual in _USUAL)
 
 
 @contextmanager
@@ -204,7 +218,7 @@ def largest_difference(first: Sequence[float], second: Sequence[float]) -> float
 
 def reason_in(arm: Arm) -> str | None:
     """The first line that says more than what is said in every run."""
-    return next((line for line in arm.messages if not any(usual in line for usual in _USUAL)), None)
+    return next((line for line in arm.messages if not is_usual(line)), None)
 
 
 def faults_of(arms: dict[str, Arm], row: dict[str, Any]) -> list[str]:
@@ -213,6 +227,10 @@ def faults_of(arms: dict[str, Arm], row: dict[str, Any]) -> list[str]:
     for name, arm in arms.items():
         if arm.error is not None and not arm.refused:
             found.append(f"{name}: {arm.error}")
+        elif arm.error is None and len(arm.losses) != len(control.losses):
+            found.append(f"{name}: {len(arm.losses)} steps, and control {len(control.losses)}")
+        elif not all(map(math.isfinite, arm.losses)):
+            found.append(f"{name}: a loss is not finite")
     later, defaults, uncached = arms["later"], arms["defaults"], arms["uncached"]
     if not later.refused:
         until = len(control.losses) if later.first_freeze is None else later.first_freeze
@@ -222,7 +240,7 @@ def faults_of(arms: dict[str, Arm], row: dict[str, Any]) -> list[str]:
     if not defaults.refused and not uncached.refused:
         row["cached_against_uncached"] = largest_difference(defaults.losses, uncached.losses)
         row["weights"] = distance(defaults.weights, uncached.weights) / max(uncached.moved, 1e-12)
-        if defaults.frozen != uncached.frozen:
+        if defaults.error is None and uncached.error is None and defaults.frozen != uncached.frozen:
             found.append("defaults and uncached froze different units")
         elif row["cached_against_uncached"] > TOLERANCE:
             found.append("losses with the cache and without it differ")
@@ -364,9 +382,8 @@ def run_all(chosen: Sequence[Family], jobs: int, seconds: float = SECONDS) -> It
 def write(rows: dict[str, dict[str, Any]], path: Path) -> None:
     """The table so far, sorted."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {key: rows[key] for key in sorted(rows)}
-    content = {"environment": environment(), "rows": list(kept.values())}
-    text = json.dumps(content, indent=1) + "\n"
+    lines = ",\n".join(json.dumps(rows[key]) for key in sorted(rows))
+    text = f'{{"environment": {json.dumps(environment())},\n"rows": [\n{lines}\n]}}\n'
     path.with_suffix(".tmp").write_text(text)
     path.with_suffix(".tmp").replace(path)
 

@@ -117,6 +117,11 @@ class TestTheInstrumentFinds:
         refusal = {"error": "ModelError: no stack", "refused": True}
         assert self.faults(later=refusal, defaults=refusal, uncached=refusal) == []
 
+    def test_a_run_that_ends_early_or_gives_no_number(self):
+        assert self.faults(defaults={"losses": [3.0, 2.0]}) != []
+        both = {"losses": [3.0, 2.0, float("nan")]}
+        assert self.faults(defaults=both, uncached=both) != []
+
     def test_a_benefit_that_is_missing_without_a_word(self):
         silent = {"prefixes": {"layers": 0}, "hits": 0}
         assert self.faults(defaults=silent) != []
