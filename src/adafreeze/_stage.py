@@ -282,7 +282,7 @@ class Stage:
             yield (
                 f"{len(self.units) - len(self.paying)} of {len(self.units)} units cannot join a frozen prefix, and do "
                 f"not freeze: {names} trains in or below their blocks. "
-                f"{'; '.join(remedies(self.obstacles, self.freezer.backend))}."
+                f"{remedies(self.obstacles, self.freezer.backend)}."
             )
         if getattr(unwrapped(module), "_require_grads_hook", None) or getattr(
             unwrapped(module), "_require_grads_hooks", None

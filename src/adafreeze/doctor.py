@@ -58,7 +58,7 @@ def examine(
         if below is not None:
             names = some([obstacle.short for obstacle in here])
             what = f"at most {below} blocks of {path} join it" if below else f"{path} gets none"
-            change = "; ".join(remedies(here, backend))
+            change = remedies(here, backend)
             yield Finding("frozen prefix", "costs", f"{what}: {names} trains in or below the next ({change})")
         elif flow.live:
             sources = " and ".join(flow.reads)

@@ -231,7 +231,7 @@ def paying_units(
         cause=(f"{len(shared)} units share parameters, which train until the last of them freezes. " if shared else "")
         + "The backward pass runs down to the lowest parameter that trains, so a frozen adapter above it saves hardly "
         "any memory or time.",
-        fix="; ".join(remedies(obstacles, backend)) + ". SafeConfig(freeze=[...]) freezes all the same what it names.",
+        fix=remedies(obstacles, backend) + ". SafeConfig(freeze=[...]) freezes all the same what it names.",
         stacklevel=5,
     )
     return paying

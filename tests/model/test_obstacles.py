@@ -208,3 +208,13 @@ def test_many_stacks_give_one_warning():
         safe = Safe(model, probe=cases.loader("t5"), total_steps=30)
     assert len([one for one in caught if issubclass(one.category, AdafreezeWarning)]) == 1
     safe.close()
+
+
+def test_many_of_a_kind_are_named_in_few_words():
+    model = cases.lora_model("llama", blocks=6)
+    for block in model.get_base_model().model.layers:
+        block.input_layernorm.weight.requires_grad_(True)
+    safe, text = started(model)
+    assert "model.layers.2.input_layernorm.weight and 3 more train in" in text
+    assert "requires_grad_(False) on model.layers.2.input_layernorm.weight; and 3 more of the kind." in text
+    safe.close()

@@ -82,7 +82,8 @@ def units_below(units: Mapping[str, Unit], obstacles: Sequence[Obstacle]) -> fro
     return frozenset(name for name, unit in units.items() if unit.block < lowest.get(unit.stack, unit.block + 1))
 
 
-def remedies(obstacles: Sequence[Obstacle], backend: Backend) -> list[str]:
-    """What to change so that none of them trains, each once."""
+def remedies(obstacles: Sequence[Obstacle], backend: Backend, most: int = 3) -> str:
+    """What to change so that none of them trains: the first ``most``, each once."""
     shared = "a method with weights of its own in each block, such as LoRA, DoRA or IA3"
-    return list(dict.fromkeys(shared if one.owners else backend.remedy(one.name) for one in obstacles))
+    found = list(dict.fromkeys(shared if one.owners else backend.remedy(one.name) for one in obstacles))
+    return "; ".join([*found[:most], *([f"and {len(found) - most} more of the kind"] if found[most:] else [])])
