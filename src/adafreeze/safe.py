@@ -28,7 +28,7 @@ from .model.backends import find_backend
 from .model.blocks import device_of, unwrap
 from .model.draw import batch_size_of, samples_of
 from .model.flow import chains_of
-from .model.patches import claim, forwarders
+from .model.patches import claim, forwarders, release
 from .model.units import blocks_below, units_along
 from .preflight import (
     check_parallel,

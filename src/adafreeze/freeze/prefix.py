@@ -330,7 +330,9 @@ class Prefix:
         return start.states if handed_on is None else (start.states, *handed_on)
 
     def _notice_autocast(self, block: nn.Module) -> None:
-        autocast = autocast_now(next(block.parameters()).device)
+        # Weights that accelerate has put away stand on no device until their module is called.
+        devices = (parameter.device for parameter in block.parameters() if not parameter.is_meta)
+        autocast = autocast_now(next(devices, torch.device("cpu")))
         if autocast != self.autocast:
             self.autocast = autocast
             if self._pass.recorded is None:

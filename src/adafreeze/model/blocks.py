@@ -259,5 +259,6 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's inputs belong: the device of its first parameter."""
-    return next(model.parameters()).device
+    """Where the model's inputs belong: the device of its first parameter; of those put away nobody knows."""
+    devices = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    return next(devices, torch.device("cpu"))
