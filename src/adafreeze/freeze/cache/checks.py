@@ -120,11 +120,10 @@ class Examiner:
         self.padding_known: set[int] = set()
         self.refusal: str | None = None
         self.flops = 0
-        self._waiting: set[tuple[str, int]] = set()
+        self._waiting: dict[tuple[str, int], int] = {}  # calls whose gradient is asked for, and the side of each
         self._widths: set[tuple[str, int, int]] = set()
         self.writes = False
         self._rows: Rows | None = None
-        self._situation: Situation | None = None
         self._look: _Look | None = None
         self.collect: Callable[[str, int, Tensor], None] | None = None
 
@@ -285,8 +284,10 @@ class Examiner:
         if self._differs_without_padding(situation, rows, call):
             self._take_whole_rows()
             return False
-        self._waiting = {(p, n) for (_, p, n), one in layouts.items() if one.by_position and one.side in sides}
-        self._situation, self._rows = situation, rows
+        self._rows = rows
+        self._waiting = {
+            (p, n): one.side for (_, p, n), one in layouts.items() if one.by_position and one.side in sides
+        }
         return False
 
     def _differs_without_padding(self, situation: Situation, rows: Rows, call: Call) -> bool:
@@ -315,25 +316,25 @@ class Examiner:
                     return True
         return False
 
-    def _see_gradient(self, slot: tuple[str, int], gradient: Tensor) -> None:
+    def _see_gradient(self, slot: tuple[str, int], side: int, rows: Rows, gradient: Tensor) -> None:
         """Where padding has a gradient, something above reads it: labels on padding, a mean over all positions."""
-        assert self._situation is not None and self._rows is not None
-        sides = {(path, n): layout.side for (_, path, n), layout in self._situation.layouts.items()}
+        if slot not in self._waiting or gradient.shape[:2] != (rows.count, rows.width(side)):
+            return
         size = gradient.detach().abs()
         largest = float(size.max())
         if largest != largest or largest in (0.0, float("inf")):
             return  # an overflow under loss scaling says nothing; the next padded pass is asked
-        for row, (first, last) in enumerate(self._rows.spans(sides[slot])):
+        for row, (first, last) in enumerate(rows.spans(side)):
             size[row, first:last] = 0
-        self._waiting.discard(slot)
+        del self._waiting[slot]
         if float(size.max()) > 1e-6 * largest:
             self._take_whole_rows()
-        elif not any(sides[other] == sides[slot] for other in self._waiting):
-            self.padding_known.add(sides[slot])
+        elif side not in self._waiting.values():
+            self.padding_known.add(side)
 
     def _take_whole_rows(self) -> None:
         self.whole_rows = True
-        self._waiting = set()
+        self._waiting = {}
         self.situations.clear()
         self._look = None
         self.on_whole_rows()
@@ -366,7 +367,9 @@ class Examiner:
     def watch(self, path: str, number: int, hidden: Tensor) -> None:
         """The boundary of a training pass."""
         if (path, number) in self._waiting:
-            self.prefix.mark(hidden).register_hook(partial(self._see_gradient, (path, number)))
+            assert self._rows is not None
+            see = partial(self._see_gradient, (path, number), self._waiting[path, number], self._rows)
+            self.prefix.mark(hidden).register_hook(see)
         if self._look is not None:
             self._compare_states(self._look, path, number, hidden.detach())
         if self.collect is not None:
