@@ -88,6 +88,8 @@ class Caching:
         if self._announced:
             return
         self._announced = True
+        if self.cache is not None and self.cache.off is not None:
+            return  # that was said, and why
         if self._reason is None and steps_per_epoch is not None and total_steps <= steps_per_epoch:
             self._reason = ONE_EPOCH
         if self._reason is None and varies(self._source):

@@ -426,3 +426,23 @@ def test_looking_again_comes_at_times_that_follow_from_flops_and_costs_little():
     (situation,) = [one for one in safe.caching.cache.examiner.situations.values() if "held" in one.verified]
     # Two of four blocks: 1 + 1 forward passes of a half against three of a half in a step; at most 0.2 %.
     assert situation.spot == pytest.approx(1 / 0.002 * 2 / 3, rel=0.2)
+
+
+def test_a_part_of_the_model_that_is_called_in_its_place_is_said_to_be_looked_up_never(caplog):
+    model, inputs = lora_model("bert", BLOCKS, dropout=0.0), batch("bert")
+    safe = Safe(model, config(), probe=inputs, total_steps=100, samples_per_epoch=40)
+    safe._freeze(list(safe.units)[:2], by="hand")
+    bert = model.get_base_model().bert
+    with caplog.at_level("INFO", "adafreeze"):
+        for _ in range(6):
+            bert(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    assert caplog.text.count("training calls a part of the model") == 1 and not safe.caching.cache.worth.looked_up
+    safe.close()
+
+
+def test_a_cache_that_went_off_before_its_line_is_not_said_to_be_on(caplog):
+    with caplog.at_level("INFO", "adafreeze"):
+        model = in_block(lora_model("bert", BLOCKS), FAULTS["draws noise"][0])
+        train("bert", config({1: 2}, freeze=("bert.encoder.layer.0",)), list(epochs("bert")), model=model)
+    lines = [record.message for record in caplog.records if record.message.startswith("Prefix cache")]
+    assert len(lines) == 1 and lines[0].startswith("Prefix cache off: the prefix gives")

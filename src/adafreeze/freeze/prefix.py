@@ -21,6 +21,9 @@ __all__ = ["Prefix", "Start", "Starts", "autocast_now"]
 # Settings under which a model skips whole blocks in training, each with a probability.
 LAYER_DROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop", "layer_drop")
 
+# So many passes that begin inside the model are no accident.
+BYPASSES = 4
+
 
 @dataclass
 class Start:
@@ -102,6 +105,7 @@ class Prefix:
         around: told before and after each pass of the model, whatever for.
         ended: stacks that have no prefix any more, since something that trains was seen to enter it.
         on_end: called with the path when that happens.
+        on_bypass: called when several training passes have come to the blocks, and none through the model itself.
         modules: all of the model, as they were when the prefix last changed; walking the tree takes time.
         drops_layers: the model leaves out blocks by chance in training.
         autocast: (dtype or None) that was in force in the last training pass; "unknown" before the first.
@@ -121,6 +125,7 @@ class Prefix:
         self.around: Around | None = None
         self.ended: set[str] = set()
         self.on_end: Callable[[str], None] | None = None
+        self.on_bypass: Callable[[], None] | None = None
         self.autocast: torch.dtype | str | None = "unknown"
         self.drops_layers = any(_setting(model, name) for name in LAYER_DROP)
         self.modules = list(model.modules())
@@ -129,6 +134,7 @@ class Prefix:
         self._entered: set[str] = set()
         self._pass = _Pass()
         self._root: nn.Module | None = None
+        self._bypassed = 0
         self._harmless: list[Tensor] = []
         self._hands_on: dict[str, tuple[Any, ...] | bool | None] = {}
 
@@ -268,6 +274,7 @@ class Prefix:
             if index == 0:
                 this.calls[path] = this.calls.get(path, 0) + 1
                 self._notice_autocast(block)
+                self._notice_bypass()
             if this.recorded is None and self._something_trains(args, kwargs):
                 self._end_prefix(path)
                 return original(*args, **kwargs)
@@ -328,6 +335,12 @@ class Prefix:
             self._pass.handed_on[path] = _after_first(run()) if beside is True else beside  # type: ignore[assignment]
         handed_on = self._pass.handed_on[path]
         return start.states if handed_on is None else (start.states, *handed_on)
+
+    def _notice_bypass(self) -> None:
+        if self._root is None and self.on_bypass is not None:
+            self._bypassed += 1
+            if self._bypassed == BYPASSES:
+                self.on_bypass()
 
     def _notice_autocast(self, block: nn.Module) -> None:
         # Weights that accelerate has put away stand on no device until their module is called.

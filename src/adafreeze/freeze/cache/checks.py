@@ -226,8 +226,10 @@ class Examiner:
                 again = again or self.prefix.compute(call, rows.inputs, {}, until)
                 if again is None or not torch.equal(again[path][number], hidden):
                     return (
-                        "the prefix gives a sample another output each time (NEFTune noise, or dropout that is a "
-                        "function and no module: BART and its relatives take dropout=0.0 in their configuration)"
+                        "the prefix gives a sample another output each time (NEFTune noise, or dropout behind the "
+                        "embeddings that is a function and no module; BART and its relatives take "
+                        "model.model.encoder.dropout = model.model.decoder.dropout = 0.0, or "
+                        "from_pretrained(..., dropout=0.0))"
                     )
                 return "what the prefix makes of a sample depends on its place in the batch, or on the others in it"
             side = self.sides[path]

@@ -127,6 +127,7 @@ class PrefixCache:
         prefix.watch_boundary = self.examiner.watch
         prefix.finished = self._finished
         prefix.around = identity
+        prefix.on_bypass = self._note_bypass
 
     # What Safe calls.
 
@@ -219,6 +220,7 @@ class PrefixCache:
     def _give_back(self) -> None:
         self._undo.close()
         self.prefix.look_up = self.prefix.watch_boundary = self.prefix.finished = self.prefix.around = None
+        self.prefix.on_bypass = None
         self._now = None
         self.store.close()
 
@@ -228,6 +230,12 @@ class PrefixCache:
             "Prefix cache: padding is read above the prefix (labels on it, a mean over all positions), or changes what "
             "the prefix gives (left padding with absolute positions), or the model pads its inputs to another width. "
             "Whole rows are held: a sample is found again at the width it came with."
+        )
+
+    def _note_bypass(self) -> None:
+        self._say(
+            "training calls a part of the model, and what it is called with there is not looked up; give Safe the module "
+            "that is called"
         )
 
     def _merged(self) -> None:
