@@ -163,13 +163,18 @@ def lora_targets(model: nn.Module) -> list[str] | str:
     from transformers.pytorch_utils import Conv1D
 
     of_blocks: dict[str, set[str]] = {}
+    linear: dict[str, str] = {}
     for name, module in model.named_modules():
         inside = re.match(r"(.*?\.\d+)\.", name)
         if inside and isinstance(module, (nn.Linear, Conv1D)):
-            of_blocks.setdefault(inside[1], set()).add(name.rsplit(".", 1)[-1])
+            linear[name] = name.rsplit(".", 1)[-1]
+            of_blocks.setdefault(inside[1], set()).add(linear[name])
     found: set[str] = set()
     for names in of_blocks.values():
         found |= names & set(_ATTENTION) or names - {"out_proj"}  # PEFT refuses that of Mamba
+    others = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name not in linear}
+    if found & others:  # what bears such a name elsewhere may be nothing that PEFT can adapt
+        return [name for name, last in linear.items() if last in found]
     return sorted(found) or "all-linear"
 
 

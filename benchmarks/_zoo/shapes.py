@@ -331,7 +331,7 @@ def of_own_shape() -> Iterator[Family]:
     yield Family("sentence-transformers", "cross-encoder", _cross_encoder, needs="sentence_transformers")
     yield Family("SetFit", "contrastive", _setfit, needs="setfit")
     yield Family("wav2vec2, layer drop 0.3", "CTC", _with_layer_drop)
-    for kind in ("llava", "qwen2_5_vl", "qwen3_vl", "smolvlm", "gemma3"):
+    for kind in ("llava", "qwen2_5_vl", "qwen3_vl", "smolvlm", "gemma3", "gemma4"):
         yield Family(
             f"{kind}, LoRA in the language model", "image-text-to-text", functools.partial(_language_model_only, kind)
         )
