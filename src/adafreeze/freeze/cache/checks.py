@@ -25,6 +25,8 @@ __all__ = ["Examiner", "Situation"]
 MOST_SITUATIONS = 32
 # How often a stack is called in a pass may differ so often between passes of one kind.
 MOST_COUNTS = 3
+# Padded passes whose gradient is zero everywhere before the shadow of a held pass alone has to show what padding means.
+MOST_ZEROS = 2
 # The part of a run's FLOPs that looking again may cost.
 SPOT_CHECKS = 0.002
 # Numbers of an output that are compared at most: a sample of its rows, so that no second copy of all logits is held.
@@ -120,9 +122,11 @@ class Examiner:
         self.padding_known: set[int] = set()
         self.refusal: str | None = None
         self.flops = 0
+        self._calls: dict[str, dict[str, int]] = {}  # of a kind of pass, whatever the depths
         self._waiting: dict[tuple[str, int], int] = {}  # calls whose gradient is asked for, and the side of each
         self._widths: set[tuple[str, int, int]] = set()
         self.writes = False
+        self._zeros = 0
         self._rows: Rows | None = None
         self._look: _Look | None = None
         self.collect: Callable[[str, int, Tensor], None] | None = None
@@ -133,12 +137,13 @@ class Examiner:
         """Of a pass on these rows, in the prefix as it is now."""
         training = tuple(module.training for module in self.prefix.modules)
         depths = tuple(self.prefix.depths.values())
-        told = rows.signature(), str(ambient), self.whole_rows, depths, hash(training)
-        key = xxhash.xxh3_64_hexdigest(repr(told).encode())
+        told = rows.signature(), str(ambient), hash(training)
+        kind = xxhash.xxh3_64_hexdigest(repr(told).encode())
+        key = f"{kind} {self.whole_rows} {depths}"
         if key not in self.situations:
             if len(self.situations) >= MOST_SITUATIONS:
                 self.refusal = f"the model was called in {MOST_SITUATIONS} different ways"
-            calls = {stack.path: 1 for stack in self.prefix.stacks}
+            calls = {stack.path: 1 for stack in self.prefix.stacks} | self._calls.get(kind, {})
             verified, counted = self.shown.get(key, ((), {}))
             self.situations[key] = Situation(key, calls | counted, verified=set(verified))
         return self.situations[key]
@@ -324,12 +329,15 @@ class Examiner:
             return
         size = gradient.detach().abs()
         largest = float(size.max())
-        if largest != largest or largest in (0.0, float("inf")):
+        if largest != largest or largest == float("inf"):
             return  # an overflow under loss scaling says nothing; the next padded pass is asked
+        if largest == 0.0 and self._zeros < MOST_ZEROS:
+            self._zeros += 1  # nor does a loss that does not depend on the boundary, unless it never does
+            return
         for row, (first, last) in enumerate(rows.spans(side)):
             size[row, first:last] = 0
         del self._waiting[slot]
-        if float(size.max()) > 1e-6 * largest:
+        if largest and float(size.max()) > 1e-6 * largest:
             self._take_whole_rows()
         elif side not in self._waiting.values():
             self.padding_known.add(side)
@@ -395,6 +403,7 @@ class Examiner:
         if all(situation.calls[path] == count for path, count in seen.items()):
             return True
         situation.calls.update(seen)
+        self._calls.setdefault(situation.key.split()[0], {}).update(seen)
         situation.layouts, situation.verified, situation.fresh = {}, set(), None
         situation.counts += 1
         if situation.counts > MOST_COUNTS:
