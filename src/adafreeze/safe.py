@@ -131,6 +131,7 @@ class Safe:
         claim(self, self._claimed)
         self.prefix = Prefix(self.model, self.stacks, flows, keep_dropout=self.config.prefix_dropout)
         self.prefix.on_end = self._prefix_ended
+        self.prefix.on_change = self._prefix_shrank
         given = given if self.ranks.is_main else None
         self.journal = journal or (given if isinstance(given, Journal) else Journal(given))
         self._write_start()
@@ -333,6 +334,13 @@ class Safe:
             "that require grad). Its gradient passes through them, so they have no frozen prefix, and no cache; "
             + (f"the {len(thawed)} units frozen there train again." if thawed else "nothing more freezes there.")
         )
+
+    def _prefix_shrank(self, paths: list[str]) -> None:
+        """Somebody has made a parameter in the prefix trainable that belongs to no unit."""
+        self.caching.prefix_changed()
+        self.journal.write("prefix_shrank", step=self.steps, prefixes=self.prefixes)
+        left = ", ".join(f"{self.prefix.depths[path]} blocks of {path}" for path in paths)
+        note(f"Step {self.steps}: a parameter in the frozen prefix was made trainable; what is left of it is {left}.")
 
     def _take_the_strictest(self) -> None:
         """What one rank has found wrong, no rank does."""

@@ -446,3 +446,115 @@ def test_a_cache_that_went_off_before_its_line_is_not_said_to_be_on(caplog):
         train("bert", config({1: 2}, freeze=("bert.encoder.layer.0",)), list(epochs("bert")), model=model)
     lines = [record.message for record in caplog.records if record.message.startswith("Prefix cache")]
     assert len(lines) == 1 and lines[0].startswith("Prefix cache off: the prefix gives")
+
+
+# What changes below the boundary in mid-run, when samples are held already.
+
+
+def late(change, at=6, undo=None, depths=None):
+    """A run with the cache and one without, in both of which ``change(model)`` is made after step ``at``."""
+
+    def after(safe, model):
+        if safe.steps == at:
+            after.undo = change(model)
+        if undo is not None and safe.steps == at + undo:
+            after.undo()
+
+    def run(cache):
+        model = lora_model("bert", BLOCKS, dropout=0.0)
+        return train(
+            "bert", config(depths or {1: 2}, cache=cache), list(epochs("bert", epochs=4)), model=model, after=after
+        )
+
+    return run("ram"), run("off")
+
+
+def embeddings_of(model):
+    return model.base_model.model.bert.embeddings
+
+
+def written_to(model):
+    weight = embeddings_of(model).word_embeddings.weight
+    weight.data.add_(0.5)
+    return lambda: weight.data.sub_(0.5)
+
+
+def hooked(model):
+    handle = embeddings_of(model).register_forward_hook(lambda _m, _i, output: output + 0.3)
+    return handle.remove
+
+
+def patched_embeddings(model):
+    module = embeddings_of(model)
+    original = module.forward
+    module.forward = lambda *args, **kwargs: original(*args, **kwargs) + 0.3
+    return lambda: module.__dict__.pop("forward")
+
+
+def replaced_weight(model):
+    weight = model.base_model.model.bert.encoder.layer[0].output.dense.weight
+    weight.data = weight.data * 1.5
+
+
+def replaced_module(model):
+    output = model.base_model.model.bert.encoder.layer[0].output
+    torch.manual_seed(7)
+    output.dense = nn.Linear(64, 32).requires_grad_(False)
+
+
+def patched_block(model):
+    block = model.base_model.model.bert.encoder.layer[1]
+    original = block.forward
+
+    def forward(*args, **kwargs):
+        output = original(*args, **kwargs)
+        return (output[0] + 0.3, *output[1:]) if isinstance(output, tuple) else output + 0.3
+
+    block.forward = forward
+
+
+@pytest.mark.parametrize(
+    "change", [written_to, hooked, patched_embeddings, replaced_weight, replaced_module, patched_block]
+)
+def test_what_somebody_changes_below_the_boundary_counts_from_the_next_pass_on(change):
+    cached, without = late(change)
+    assert_same(cached, without)
+    assert counts(cached[2])[0]
+
+
+@pytest.mark.parametrize("change", [written_to, hooked])
+def test_what_was_changed_for_some_passes_and_put_back_is_served_again(change):
+    cached, without = late(change, undo=2)
+    assert_same(cached, without)
+    (waits,) = [event for event in cached[2].journal.events if event["event"] == "cache_waits"]
+    assert "what enters the frozen prefix" in waits["reason"]
+    assert off_reason(cached[2]) is None and counts(cached[2])[0] >= COUNT
+
+
+@pytest.mark.parametrize("cache", ["ram", "off"])
+@pytest.mark.parametrize("place", ["encoder.layer.1.output.dense", "embeddings.word_embeddings"])
+def test_what_is_unfrozen_in_mid_run_gets_its_gradient(place, cache, caplog):
+    """Gradual unfreezing: base weights that the optimizer holds from the start train from some step on."""
+
+    def gradient(depths):
+        model = lora_model("bert", BLOCKS, dropout=0.0)
+        weight = model.base_model.model.bert.get_submodule(place).weight
+        found = []
+
+        def after(safe, _model):
+            if safe.steps == 6:
+                weight.requires_grad_(True)
+            if safe.steps == 9:
+                found.append(weight.requires_grad)
+
+        trained = train("bert", config(depths, cache=cache), list(epochs("bert")), model=model, after=after)
+        number = [id(p) for p in model.parameters()].index(id(weight))
+        return [step[number] for step in trained[1]], trained[2], found
+
+    with caplog.at_level("INFO", "adafreeze"):
+        gradients, safe, trains = gradient({1: 3})
+    assert trains == [True] and all(g is None for g in gradients[:6])
+    assert all(g is not None and float(g.abs().max()) > 0 for g in gradients[6:])
+    left = {"encoder.layer.1.output.dense": 1, "embeddings.word_embeddings": 0}[place]
+    assert list(safe.prefixes.values()) == [left]
+    assert "was made trainable" in caplog.text or "something that trains feeds" in caplog.text

@@ -51,6 +51,7 @@ class Around(Protocol):
 class _Pass:
     """One forward pass of the model.
 
+    ``refused`` are calls (stack, number) that do not start where ``starts`` says.
     ``recorded`` is None in a training pass; in a nested one the hidden states at the boundaries are put there, call by
     call, and with ``until`` (calls of each stack) the pass is left when all have come. ``handed_on`` is what blocks
     return beside their hidden states in the present call (T5's position bias), by stack.
@@ -60,12 +61,13 @@ class _Pass:
     recorded: dict[str, list[Tensor]] | None = None
     until: Mapping[str, int] | None = None
     calls: dict[str, int] = field(default_factory=dict)
+    refused: set[tuple[str, int]] = field(default_factory=set)
     handed_on: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)
 
     def start(self, path: str) -> Start | None:
         """Where the present call of this stack begins."""
         starts, call = self.starts.get(path, ()), self.calls.get(path, 1) - 1
-        return starts[call] if call < len(starts) else None
+        return starts[call] if call < len(starts) and (path, call) not in self.refused else None
 
     @property
     def is_complete(self) -> bool:
@@ -98,6 +100,10 @@ class Prefix:
     Attributes:
         look_up: asked before each training pass of the model where to start. Stacks and calls that it leaves out run
             their prefix.
+        watch_entry: called with a stack's path, the number of the call and what enters its block 0 in a training pass
+            that runs its prefix.
+        admits: asked with the same, before a call that would start above its prefix: False runs the prefix.
+        entered: by path, what entered block 0 in each call of the last nested pass.
         watch_boundary: called with a stack's path, the number of the call and the hidden states at its boundary in a
             training pass.
         finished: called after each training pass with what the model returned, None if it failed; and with how often
@@ -105,6 +111,7 @@ class Prefix:
         around: told before and after each pass of the model, whatever for.
         ended: stacks that have no prefix any more, since something that trains was seen to enter it.
         on_end: called with the path when that happens.
+        on_change: called with the paths whose prefix got shorter, since something in it trains by now.
         on_bypass: called when several training passes have come to the blocks, and none through the model itself.
         modules: all of the model, as they were when the prefix last changed; walking the tree takes time.
         drops_layers: the model leaves out blocks by chance in training.
@@ -120,11 +127,15 @@ class Prefix:
         self.keep_dropout = keep_dropout
         self.depths: dict[str, int] = {stack.path: 0 for stack in stacks}
         self.look_up: Callable[[Call], Starts] | None = None
+        self.watch_entry: Callable[[str, int, Tensor], None] | None = None
+        self.admits: Callable[[str, int, Tensor], bool] | None = None
+        self.entered: dict[str, list[Tensor]] = {}
         self.watch_boundary: Callable[[str, int, Tensor], None] | None = None
         self.finished: Callable[[Any, Mapping[str, int]], None] | None = None
         self.around: Around | None = None
         self.ended: set[str] = set()
         self.on_end: Callable[[str], None] | None = None
+        self.on_change: Callable[[list[str]], None] | None = None
         self.on_bypass: Callable[[], None] | None = None
         self.autocast: torch.dtype | str | None = "unknown"
         self.drops_layers = any(_setting(model, name) for name in LAYER_DROP)
@@ -135,6 +146,8 @@ class Prefix:
         self._pass = _Pass()
         self._root: nn.Module | None = None
         self._bypassed = 0
+        self._tables: list[dict[str, nn.Parameter | None]] = []
+        self._forwards: list[tuple[nn.Module, Any]] = []
         self._harmless: list[Tensor] = []
         self._hands_on: dict[str, tuple[Any, ...] | bool | None] = {}
 
@@ -143,10 +156,12 @@ class Prefix:
         depths = {stack.path: self._depth(stack) for stack in self.stacks}
         if depths != self.depths:
             self._undo.close()
+            self._forwards = []
             self.modules = list(self.model.modules())
             self.depths = depths
             if any(depths.values()):
                 self._install()
+            self._tables = [module._parameters for block in self.blocks for module in block.modules()]
         return depths
 
     def restore(self) -> None:
@@ -154,7 +169,7 @@ class Prefix:
         self._undo.close()
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        self._hooks, self._forwards, self._tables = [], [], []
         self.depths = {stack.path: 0 for stack in self.stacks}
 
     @property
@@ -183,7 +198,9 @@ class Prefix:
                 if not self.keep_dropout:
                     enter(_HeldInEvaluation(block, self.model))
                 enter(held_attribute(block, "gradient_checkpointing", False))
-                enter(patched_forward(block, self._graphless(stack, index, block)))
+                forward = self._graphless(stack, index, block)
+                enter(patched_forward(block, forward))
+                self._forwards.append((block, forward))
             if depth and not self.keep_dropout:
                 for dropout in self.flows[stack.path].dropouts:
                     enter(patched_forward(dropout, self._until_entered(stack, dropout)))
@@ -199,6 +216,7 @@ class Prefix:
         each stack has come to its boundary as often as ``until`` says. None if that did not happen.
         """
         this = _Pass(starts, recorded={}, until=until)
+        self.entered = {}
         with self._nested(this), torch.no_grad(), suppress(StopForward):
             self._run(call, inputs)
         return this.recorded if this.is_complete else None
@@ -239,12 +257,28 @@ class Prefix:
         self._pass = _Pass()
         self._entered.clear()
         self._harmless.clear()
+        if self._active():
+            self._notice_unfrozen()
         if self.around is not None:
             self.around.before_pass()
         # What is trained through an input must not be cut off; the blocks will see whether it reaches them.
         trains = any(tensor.requires_grad for tensor in tensors_in((args, kwargs)))
         if self.look_up is not None and self._active() and not trains:
             self._pass.starts = self.look_up(Call.of(module, args, kwargs))
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether every block of the prefix still runs what was put there; somebody may have put his own on top."""
+        return all(block.__dict__.get("forward") is forward for block, forward in self._forwards)
+
+    def _notice_unfrozen(self) -> None:
+        """Whoever made a parameter of the prefix trainable in mid-run (gradual unfreezing) gets its gradient."""
+        if any(p is not None and p.requires_grad for table in self._tables for p in table.values()):
+            before = dict(self.depths)
+            after = self.update()
+            shorter = [path for path, depth in after.items() if depth < before[path]]
+            if shorter and self.on_change is not None:
+                self.on_change(shorter)
 
     @torch.compiler.disable
     def _end(self, module: nn.Module, _args: Any, output: Any = None) -> None:
@@ -279,6 +313,8 @@ class Prefix:
                 self._end_prefix(path)
                 return original(*args, **kwargs)
             start = this.start(path)
+            if index == 0 and not self._enters(path, args, kwargs, start):
+                start = None
             args, kwargs = without_cache(
                 args, kwargs, filled=False
             )  # or it holds keys and values to the end of the pass
@@ -307,6 +343,22 @@ class Prefix:
             return output
 
         return forward
+
+    def _enters(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], start: Start | None) -> bool:
+        """Whether this call may begin at ``start``; tells of what enters block 0."""
+        hidden = next(tensors_in((args, kwargs)), None)
+        this, call = self._pass, self._pass.calls[path] - 1
+        if hidden is None:
+            return True
+        if this.recorded is not None:
+            self.entered.setdefault(path, []).append(hidden.detach())
+        elif start is None:
+            if self.watch_entry is not None:
+                self.watch_entry(path, call, hidden.detach())
+        elif self.admits is not None and not self.admits(path, call, hidden.detach()):
+            this.refused.add((path, call))
+            return False
+        return True
 
     def mark(self, hidden: Tensor) -> Tensor:
         """Let ``hidden``, a result of the prefix, require grad; nothing that trains is behind it."""
@@ -360,9 +412,11 @@ class Prefix:
 
         return forward
 
-    def _after_embeddings(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+    def _after_embeddings(self, module: nn.Module, _inputs: Any, output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.requires_grad or not self._active():
             return None
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            return None  # they train by now
         if all(self.depths.values()):
             return output.detach()
         # Where one stack still starts from the embeddings, reentrant checkpointing may need their gradient.

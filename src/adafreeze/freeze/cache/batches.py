@@ -12,7 +12,7 @@ from ...model.rows import Rows, Span
 from ..prefix import Start
 from .tiers import Entry
 
-__all__ = ["Batches", "Computed", "Layout", "Slot", "find_layout"]
+__all__ = ["Batches", "Computed", "Layout", "Slot", "find_layout", "marks_of"]
 
 Slot = tuple[int, str, int]
 """One call of a stack in a pass of the model: position of the stack, its path, number of the call."""
@@ -83,6 +83,30 @@ def find_layout(whole: Tensor, part: Tensor, samples: int, of_part: int) -> Layo
     if rest or part.shape[dimension] != rows * of_part:
         return None
     return Layout(whole.dtype, dimension, rows)
+
+
+def marks_of(layout: Layout, hidden: Tensor, rows: Rows, group: Sequence[int]) -> Tensor:
+    """(samples, 2): two numbers of what enters block 0 for each of these rows, its padding left out.
+
+    The sum and the sum of squares, over the positions, of a fixed random projection of the features: what is held of a
+    sample is served only where these are as they were. The key knows what the model is called with; embeddings that
+    somebody has written to through ``.data``, a hook on them, or noise that begins in mid-run, only these see.
+    """
+    samples = layout.apart(hidden, len(group)).float()
+    if not samples.is_floating_point() or samples.ndim < 2:
+        samples = samples.reshape(len(group), -1)
+    width = samples.shape[-1]
+    generator = torch.Generator().manual_seed(width)
+    direction = torch.randn(width, generator=generator).to(samples.device)
+    projected = (samples * direction).sum(-1)
+    if layout.by_position:
+        real = torch.zeros(projected.shape, dtype=torch.bool)
+        for place, row in enumerate(group):
+            first, last = layout.span(rows, row, projected.shape[1])
+            real[place, first:last] = True
+        projected = projected * real.to(projected.device)
+    projected = projected.reshape(len(group), -1)
+    return torch.stack([projected.sum(1), projected.square().sum(1)], 1).double()
 
 
 class Batches:

@@ -45,7 +45,9 @@ class Situation:
         key: of the names, ranks and dtypes of the inputs, autocast, modules in training mode, and prefix depths.
         calls: how often each stack is called in such a pass.
         layouts: of each call of a stack, once the prefix was looked at.
+        entries: the same of what enters block 0, where samples can be told apart in it.
         verified: what was shown: that passes may start from states ``"computed"`` for them, and from ``"held"`` ones.
+        fresh_entries: what entered block 0 with ``fresh``.
         fresh: hidden states of all rows of the pass at hand, where looking at the prefix has computed them.
         spot: passes between two looks, from the FLOPs counted at the first.
         passes: served since the last look.
@@ -55,8 +57,10 @@ class Situation:
     key: str
     calls: dict[str, int]
     layouts: dict[Slot, Layout] = field(default_factory=dict)
+    entries: dict[Slot, Layout] = field(default_factory=dict)
     verified: set[str] = field(default_factory=set)
     fresh: dict[str, list[Tensor]] | None = None
+    fresh_entries: dict[str, list[Tensor]] = field(default_factory=dict)
     spot: int = 0
     passes: int = 0
     counts: int = 0
@@ -185,20 +189,26 @@ class Examiner:
                 if situation.counts:
                     self.refusal = "a training pass does not come to the boundary of every stack"
                 return
-            problem = self._look_at_rows(situation, rows, call, whole)
+            entered = self.prefix.entered
+            problem = self._look_at_rows(situation, rows, call, whole, entered)
         if problem is None and names:
             problem = f"a block of the prefix writes to {names[0]} in each pass"
         if problem is not None:
             self.refusal = problem
-            situation.layouts = {}
+            situation.layouts, situation.entries = {}, {}
             return
         self.writes = self.writes or bool(written)
         if rows.count and not situation.several_calls:
-            situation.fresh = whole
+            situation.fresh, situation.fresh_entries = whole, entered
         self.keeps_width(situation, rows, call, whole)
 
     def _look_at_rows(
-        self, situation: Situation, rows: Rows, call: Call, whole: Mapping[str, Sequence[Tensor]]
+        self,
+        situation: Situation,
+        rows: Rows,
+        call: Call,
+        whole: Mapping[str, Sequence[Tensor]],
+        entered: Mapping[str, Sequence[Tensor]],
     ) -> str | None:
         """Run the same rows in other groups, and find how they lie; returns what stands against taking them apart."""
         count = rows.count
@@ -206,7 +216,10 @@ class Examiner:
         groups = [backwards[: count - count // 2], backwards[count - count // 2 :]] if count > 1 else [[0, 0]]
         until = self.until(situation)
         otherwise = rows.otherwise()
-        parts = [self.prefix.compute(call, rows.take(group, otherwise), {}, until) for group in groups]
+        parts, entries = [], []
+        for group in groups:
+            parts.append(self.prefix.compute(call, rows.take(group, otherwise), {}, until))
+            entries.append(self.prefix.entered)
         if any(part is None for part in parts):
             return "a training pass on a part of the batch does not come to the boundary of every stack"
         again: Mapping[str, Sequence[Tensor]] | None = None
@@ -243,6 +256,13 @@ class Examiner:
             situation.layouts[position, path, number] = replace(
                 one, by_position=plain and width > 0 and not self.whole_rows, side=side
             )
+            enters, in_part = entered[path][number], entries[0][path][number]
+            entry = find_layout(enters, in_part, count, len(groups[0]))
+            if entry is not None:
+                by_position = situation.layouts[position, path, number].by_position and enters.shape == hidden.shape
+                situation.entries[position, path, number] = replace(
+                    entry, interleaved=one.interleaved, by_position=by_position, side=side
+                )
         return None
 
     def keeps_width(
@@ -275,6 +295,13 @@ class Examiner:
                 return False
         self._widths.add(widths)
         return True
+
+    def marks_agree(self, a: Tensor, b: Tensor) -> bool:
+        """Whether what enters block 0 is what entered it before, up to rounding; NaN where nothing is known of it."""
+        coarse = isinstance(self.prefix.autocast, torch.dtype) or self.rounds
+        tolerance = 10 * (COARSE if coarse else OF_STATES)
+        near = (a - b).abs() <= tolerance * torch.stack([b[:, 1].abs().sqrt(), b[:, 1].abs()], 1) + 1e-9
+        return bool((near | b.isnan()).all())
 
     def _agree(self, a: Tensor, b: Tensor, tolerance: float = OF_STATES) -> bool:
         coarse = isinstance(self.prefix.autocast, torch.dtype) or self.rounds
@@ -404,7 +431,8 @@ class Examiner:
             return True
         situation.calls.update(seen)
         self._calls.setdefault(situation.key.split()[0], {}).update(seen)
-        situation.layouts, situation.verified, situation.fresh = {}, set(), None
+        situation.layouts, situation.entries = {}, {}
+        situation.verified, situation.fresh = set(), None
         situation.counts += 1
         if situation.counts > MOST_COUNTS:
             self.refusal = "a stack is called another number of times in each pass"

@@ -47,6 +47,7 @@ class Identity:
         self._backend = backend
         self._chains: list[list[bytes]] = [[] for _ in stacks]
         self._places: list[tuple[dict[str, Any], str]] = []
+        self._children: list[dict[str, Any]] = []
         self._seen: tuple[int, int] = (0, 0)
         self._changed = False
 
@@ -75,11 +76,13 @@ class Identity:
         blocks = [block for stack, depth in zip(self._stacks, depths, strict=True) for block in stack.blocks[:depth]]
         # Places, not tensors: what stands there may be replaced by another Parameter.
         inside = [(module, True) for block in blocks for module in block.modules()]
-        self._places = []
+        self._places, self._children = [], []
         for module, whole in [*inside, *((module, False) for module in self._outside_modules())]:
             own = {name: p for name, p in module._parameters.items() if p is not None}
             frozen = [name for name, p in own.items() if whole or not p.requires_grad]
             self._places += [(module._parameters, name) for name in frozen]
+            if whole:
+                self._children.append(module._modules)
             if len(frozen) == len(own):
                 self._places += [(module._buffers, name) for name in module._buffers]
         self._seen, self._changed = self._now(), False
@@ -97,11 +100,12 @@ class Identity:
         return self._changed
 
     def _now(self) -> tuple[int, int]:
-        writes = objects = 0
+        writes, objects = 0, sum(id(child) for table in self._children for child in table.values())
         for table, name in self._places:
             tensor = table.get(name)
             if tensor is not None:
-                objects += id(tensor)
+                # ``.data = other`` keeps the object. What is written to ``.data`` in place only spot checks see.
+                objects += id(tensor) + (tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0)
                 writes += 0 if tensor.is_inference() else tensor._version
         return writes, objects
 

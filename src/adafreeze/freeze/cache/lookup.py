@@ -18,7 +18,7 @@ from ...model.calls import Call
 from ...model.rows import NotBySample, Rows
 from ..prefix import Prefix, Starts, autocast_now
 from ..traces import read_by, traceless
-from .batches import Batches, Computed
+from .batches import Batches, Computed, Slot, marks_of
 from .checks import Examiner, Situation
 from .identity import Identity
 from .store import Store
@@ -120,11 +120,16 @@ class PrefixCache:
         self._flops_per_row: dict[Any, float] = {}
         self._asked = (0, 0)
         self._now: _Pass | None = None
+        self._entered: Mapping[str, Sequence[Tensor]] = {}
         self._own: dict[str, list[Tensor]] = {}
+        self._own_entries: dict[str, list[Tensor]] = {}
+        self._marks: dict[Slot, Tensor] = {}
         self._said: set[str] = set()
         self._undo = ExitStack()
         prefix.look_up = self.look_up
         prefix.watch_boundary = self.examiner.watch
+        prefix.watch_entry = self._watch_entry
+        prefix.admits = self._admits
         prefix.finished = self._finished
         prefix.around = identity
         prefix.on_bypass = self._note_bypass
@@ -220,7 +225,7 @@ class PrefixCache:
     def _give_back(self) -> None:
         self._undo.close()
         self.prefix.look_up = self.prefix.watch_boundary = self.prefix.finished = self.prefix.around = None
-        self.prefix.on_bypass = None
+        self.prefix.on_bypass = self.prefix.watch_entry = self.prefix.admits = None
         self._now = None
         self.store.close()
 
@@ -234,7 +239,7 @@ class PrefixCache:
 
     def _note_bypass(self) -> None:
         self._say(
-            "training calls a part of the model, and what it is called with there is not looked up; give Safe the module "
+            "training calls a part of the model, and what that is called with is not looked up; give Safe the module "
             "that is called"
         )
 
@@ -262,6 +267,9 @@ class PrefixCache:
         if any(value is not None and value is not False for value in asked):
             return False
         if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
+            return False
+        if not self.prefix.is_intact:
+            self._say("the forward of a block in the frozen prefix was replaced, so such passes are not looked up")
             return False
         if (reader := read_by(self._modules)) is not None:
             self._say(f"a hook of yours reads {reader} in the frozen prefix, so passes with it are not looked up")
@@ -338,12 +346,13 @@ class PrefixCache:
                 if not self.examiner.keeps_width(situation, rows, call):
                     return {}
         starts: Starts = {}
+        marks = {row: entry.marks for row, entry in enumerate(entries) if entry is not None and entry.marks}
         if not groups:
             with self.worth.timed(self.worth.read, 0):
                 starts = self._batches.together(rows, range(rows.count), entries, depths, situation.layouts)
         self.worth.count(len(found), rows.count - len(found) - missing, missing)
         if groups:
-            starts = self._completed(situation, rows, call, keys, entries, groups, depths)
+            starts = self._completed(situation, rows, call, keys, entries, groups, depths, marks)
         self._judge()
         if not starts or self.off is not None:
             return {}
@@ -355,6 +364,7 @@ class PrefixCache:
             self.switch_off(self.examiner.refusal)
         if not may:
             return {}
+        self._expect(situation, rows.count, marks)
         self.worth.skipped_work += width * (
             len(found) * sum(depths) + sum(len(group) * sum(of) for of, group in groups.items())
         )
@@ -368,14 +378,14 @@ class PrefixCache:
         self._judge()
         own: dict[str, list[Tensor]] = {}
         self.examiner.collect = lambda path, _, hidden: own.setdefault(path, []).append(hidden)
-        self._own = own
+        self._own, self._own_entries = own, {}
         self._now = _Pass(situation, rows, keys, missing)
         return {}
 
     def _finished(self, output: Any, calls: Mapping[str, int]) -> None:
         """A training pass has ended."""
         now, self._now = self._now, None
-        self.examiner.collect = None
+        self.examiner.collect, self._marks = None, {}
         if self.off is not None:
             return
         try:
@@ -384,7 +394,9 @@ class PrefixCache:
                 self.distrusted = True
                 self.switch_off(self.examiner.refusal or f"a pass that starts above the prefix differs: {problem}")
             elif now is not None and now.missing and now.situation.layouts:
-                self._write(now.situation, now.rows, now.keys, list(range(now.rows.count)), self._own)
+                everyone = list(range(now.rows.count))
+                marks = self._marks_of(now.situation, now.rows, everyone, self._own_entries)
+                self._write(now.situation, now.rows, now.keys, everyone, self._own, marks)
             if now is not None and not now.situation.layouts:
                 self.worth.since_hit = 0  # what was looked up was another number of calls, and never held
         except Exception as error:
@@ -420,6 +432,7 @@ class PrefixCache:
         entries: list[Entry | None],
         groups: Mapping[tuple[int, ...], list[int]],
         depths: tuple[int, ...],
+        marks: dict[int, tuple[float, ...]],
     ) -> Starts:
         """Compute what is missing, in groups of equal depth, and put it beside what was found."""
         computed: list[Computed] = []
@@ -432,9 +445,10 @@ class PrefixCache:
             if self.prefix.autocast != autocast or not self.examiner.keeps_width(situation, rows, call, states):
                 return {}
             computed.append((group, states))
-            self._write(situation, rows, keys, group, states)
-            for row in group:
-                entries[row] = None
+            entered = self._marks_of(situation, rows, group, self._entered)
+            self._write(situation, rows, keys, group, states, entered)
+            for row, mark in zip(group, entered, strict=True):
+                entries[row], marks[row] = None, mark
         return self._batches.together(rows, range(rows.count), entries, depths, situation.layouts, computed)
 
     def _computed(
@@ -449,6 +463,7 @@ class PrefixCache:
         """The hidden states of some rows at the boundary, from what is held of them."""
         fresh, situation.fresh = situation.fresh, None
         if fresh is not None and len(group) == rows.count and not any(held):
+            self._entered = situation.fresh_entries
             return fresh
         inputs = rows.take(group)
         starts: Starts = {}
@@ -467,7 +482,52 @@ class PrefixCache:
                     states = self.prefix.compute(call, inputs, starts, until)
                 self._flops_per_row[kind] = count.total / len(group)
         self.flops += round(self._flops_per_row.get(kind, 0) * len(group))
+        self._entered = self.prefix.entered
         return states
+
+    # What enters block 0.
+
+    def _marks_of(
+        self, situation: Situation, rows: Rows, group: Sequence[int], entered: Mapping[str, Sequence[Tensor]]
+    ) -> list[tuple[float, ...]]:
+        """For each row two numbers of each slot; NaN where the samples cannot be told apart there."""
+        nothing = torch.full((len(group), 2), float("nan"), dtype=torch.float64)
+        found = []
+        for slot in situation.layouts:
+            _, path, call = slot
+            layout, of_path = situation.entries.get(slot), entered.get(path, ())
+            known = layout is not None and call < len(of_path)
+            found.append(marks_of(layout, of_path[call], rows, group).cpu() if known else nothing)  # type: ignore[arg-type]
+        return [tuple(row) for row in torch.cat(found, 1).tolist()] if found else [()] * len(group)
+
+    def _expect(self, situation: Situation, count: int, marks: Mapping[int, tuple[float, ...]]) -> None:
+        """What is to enter block 0 in the pass that is about to be served."""
+        self._marks = {}
+        for number, slot in enumerate(situation.layouts):
+            if slot in situation.entries:
+                nothing = (float("nan"),) * (2 * len(situation.layouts))
+                numbers = [(marks.get(row) or nothing)[2 * number : 2 * number + 2] for row in range(count)]
+                self._marks[slot] = torch.tensor(numbers, dtype=torch.float64)
+
+    def _admits(self, path: str, call: int, hidden: Tensor) -> bool:
+        now = self._now
+        slot = next((slot for slot in self._marks if slot[1:] == (path, call)), None)
+        if now is None or slot is None:
+            return True
+        layout, everyone = now.situation.entries[slot], range(now.rows.count)
+        if hidden.shape[layout.dimension] == layout.rows * now.rows.count:
+            marks = marks_of(layout, hidden, now.rows, everyone).cpu()
+            if self.examiner.marks_agree(marks, self._marks[slot]):
+                return True
+        self._say(
+            "what enters the frozen prefix is not what the same samples gave before (embeddings that were written to, "
+            "a hook on them, noise that began later), so such passes run it"
+        )
+        return False
+
+    def _watch_entry(self, path: str, call: int, hidden: Tensor) -> None:
+        if self.examiner.collect is not None:
+            self._own_entries.setdefault(path, []).append(hidden)
 
     def _write(
         self,
@@ -476,6 +536,7 @@ class PrefixCache:
         keys: list[bytes],
         group: list[int],
         states: Mapping[str, Sequence[Tensor]],
+        marks: Sequence[tuple[float, ...]],
     ) -> None:
         progress = self.progress()
         if progress.epoch is not None and progress.remaining <= progress.epoch:
@@ -484,7 +545,10 @@ class PrefixCache:
             identity = self._identity.of(self._depths)
             depths = tuple(self._depths[position] for position, _, _ in situation.layouts)
             pieces = self._batches.apart(rows, group, states, situation.layouts)
-            items = [(keys[row], Entry(identity, depths, one)) for row, one in zip(group, pieces, strict=True)]
+            items = [
+                (keys[row], Entry(identity, depths, one, mark))
+                for row, one, mark in zip(group, pieces, marks, strict=True)
+            ]
             reason = self.store.hold(items, progress.step)
         if reason is not None:
             self.switch_off(reason)

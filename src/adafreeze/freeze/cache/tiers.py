@@ -38,11 +38,13 @@ class Entry:
         identity: of the prefix that gave it.
         depths: blocks that it has passed, for each stack.
         states: hidden states of the unpadded positions after those blocks; None where the depth is 0.
+        marks: two numbers of what entered block 0, for each state; NaN where nothing is known of it.
     """
 
     identity: bytes
     depths: tuple[int, ...]
     states: tuple[Tensor | None, ...]
+    marks: tuple[float, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -125,7 +127,7 @@ class RamTier:
             for place, state in zip(places, entry.states, strict=True):
                 if place is not None and state is not None:
                     place.copy_(state)
-            self._entries[key] = Entry(entry.identity, entry.depths, tuple(places))
+            self._entries[key] = Entry(entry.identity, entry.depths, tuple(places), entry.marks)
             self._held += entry.nbytes - (held.nbytes if held is not None else 0)
         return refused
 
@@ -321,6 +323,8 @@ def encode(key: bytes, entry: Entry) -> bytes:
         for position, (depth, state) in enumerate(zip(entry.depths, entry.states, strict=True))
         if state is not None
     }
+    if entry.marks:
+        states["marks"] = torch.tensor(entry.marks, dtype=torch.float64)
     content = entry.identity + bytes(entry_depths(entry.depths)) + safetensors.torch.save(states)
     return xxhash.xxh3_128_digest(key + content) + content
 
@@ -347,4 +351,5 @@ def decode(key: bytes, value: bytes) -> Entry:
         loaded = safetensors.torch.load(content[18 + 2 * count :])
     except safetensors.SafetensorError as error:
         raise ValueError("states") from error
-    return Entry(identity, depths, tuple(loaded.get(f"{n}:{depth}") for n, depth in enumerate(depths)))
+    marks = tuple(loaded["marks"].tolist()) if "marks" in loaded else ()
+    return Entry(identity, depths, tuple(loaded.get(f"{n}:{depth}") for n, depth in enumerate(depths)), marks)
