@@ -205,8 +205,10 @@ def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     return math.sqrt(sum(float((first[name] - second[name]).double().pow(2).sum()) for name in first.keys() & second))
 
 
-def largest_difference(first: Sequence[float], second: Sequence[float]) -> float:
-    """Max |a − b| / max(|b|, 1e-3) over the steps that both have; inf where only one is finite."""
+def largest_difference(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Max |a − b| / max(|b|, 1e-3) over the steps that both have; inf where only one is finite, None without steps."""
+    if not first or not second:
+        return None
     worst = 0.0
     for a, b in zip(first, second, strict=False):
         if math.isfinite(a) and math.isfinite(b):
@@ -242,7 +244,7 @@ def faults_of(arms: dict[str, Arm], row: dict[str, Any]) -> list[str]:
         row["weights"] = distance(defaults.weights, uncached.weights) / max(uncached.moved, 1e-12)
         if defaults.error is None and uncached.error is None and defaults.frozen != uncached.frozen:
             found.append("defaults and uncached froze different units")
-        elif row["cached_against_uncached"] > TOLERANCE:
+        elif (row["cached_against_uncached"] or 0) > TOLERANCE:
             found.append("losses with the cache and without it differ")
         elif row["weights"] > TOLERANCE_WEIGHTS:
             found.append("adapters with the cache and without it differ")

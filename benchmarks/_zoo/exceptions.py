@@ -27,7 +27,6 @@ _QWEN_VL = {"text_config": {"rope_parameters": _MROPE}}
 
 # By model type, or by "model type | head". "make" builds the config itself.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": {},
     "bamba": {**_MAMBA, "attn_layer_indices": [1, 4]},
     "blt": {
         "encoder_hash_byte_group_vocab": 64,
@@ -53,6 +52,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "vision_config": {"type": "gemma4_vision", "pooling_kernel_size": 2, "global_head_dim": 8},
     },
     "gemma4_unified": {"text_config": {"global_head_dim": 8}},
+    "internvl": {"vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}},
+    "qianfan_ocr": {"vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}},
     "gemma3": {"mm_tokens_per_image": 4},
     "shieldgemma2": {"mm_tokens_per_image": 4},
     "t5gemma2": {"encoder": {"mm_tokens_per_image": 4}},
@@ -78,7 +79,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "layoutlmv3": {"coordinate_size": 5, "shape_size": 6, "input_size": 32, "visual_embed": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 3},
     "lilt": {"hidden_size": 48, "channel_shrink_ratio": 4},
-    "longcat_flash": {},
+    "led": {"attention_window": 8},
+    "longformer": {"attention_window": 8},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "ministral": _HEAD,
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
