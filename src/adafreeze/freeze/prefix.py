@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..model.blocks import Stack, StopForward, hidden_states, without_cache
 from ..model.calls import Call
@@ -51,6 +52,7 @@ class Around(Protocol):
 class _Pass:
     """One forward pass of the model.
 
+    ``runs`` counts, of each dropout outside the blocks, its runs in this pass, and those before the first block.
     ``refused`` are calls (stack, number) that do not start where ``starts`` says.
     ``recorded`` is None in a training pass; in a nested one the hidden states at the boundaries are put there, call by
     call, and with ``until`` (calls of each stack) the pass is left when all have come. ``handed_on`` is what blocks
@@ -62,6 +64,7 @@ class _Pass:
     until: Mapping[str, int] | None = None
     calls: dict[str, int] = field(default_factory=dict)
     refused: set[tuple[str, int]] = field(default_factory=set)
+    runs: dict[nn.Module, list[int]] = field(default_factory=dict)
     handed_on: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)
 
     def start(self, path: str) -> Start | None:
@@ -142,10 +145,10 @@ class Prefix:
         self.modules = list(model.modules())
         self._undo = ExitStack()
         self._hooks: list[Hook] = []
-        self._entered: set[str] = set()
         self._pass = _Pass()
         self._root: nn.Module | None = None
         self._bypassed = 0
+        self._patterns: dict[nn.Module, tuple[int, int]] = {}
         self._tables: list[dict[str, nn.Parameter | None]] = []
         self._forwards: list[tuple[nn.Module, Any]] = []
         self._harmless: list[Tensor] = []
@@ -204,6 +207,10 @@ class Prefix:
             if depth and not self.keep_dropout:
                 for dropout in self.flows[stack.path].dropouts:
                     enter(patched_forward(dropout, self._until_entered(stack, dropout)))
+        for module in self.modules:
+            # wav2vec2's feature encoder makes its input require grad, for checkpointing and for nothing that trains.
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                enter(held_attribute(module, "_requires_grad", False))
         for embeddings in _input_embeddings(self.model, self.stacks):
             self._undo.callback(forward_hook(embeddings, self._after_embeddings).remove)
 
@@ -238,14 +245,14 @@ class Prefix:
     @contextmanager
     def _nested(self, this: _Pass) -> Iterator[_Pass]:
         """A pass inside a training pass of the model, which goes on afterwards as if there had been none."""
-        outer = self._pass, self._entered, self._root, self.watch_boundary, self.autocast
-        self._pass, self._entered, self._root, self.watch_boundary = this, set(), self.model, None
+        outer = self._pass, self._root, self.watch_boundary, self.autocast
+        self._pass, self._root, self.watch_boundary = this, self.model, None
         try:
             # It is no pass that a compiler would see again, and none that a user's hooks should count.
             with torch.compiler.set_stance("force_eager"), without_users_hooks(self.modules):
                 yield this
         finally:
-            self._pass, self._entered, self._root, self.watch_boundary, autocast = outer
+            self._pass, self._root, self.watch_boundary, autocast = outer
             if this.recorded is None:
                 self.autocast = autocast
 
@@ -255,7 +262,6 @@ class Prefix:
             return
         self._root = module
         self._pass = _Pass()
-        self._entered.clear()
         self._harmless.clear()
         if self._active():
             self._notice_unfrozen()
@@ -285,6 +291,8 @@ class Prefix:
         if self._root is not module:
             return
         this, self._pass, self._root = self._pass, _Pass(), None
+        if output is not None and self._active():
+            self._learn_patterns(this)
         self._harmless.clear()
         if self.finished is not None and self._active():
             self.finished(output, this.calls)
@@ -301,7 +309,6 @@ class Prefix:
         above = stack.blocks[depth] if depth < len(stack) else None
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            self._entered.add(path)
             if not self._active():
                 return original(*args, **kwargs)
             this = self._pass
@@ -404,13 +411,31 @@ class Prefix:
                 self._pass.starts = {}  # they were made under another: this pass computes its own
 
     def _until_entered(self, stack: Stack, dropout: nn.Module) -> Callable[..., Any]:
-        original = dropout.forward
+        """``dropout``, off where it stands before the blocks: T5 uses one module before them and after them.
+
+        Of a stack that is called several times in a pass, how often it runs in each call is known after the first pass.
+        """
+        original, path = dropout.forward, stack.path
 
         def forward(x: Tensor) -> Tensor:
-            # T5 uses one module before its blocks and after them: only what stands before them is off.
-            return original(x) if stack.path in self._entered or not self._active() else x
+            if not self._active():
+                return original(x)
+            runs, before = self._pass.runs.setdefault(dropout, [0, 0])
+            pattern = self._patterns.get(dropout)
+            stands_before = path not in self._pass.calls if pattern is None else runs % pattern[0] < pattern[1]
+            self._pass.runs[dropout] = [runs + 1, before + (path not in self._pass.calls)]
+            return x if stands_before else original(x)
 
         return forward
+
+    def _learn_patterns(self, this: _Pass) -> None:
+        """How often each dropout ran in a call of its stack, and how often of that before the blocks."""
+        for stack in self.stacks:
+            calls = this.calls.get(stack.path, 0)
+            for dropout in self.flows[stack.path].dropouts if calls else ():
+                runs, before = this.runs.get(dropout, (0, 0))
+                if runs and runs % calls == 0 and 0 < before <= runs // calls:
+                    self._patterns[dropout] = runs // calls, before
 
     def _after_embeddings(self, module: nn.Module, _inputs: Any, output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.requires_grad or not self._active():
@@ -460,7 +485,11 @@ def _entrances(model: nn.Module) -> list[nn.Module]:
 
 
 class _HeldInEvaluation:
-    """Keeps ``block`` in evaluation mode through ``model.train()``, which hosts call before each micro-step."""
+    """Keeps ``block`` in evaluation mode through ``model.train()``, which hosts call before each micro-step.
+
+    For its dropout, which may be a module or read the flag of the one it stands in. Norms with statistics of their own
+    (BatchNorm) keep their mode: with others they would compute something else.
+    """
 
     def __init__(self, block: nn.Module, model: nn.Module) -> None:
         self.block, self.model = block, model
@@ -468,10 +497,18 @@ class _HeldInEvaluation:
 
     def __enter__(self) -> None:
         self._was = self.model.training
-        self._flags = [(module, module.training) for module in self.block.modules()]
+        norms = [module for module in self.block.modules() if isinstance(module, _NormBase)]
+        keeps = {id(module) for module in norms}
+        self._flags = [(module, module.training) for module in self.block.modules() if id(module) not in keeps]
         for module, _ in self._flags:
             self._undo.enter_context(patched(module, "training", False, in_copies=lambda: self.model.training))
-        self._undo.enter_context(patched(self.block, "train", lambda mode=True: self.block))
+
+        def train(mode: bool = True) -> nn.Module:
+            for norm in norms:
+                norm.train(mode)
+            return self.block
+
+        self._undo.enter_context(patched(self.block, "train", train))
 
     def __exit__(self, *_: object) -> None:
         self._undo.close()
