@@ -17,9 +17,9 @@ from .model import Flow, Probe, Stack, Unit, trace_flow
 from .model.backends import Backend
 from .model.batch import forward_names
 from .model.blocks import device_of
-from .model.draw import keep_random_state
 from .model.obstacles import find_obstacles, remedies, units_below
 from .model.patches import owners
+from .model.traces import unnoticed
 from .model.units import some
 
 __all__ = [
@@ -187,7 +187,7 @@ def flows_of(model: nn.Module, stacks: list[Stack], probe: Probe, *, collective:
     flows = {stack.path: Flow() for stack in stacks}
     one: dict[str, Any] = {}
     try:
-        with keep_random_state():
+        with unnoticed(model):
             for one in probe.kinds(device_of(model))[:MOST_KINDS]:
                 for path, flow in trace_flow(model, stacks, one, to_the_end=collective).items():
                     flows[path].add(flow)

@@ -15,7 +15,7 @@ from ..model.blocks import Stack, StopForward, hidden_states, without_cache
 from ..model.calls import Call
 from ..model.flow import Flow, leaves, tensors_in
 from ..model.patches import Hook, forward_hook, forward_pre_hook, held_attribute, patched, patched_forward
-from .traces import without_users_hooks
+from ..model.traces import without_users_hooks
 
 __all__ = ["Prefix", "Start", "Starts", "autocast_now"]
 
@@ -239,7 +239,9 @@ class Prefix:
             return self.model.forward(*args, **inputs)
 
     def _run(self, call: Call, inputs: Mapping[str, Any]) -> Any:
-        args, kwargs = call.arguments(inputs)
+        # Copies, since a model may write into what it is called with, as Whisper does to mask it.
+        copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        args, kwargs = call.arguments(copies)
         return call.module.forward(*args, **kwargs)  # its hooks are for the outer pass
 
     @contextmanager
@@ -309,11 +311,12 @@ class Prefix:
         above = stack.blocks[depth] if depth < len(stack) else None
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            this = self._pass
+            if index == 0 and self.model.training:
+                this.calls[path] = this.calls.get(path, 0) + 1
             if not self._active():
                 return original(*args, **kwargs)
-            this = self._pass
             if index == 0:
-                this.calls[path] = this.calls.get(path, 0) + 1
                 self._notice_autocast(block)
                 self._notice_bypass()
             if this.recorded is None and self._something_trains(args, kwargs):
@@ -418,7 +421,8 @@ class Prefix:
         original, path = dropout.forward, stack.path
 
         def forward(x: Tensor) -> Tensor:
-            if not self._active():
+            # Off without a graph too: gradient caching runs each pass of a step twice, and wants the same of both.
+            if not self.model.training:
                 return original(x)
             runs, before = self._pass.runs.setdefault(dropout, [0, 0])
             pattern = self._patterns.get(dropout)

@@ -342,7 +342,9 @@ def _first_of(chunk: Chunk) -> Chunk:
 
 
 def _model_inputs(chunk: Chunk, device: torch.device) -> Chunk:
-    return _moved({key: value for key, value in chunk.items() if key != REAL_TOKENS}, device)
+    inputs = {key: value for key, value in chunk.items() if key != REAL_TOKENS}
+    # A copy: a model may write into what it is called with, and the probe is measured on again.
+    return tree_map_only(Tensor, torch.clone, _moved(inputs, device))  # type: ignore[no-any-return]
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ...costs.flops import CountFlops
 from ...model.calls import Call
 from ...model.rows import Rows
+from ...model.traces import traceless
 from ..prefix import Prefix, Start, Starts
-from ..traces import traceless
 from .batches import Layout, Slot, find_layout
 
 __all__ = ["Examiner", "Situation"]

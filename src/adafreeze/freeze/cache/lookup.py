@@ -16,8 +16,8 @@ from ...model.backends import Backend
 from ...model.blocks import device_of
 from ...model.calls import Call
 from ...model.rows import NotBySample, Rows
+from ...model.traces import read_by, traceless
 from ..prefix import Prefix, Starts, autocast_now
-from ..traces import read_by, traceless
 from .batches import Batches, Computed, Slot, marks_of
 from .checks import Examiner, Situation
 from .identity import Identity

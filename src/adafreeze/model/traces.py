@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..model.draw import keep_random_state
+from .draw import keep_random_state
 
-__all__ = ["read_by", "traceless", "without_users_hooks"]
+__all__ = ["read_by", "traceless", "unnoticed", "without_users_hooks"]
 
 # Hooks of these packages are part of how a model computes (sharding, offloading, capturing of outputs).
 _LIBRARIES = {
@@ -91,6 +91,14 @@ def traceless(modules: Iterable[nn.Module], written: Callable[[nn.Module, str], 
                         written(module, name)
 
 
+@contextmanager
+def unnoticed(model: nn.Module) -> Iterator[None]:
+    """For a look at ``model`` that is no pass of the run: without a trace, and with no hook of somebody's called."""
+    modules = list(model.modules())
+    with traceless(modules), without_users_hooks(modules):
+        yield
+
+
 _OF_TORCH = frozenset(nn.Module().__dict__)
 
 
@@ -133,25 +141,16 @@ def _same(value: Any, copied: Any) -> bool:
     return all(a is b for a, b in zip(value, copied, strict=True))
 
 
-def _tensors(module: nn.Module) -> dict[str, tuple[Tensor, int, Tensor]]:
-    """Buffers: the object, how often it was written to, and its content."""
-    return {
-        name: (buffer, _version(buffer), buffer.detach().clone())
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    }
+def _tensors(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Buffers, each with its content."""
+    return {name: (buffer, buffer.detach().clone()) for name, buffer in module._buffers.items() if buffer is not None}
 
 
-def _put_back_tensors(module: nn.Module, before: dict[str, tuple[Tensor, int, Tensor]]) -> Iterator[str]:
-    for name, (buffer, version, content) in before.items():
-        changed = module._buffers.get(name) is not buffer or _version(buffer) != version
-        if changed:
-            module._buffers[name] = buffer
-            if not torch.equal(buffer, content):
-                with torch.no_grad():
-                    buffer.copy_(content)
-                yield name
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _put_back_tensors(module: nn.Module, before: dict[str, tuple[Tensor, Tensor]]) -> Iterator[str]:
+    for name, (buffer, content) in before.items():
+        module._buffers[name] = buffer
+        # By content: what BatchNorm writes to its statistics does not count up their version.
+        if not buffer.is_meta and not torch.equal(buffer, content):
+            with torch.no_grad():
+                buffer.copy_(content)
+            yield name
