@@ -1,6 +1,6 @@
 """What measuring and looking cost: FLOPs against those of the run, and that nothing else changes.
 
-    python benchmarks/overhead.py [-o benchmarks/results/overhead.json]
+    python benchmarks/overhead.py [--part measuring looking] [-o benchmarks/results/overhead.json]
 
 For runs of several lengths on a random BERT of MiniLM's shape (6 × 384) with sentences of Rotten Tomatoes' lengths,
 the measuring really runs and is counted; of the plain run one micro-step of each batch width is counted and
@@ -122,7 +122,7 @@ def measuring_flops(data: Sentences, epochs: int) -> dict[str, Any]:
 def unexamined() -> Iterator[None]:
     """Serve whatever is held, as if it were known that this changes nothing."""
 
-    def look_at_rows(self: Examiner, situation: Any, rows: Any, call: Any, whole: Any) -> None:
+    def look_at_rows(self: Examiner, situation: Any, rows: Any, call: Any, whole: Any, entered: Any) -> None:
         for slot in self.slots(situation):
             hidden = whole[slot[1]][slot[2]]
             situation.layouts[slot] = Layout(hidden.dtype, by_position=hidden.shape[1] == rows.width(0))
@@ -219,10 +219,8 @@ def identical() -> bool:
     return True
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", default="benchmarks/results/overhead.json")
-    options = parser.parse_args()
+def measured() -> dict[str, Any]:
+    """What measuring the scores costs, in runs of several lengths."""
     table = Table(title="FLOPs of measuring")
     for heading in ("samples × epochs", "steps", "measurements", "probe samples", "TFLOP", "plain TFLOP", "share"):
         table.add_column(heading, justify="right")
@@ -242,12 +240,20 @@ def main() -> None:
             f"{row['plain_flops'] / 1e12:.3f}",
             f"{row['share']:.2%}",
         )
-    looks = [looking(samples, epochs) for samples, epochs in LOOKS]
-    shown = Table(title="Looking before serving: the cache against one that shows nothing first")
+    same = identical()
+    Console(width=110).print(table)
+    print(f"Losses and weights with measuring and without: {'identical' if same else 'DIFFERENT'}")
+    return {"runs": rows, "identical": same}
+
+
+def looked() -> dict[str, Any]:
+    """What it costs to show that serving changes nothing, before anything is served."""
+    table = Table(title="Looking before serving: the cache against one that shows nothing first")
     for heading in ("samples × epochs", "steps", "GFLOP", "without", "more", "peak, MiB", "without"):
-        shown.add_column(heading, justify="right")
-    for row in looks:
-        shown.add_row(
+        table.add_column(heading, justify="right")
+    rows = [looking(samples, epochs) for samples, epochs in LOOKS]
+    for row in rows:
+        table.add_row(
             f"{row['samples']:,} × {row['epochs']}",
             str(row["steps"]),
             f"{row['flops'] / 1e9:.2f}",
@@ -256,15 +262,24 @@ def main() -> None:
             f"{row['peak'] / 2**20:.3f}",
             f"{row['peak_unexamined'] / 2**20:.3f}",
         )
-    same = identical()
     Console(width=110).print(table)
-    Console(width=110).print(shown)
-    print(f"Losses and weights with measuring and without: {'identical' if same else 'DIFFERENT'}")
+    return {"looking": rows}
+
+
+PARTS = {"measuring": measured, "looking": looked}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", default="benchmarks/results/overhead.json")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="the other keeps its numbers")
+    options = parser.parse_args()
     output = Path(options.output)
+    found = json.loads(output.read_text()) if output.is_file() else {}
+    for part in options.part:
+        found |= PARTS[part]()
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(
-        json.dumps({"runs": rows, "looking": looks, "identical": same, "environment": environment()}, indent=2) + "\n"
-    )
+    output.write_text(json.dumps(found | {"environment": environment()}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from .errors import AdafreezeError, ConfigError, ProbeError, RunError, note
 from .freeze.parallel import Ranks
 from .journal import Journal
 from .model import Probe
-from .model.traces import unnoticed
+from .model.traces import traceless
 from .scoring import Scorer
 
 __all__ = ["Decider"]
@@ -97,7 +97,7 @@ class Decider:
         if self.measures_here:
             self.scorer = self.new_scorer(self.probe)
             # A model that cannot be run fails in the first step as well, and that is told of.
-            with suppress(Exception), unnoticed(self.guard.model):
+            with suppress(Exception), traceless(self.guard.model.modules()):
                 self.scorer.begin()
 
     def prepare(self, step: int, step_samples: int) -> None:
@@ -217,7 +217,7 @@ class Decider:
     def _told(self, work: Callable[[], None], step: int) -> dict[str, Any]:
         """Do ``work``, whose failure must not end somebody's run, and say how things stand."""
         try:
-            with unnoticed(self.guard.model):
+            with traceless(self.guard.model.modules()):
                 work()
         except (RunError, ConfigError):
             raise

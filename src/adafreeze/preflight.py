@@ -19,7 +19,7 @@ from .model.batch import forward_names
 from .model.blocks import device_of
 from .model.obstacles import find_obstacles, remedies, units_below
 from .model.patches import owners
-from .model.traces import unnoticed
+from .model.traces import traceless
 from .model.units import some
 
 __all__ = [
@@ -40,7 +40,7 @@ MOST_KINDS = 8
 
 def close_earlier(model: nn.Module) -> None:
     """Close every Safe that still has ``model``, or a part of it: of a run that was interrupted, or left open."""
-    for earlier in owners(model):
+    for earlier in owners(model) if isinstance(model, nn.Module) else ():  # what is none is refused with its reason
         frozen = len(earlier.frozen)
         earlier.close()
         note(f"An earlier Safe still had this model; it was closed, and its {frozen} frozen units train again.")
@@ -187,7 +187,7 @@ def flows_of(model: nn.Module, stacks: list[Stack], probe: Probe, *, collective:
     flows = {stack.path: Flow() for stack in stacks}
     one: dict[str, Any] = {}
     try:
-        with unnoticed(model):
+        with traceless(model.modules()):
             for one in probe.kinds(device_of(model))[:MOST_KINDS]:
                 for path, flow in trace_flow(model, stacks, one, to_the_end=collective).items():
                     flows[path].add(flow)

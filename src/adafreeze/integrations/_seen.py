@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..model.batch import arguments, rows_of
 from ..model.draw import MOST_SAMPLES
+from ..model.patches import forward_pre_hook
 
 __all__ = ["Seen"]
 
@@ -37,7 +38,7 @@ class Seen:
             for name, parameter in model.named_parameters()
             if parameter.requires_grad and type(parameter.detach()) is Tensor
         }
-        self._handle = model.register_forward_pre_hook(self._keep, with_kwargs=True)
+        self._handle = forward_pre_hook(model, self._keep)
 
     def remove(self) -> None:
         """Look no longer."""

@@ -13,7 +13,7 @@ from torch.nn.modules import module as torch_module
 
 from .draw import keep_random_state
 
-__all__ = ["read_by", "traceless", "unnoticed", "without_users_hooks"]
+__all__ = ["read_by", "traceless", "without_users_hooks"]
 
 # Hooks of these packages are part of how a model computes (sharding, offloading, capturing of outputs).
 _LIBRARIES = {
@@ -89,14 +89,6 @@ def traceless(modules: Iterable[nn.Module], written: Callable[[nn.Module, str], 
                 for name in [*_put_back_tensors(module, tensors), *_put_back_attributes(module, attributes)]:
                     if written is not None:
                         written(module, name)
-
-
-@contextmanager
-def unnoticed(model: nn.Module) -> Iterator[None]:
-    """For a look at ``model`` that is no pass of the run: without a trace, and with no hook of somebody's called."""
-    modules = list(model.modules())
-    with traceless(modules), without_users_hooks(modules):
-        yield
 
 
 _OF_TORCH = frozenset(nn.Module().__dict__)

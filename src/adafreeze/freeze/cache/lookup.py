@@ -207,7 +207,8 @@ class PrefixCache:
             "whole_rows": self.examiner.whole_rows,
             "padding_known": sorted(self.examiner.padding_known),
             "situations": {
-                key: [sorted(one.verified), one.calls] for key, one in self.examiner.situations.items() if one.verified
+                **self.examiner.shown,
+                **{k: [sorted(s.verified), s.calls] for k, s in self.examiner.situations.items() if s.verified},
             },
             "held": self.store.held_in_memory(),
             "repeats": self.repeats.found,
