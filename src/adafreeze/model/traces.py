@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ from torch.nn.modules import module as torch_module
 
 from .draw import keep_random_state
 
-__all__ = ["read_by", "traceless", "without_users_hooks"]
+__all__ = ["read_by", "stateful_forward", "traceless", "without_users_hooks"]
 
 # Hooks of these packages are part of how a model computes (sharding, offloading, capturing of outputs).
 _LIBRARIES = {
@@ -81,14 +83,28 @@ def traceless(modules: Iterable[nn.Module], written: Callable[[nn.Module, str], 
         written: called with each module and the name of what was written there.
     """
     before = [(module, _attributes(module), _tensors(module)) for module in modules]
+    foreign = [(forward, dict(vars(forward))) for module, *_ in before for forward in stateful_forward(module)]
     with keep_random_state():
         try:
             yield
         finally:
+            for forward, content in foreign:
+                vars(forward).clear()
+                vars(forward).update(content)
             for module, attributes, tensors in before:
                 for name in [*_put_back_tensors(module, tensors), *_put_back_attributes(module, attributes)]:
                     if written is not None:
                         written(module, name)
+
+
+def stateful_forward(module: nn.Module) -> list[Any]:
+    """The object that somebody put in the place of ``module.forward`` with attributes of its own, if there is one.
+
+    Some losses do (sentence-transformers' MatryoshkaLoss and AdaptiveLayerLoss): it counts the calls of a step.
+    """
+    forward = module.__dict__.get("forward")
+    plain = (types.FunctionType, types.MethodType, functools.partial, type(None))
+    return [] if isinstance(forward, plain) or not hasattr(forward, "__dict__") else [forward]
 
 
 _OF_TORCH = frozenset(nn.Module().__dict__)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...costs.flops import CountFlops
 from ...model.calls import Call
 from ...model.rows import Rows
-from ...model.traces import traceless
+from ...model.traces import stateful_forward, traceless
 from ..prefix import Prefix, Start, Starts
 from .batches import Layout, Slot, find_layout
 
@@ -170,6 +170,9 @@ class Examiner:
             return
         if self.prefix.drops_layers:
             self.refusal = "a setting for layer drop leaves out blocks of the prefix by chance (set it to 0.0)"
+            return
+        if (foreign := next((f for module in self.prefix.modules for f in stateful_forward(module)), None)) is not None:
+            self.refusal = f"a forward was replaced by a {type(foreign).__name__}, which has a state of its own"
             return
         until = self.until(situation)
         if not until:
@@ -460,7 +463,8 @@ class Examiner:
             return look.problem
         own_outputs = _sampled(output, look.rows)
         if [name for name, _ in own_outputs] != [name for name, _ in look.outputs]:
-            return "the model returns other things"
+            differing = {name for name, _ in own_outputs} ^ {name for name, _ in look.outputs}
+            return f"{', '.join(sorted(differing)[:3]) or 'its output'} is not made of the blocks above it alone"
         for (name, own), (_, served) in zip(own_outputs, look.outputs, strict=True):
             if not self._agree(own, served, OF_OUTPUTS):
                 values = ""

@@ -15,6 +15,7 @@ from ...journal import Journal
 from ...model.backends import Backend
 from ...model.blocks import device_of
 from ...model.calls import Call
+from ...model.draw import keep_random_state
 from ...model.rows import NotBySample, Rows
 from ...model.traces import read_by, traceless
 from ..prefix import Prefix, Starts, autocast_now
@@ -474,7 +475,8 @@ class PrefixCache:
         kind = (held, self._depths, shapes)
         work = len(group) * max(rows.width(0), 1) * (sum(self._depths) - sum(held))
         until = self.examiner.until(situation)
-        with traceless(self.prefix.modules) if self.examiner.writes else nullcontext():
+        # What a forward pass draws below the prefix, it is to draw once.
+        with traceless(self.prefix.modules) if self.examiner.writes else keep_random_state():
             if kind in self._flops_per_row or not self.counts_flops:
                 with self.worth.timed(self.worth.compute, work):
                     states = self.prefix.compute(call, inputs, starts, until)
