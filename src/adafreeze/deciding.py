@@ -136,8 +136,9 @@ class Decider:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain JSON values."""
-        kept = self.scorer if self.plan is not None else None
-        again = any(later > self._measured_at for later in self.plan or ())
+        pending = self.plan is None and self.scorer is not None and self.scorer.goes_on
+        kept = self.scorer if self.plan is not None or pending else None
+        again = pending or any(later > self._measured_at for later in self.plan or ())
         return {
             **self._decided_so_far(),
             "scorer": kept.state_dict(measures_again=again) if kept is not None else None,
@@ -177,7 +178,7 @@ class Decider:
             kept = kept and {**kept, "references": None, "gradients": dict.fromkeys(kept["gradients"], 0.0)}
         if other_schedule and self.plan is not None:
             self._before, self.plan = self.plan, None
-        elif self.plan is None:  # it was written before the first step
+        elif self.plan is None and kept is None:  # it was written before anything was known of the run
             self.begin()
             return
         if kept is None or not self.measures_here:

@@ -61,6 +61,7 @@ class Scorer:
 
     Attributes:
         at_rest: the adapters had no effect as the run began, or nobody knows better.
+        goes_on: it has taken up what an earlier process knew.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Scorer:
         self._references: dict[str, Any] = {}
         self.at_rest = True
         self._began: dict[str, Tensor] = {}
-        self._goes_on = False
+        self.goes_on = False
         self._gradients: dict[str, float] = dict.fromkeys(units, 0.0)
 
     @property
@@ -118,7 +119,7 @@ class Scorer:
         if self.score.needs not in ("outputs", "local_outputs"):
             if not self._references:
                 self._references = self._parameters_now() if self.score.needs == "weights" else {}
-            if not self._goes_on:
+            if not self.goes_on:
                 self._gradients = dict.fromkeys(self.units, 0.0)  # the first interval begins here
             return min(most, MOST_MEASUREMENTS)
         if self.collective and not self.at_rest:
@@ -194,7 +195,7 @@ class Scorer:
 
     def go_on_from(self, state: Mapping[str, Any]) -> None:
         """Take up of what ``state_dict`` wrote only what cannot be measured again; ``prepare`` may come after it."""
-        self._goes_on = True
+        self.goes_on = True
         self.at_rest = state.get("at_rest", True)
         self._began = _unpacked(state["others"]) if state.get("others") is not None else {}
         if state["references"] is not None:

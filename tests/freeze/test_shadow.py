@@ -475,8 +475,10 @@ def embeddings_of(model):
 
 def written_to(model):
     weight = embeddings_of(model).word_embeddings.weight
-    weight.data.add_(0.5)
-    return lambda: weight.data.sub_(0.5)
+    generator = torch.Generator().manual_seed(1)
+    before = weight.data.clone()
+    weight.data.add_(0.05 * torch.randn(weight.shape, generator=generator))
+    return lambda: weight.data.copy_(before)
 
 
 def hooked(model):

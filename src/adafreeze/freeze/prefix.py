@@ -15,7 +15,7 @@ from ..model.blocks import Stack, StopForward, hidden_states, without_cache
 from ..model.calls import Call
 from ..model.flow import Flow, leaves, tensors_in
 from ..model.patches import Hook, forward_hook, forward_pre_hook, held_attribute, patched, patched_forward
-from ..model.traces import without_users_hooks
+from ..model.traces import read_by, without_users_hooks
 
 __all__ = ["Prefix", "Start", "Starts", "autocast_now"]
 
@@ -151,6 +151,7 @@ class Prefix:
         self._patterns: dict[nn.Module, tuple[int, int]] = {}
         self._tables: list[dict[str, nn.Parameter | None]] = []
         self._forwards: list[tuple[nn.Module, Any]] = []
+        self._on_embeddings: list[Hook] = []
         self._harmless: list[Tensor] = []
         self._hands_on: dict[str, tuple[Any, ...] | bool | None] = {}
 
@@ -159,7 +160,7 @@ class Prefix:
         depths = {stack.path: self._depth(stack) for stack in self.stacks}
         if depths != self.depths:
             self._undo.close()
-            self._forwards = []
+            self._forwards, self._on_embeddings = [], []
             self.modules = list(self.model.modules())
             self.depths = depths
             if any(depths.values()):
@@ -172,7 +173,8 @@ class Prefix:
         self._undo.close()
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._forwards, self._tables = [], [], []
+        self._hooks, self._forwards, self._tables, self._on_embeddings = [], [], [], []
+        self.modules = []
         self.depths = {stack.path: 0 for stack in self.stacks}
 
     @property
@@ -212,7 +214,9 @@ class Prefix:
             if not any(parameter.requires_grad for parameter in module.parameters()):
                 enter(held_attribute(module, "_requires_grad", False))
         for embeddings in _input_embeddings(self.model, self.stacks):
-            self._undo.callback(forward_hook(embeddings, self._after_embeddings).remove)
+            hook = forward_hook(embeddings, self._after_embeddings)
+            self._undo.callback(hook.remove)
+            self._on_embeddings.append(hook)
 
     def compute(
         self, call: Call, inputs: Mapping[str, Any], starts: Starts, until: Mapping[str, int]
@@ -267,6 +271,8 @@ class Prefix:
         self._harmless.clear()
         if self._active():
             self._notice_unfrozen()
+            for hook in self._on_embeddings:
+                hook.go_last()
         if self.around is not None:
             self.around.before_pass()
         # What is trained through an input must not be cut off; the blocks will see whether it reaches them.
@@ -355,7 +361,9 @@ class Prefix:
         return forward
 
     def _enters(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], start: Start | None) -> bool:
-        """Whether this call may begin at ``start``; tells of what enters block 0."""
+        """Whether this call may begin at ``start``; tells of what enters block 0, but not from within a graph."""
+        if torch.compiler.is_compiling():
+            return True
         hidden = next(tensors_in((args, kwargs)), None)
         this, call = self._pass, self._pass.calls[path] - 1
         if hidden is None:
@@ -375,12 +383,16 @@ class Prefix:
         self._harmless.append(hidden)
         return hidden.requires_grad_()
 
-    @torch.compiler.disable
     def _something_trains(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether gradients of anything are to flow back through a block's inputs."""
+        # In compiled code this loop is all there is of it: a graph should not break in every block.
         wanted = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
+        return bool(wanted) and self._trains(wanted)
+
+    @torch.compiler.disable
+    def _trains(self, wanted: list[Tensor]) -> bool:
         harmless = {id(tensor) for tensor in self._harmless}
-        return any(id(leaf) not in harmless for leaf in leaves(wanted)) if wanted else False
+        return any(id(leaf) not in harmless for leaf in leaves(wanted))
 
     def _end_prefix(self, path: str) -> None:
         self.ended.add(path)
@@ -424,6 +436,8 @@ class Prefix:
             # Off without a graph too: gradient caching runs each pass of a step twice, and wants the same of both.
             if not self.model.training:
                 return original(x)
+            if torch.compiler.is_compiling():  # what is counted has no place in a graph
+                return original(x) if path in self._pass.calls else x
             runs, before = self._pass.runs.setdefault(dropout, [0, 0])
             pattern = self._patterns.get(dropout)
             stands_before = path not in self._pass.calls if pattern is None else runs % pattern[0] < pattern[1]
@@ -444,8 +458,8 @@ class Prefix:
     def _after_embeddings(self, module: nn.Module, _inputs: Any, output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.requires_grad or not self._active():
             return None
-        if any(parameter.requires_grad for parameter in module.parameters()):
-            return None  # they train by now
+        if any(parameter.requires_grad for parameter in module.parameters()) or read_by([module]) is not None:
+            return None  # they train by now, or somebody's own hook asks for the gradient
         if all(self.depths.values()):
             return output.detach()
         # Where one stack still starts from the embeddings, reentrant checkpointing may need their gradient.

@@ -197,6 +197,12 @@ class Hook:
         self._handle = handle
         _Patches.of(module).hooks.add(handle.id)
 
+    def go_last(self) -> None:
+        """Behind all that were registered since: TRL switches checkpointing, and its hook, off and on in each step."""
+        table: Any = self.module._forward_hooks
+        if self._handle.id in table and next(reversed(table)) != self._handle.id:
+            table.move_to_end(self._handle.id)
+
     def remove(self) -> None:
         """Take it off."""
         self._handle.remove()
