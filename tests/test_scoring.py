@@ -239,7 +239,7 @@ def test_stages_of_other_lengths_are_scored_each_on_its_own_tokens(build, target
     assert scorer.prepare(1000, 10) > 2
     depths = {next(iter(units.values())).stack: prefix} if prefix else {}
     first, second = (scorer.measure(depths) for _ in range(2))
-    above = {name for name, unit in units.items() if unit.block >= prefix}
+    above = {name for name, unit in units.items() if unit.block >= depths.get(unit.stack, 0)}
     assert set(first.values()) == {0.0} and set(second.values()) == {0.0} and first.keys() == above
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -101,11 +101,12 @@ def eager():
     ("mode", "cache", "length", "most"),
     [
         ("whole", "off", 12, 2 + 1),
-        ("in place", "ram", 12, 2),
+        # Before anything is served, and again when held states are first to be, a pass runs the prefix: once a freeze.
+        ("in place", "ram", 12, 2 * 3),
         ("blocks", "off", 12, 2 * 3 + 1),
-        ("blocks", "ram", None, 2 * 3 + 1),
+        ("blocks", "ram", None, 2 * 3 + 3),
         # The cache asks padding for its gradient once; the hook that does so parts the graph into those of its blocks.
-        ("whole", "ram", None, 2 * 3 + 2),
+        ("whole", "ram", None, 2 * 3 + 3),
     ],
 )
 def test_a_compiled_model_freezes_as_an_eager_one_does(mode, cache, length, most, eager):
@@ -144,7 +145,7 @@ def test_a_compiled_trainer_freezes_as_an_eager_one_does(tmp_path):
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], safe.safe
 
     losses, safe = train(torch_compile=True, torch_compile_backend="aot_eager")
-    # One, one after the freeze, and one where the cache asks padding for its gradient.
-    assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    # One before the freeze; after it passes that run the prefix, that are watched, and that are served, in two parts.
+    assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 9
     assert losses == pytest.approx(train()[0], rel=1e-4)
     assert safe.prefixes == {"model.layers": 1}

@@ -80,7 +80,7 @@ class _Look:
         kind: of the states: computed or held.
         starts: that it would have been served, until the pass has come to them.
         rows: of its batch.
-        outputs: samples of all that the served pass returned.
+        outputs: samples of all that the served pass returned; None where the states alone are in question.
         problem: what differs.
     """
 
@@ -88,7 +88,7 @@ class _Look:
     kind: str
     starts: dict[str, list[Start | None]]
     rows: Rows
-    outputs: list[tuple[str, Tensor]]
+    outputs: list[tuple[str, Tensor]] | None
     problem: str | None = None
 
 
@@ -388,6 +388,11 @@ class Examiner:
             situation.passes += 1
             return True
         before = self.flops
+        padded = any(rows.is_padded(side) for side in (0, 1)) and not self.whole_rows
+        if kind == "held" and "computed" in situation.verified and not due and not padded:
+            # That a pass may start there is shown; what is new is that the states were held, so these are compared.
+            self._look = _Look(situation, kind, {p: list(of) for p, of in starts.items()}, rows, None)
+            return False
         try:
             with traceless(self.prefix.modules), CountFlops() as count:
                 outputs = self.prefix.shadow(call, rows.inputs, starts)
@@ -404,6 +409,12 @@ class Examiner:
             situation.spot = max(1, round((prefix + self.flops - before) / (3 * max(1, count.total) * SPOT_CHECKS)))
         return False
 
+    @property
+    def watches(self) -> bool:
+        """Whether ``watch`` has anything to do in the pass that begins."""
+        return bool(self._waiting) or self._look is not None or self.collect is not None
+
+    @torch.compiler.disable
     def watch(self, path: str, number: int, hidden: Tensor) -> None:
         """The boundary of a training pass."""
         if (path, number) in self._waiting:
@@ -461,6 +472,8 @@ class Examiner:
     def _difference(self, look: _Look, output: Any) -> str | None:
         if look.problem is not None:
             return look.problem
+        if look.outputs is None:
+            return None
         own_outputs = _sampled(output, look.rows)
         if [name for name, _ in own_outputs] != [name for name, _ in look.outputs]:
             differing = {name for name, _ in own_outputs} ^ {name for name, _ in look.outputs}

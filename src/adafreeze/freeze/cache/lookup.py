@@ -128,8 +128,6 @@ class PrefixCache:
         self._said: set[str] = set()
         self._undo = ExitStack()
         prefix.look_up = self.look_up
-        prefix.watch_boundary = self.examiner.watch
-        prefix.watch_entry = self._watch_entry
         prefix.admits = self._admits
         prefix.finished = self._finished
         prefix.around = identity
@@ -253,9 +251,14 @@ class PrefixCache:
     def look_up(self, call: Call) -> Starts:
         """Where the pass that begins with this call starts; empty: at the embeddings."""
         self._now = None
+        self.prefix.watch_boundary = self.prefix.watch_entry = None
         try:
             if self.off is None and any(self._depths) and self._may_serve(call.inputs):
-                return self._look_up(call)
+                starts = self._look_up(call)
+                # Only where something is to be seen: a compiler would trace it, and compile anew when it changes.
+                self.prefix.watch_boundary = self.examiner.watch if self.examiner.watches else None
+                self.prefix.watch_entry = self._watch_entry if self.examiner.collect is not None else None
+                return starts
         except NotBySample as error:
             self.switch_off(str(error))
         except Exception as error:  # whatever it is: the prefix can always be run
