@@ -93,8 +93,6 @@ def bottom_up(situation: Situation) -> Iterator[str]:
             yield from block
 
 
-# They freeze prefixes and nothing else.
-PREFIX_POLICIES = ("share", "bottom_up")
 POLICIES: dict[str, Policy] = {"share": share, "threshold": threshold, "bottom_up": bottom_up}
 
 

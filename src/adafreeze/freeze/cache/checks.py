@@ -177,12 +177,11 @@ class Examiner:
         until = self.until(situation)
         if not until:
             return
-        written: set[tuple[int, str]] = set()
         inside = {id(module): type(module).__name__ for block in self.prefix.blocks for module in block.modules()}
         names: list[str] = []
 
         def notice(module: nn.Module, name: str) -> None:
-            written.add((id(module), name))
+            self.writes = True
             if id(module) in inside:
                 names.append(f"{inside[id(module)]}.{name}")
 
@@ -200,8 +199,7 @@ class Examiner:
             self.refusal = problem
             situation.layouts, situation.entries = {}, {}
             return
-        self.writes = self.writes or bool(written)
-        if rows.count and not situation.several_calls:
+        if not situation.several_calls:
             situation.fresh, situation.fresh_entries = whole, entered
         self.keeps_width(situation, rows, call, whole)
 
