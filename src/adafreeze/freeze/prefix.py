@@ -118,6 +118,7 @@ class Prefix:
         on_bypass: called when several training passes have come to the blocks, and none through the model itself.
         modules: all of the model, as they were when the prefix last changed; walking the tree takes time.
         drops_layers: the model leaves out blocks by chance in training.
+        sees_entries: what enters block 0 is seen in training passes: no compiler has made a graph of them.
         autocast: (dtype or None) that was in force in the last training pass; "unknown" before the first.
     """
 
@@ -141,6 +142,7 @@ class Prefix:
         self.on_change: Callable[[list[str]], None] | None = None
         self.on_bypass: Callable[[], None] | None = None
         self.autocast: torch.dtype | str | None = "unknown"
+        self.sees_entries = False
         self.drops_layers = any(_setting(model, name) for name in LAYER_DROP)
         self.modules = list(model.modules())
         self._undo = ExitStack()
@@ -370,7 +372,9 @@ class Prefix:
             return True
         if this.recorded is not None:
             self.entered.setdefault(path, []).append(hidden.detach())
-        elif start is None:
+            return True
+        self.sees_entries = True
+        if start is None:
             if self.watch_entry is not None:
                 self.watch_entry(path, call, hidden.detach())
         elif self.admits is not None and not self.admits(path, call, hidden.detach()):

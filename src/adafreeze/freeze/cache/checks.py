@@ -45,6 +45,7 @@ class Situation:
         key: of the names, ranks and dtypes of the inputs, autocast, modules in training mode, and prefix depths.
         calls: how often each stack is called in such a pass.
         layouts: of each call of a stack, once the prefix was looked at.
+        below: the last situation of this kind in a prefix that was less deep.
         entries: the same of what enters block 0, where samples can be told apart in it.
         verified: what was shown: that passes may start from states ``"computed"`` for them, and from ``"held"`` ones.
         fresh_entries: what entered block 0 with ``fresh``.
@@ -56,6 +57,7 @@ class Situation:
 
     key: str
     calls: dict[str, int]
+    below: Situation | None = None
     layouts: dict[Slot, Layout] = field(default_factory=dict)
     entries: dict[Slot, Layout] = field(default_factory=dict)
     verified: set[str] = field(default_factory=set)
@@ -81,6 +83,7 @@ class _Look:
         starts: that it would have been served, until the pass has come to them.
         rows: of its batch.
         outputs: samples of all that the served pass returned; None where the states alone are in question.
+        without_padding: it began with zeros in place of padding, as a pass from held states does.
         problem: what differs.
     """
 
@@ -89,6 +92,7 @@ class _Look:
     starts: dict[str, list[Start | None]]
     rows: Rows
     outputs: list[tuple[str, Tensor]] | None
+    without_padding: bool = False
     problem: str | None = None
 
 
@@ -98,9 +102,10 @@ class Examiner:
     In a new situation the prefix is looked at: it is run on the whole batch and on its rows in other groups and another
     order, so that what depends on chance, on a row's place or on its company is seen, and how rows lie in its output.
     Then the whole pass is run as it would be served, without a graph and without a trace (``Prefix.shadow``), the
-    training pass itself runs the model's own code, and all that the two return is compared. The same is done when held
-    states are first to be used, and at times that follow from counted FLOPs. The peak does not rise: the served pass
-    is over, but for a sample of its outputs, when the graph is built.
+    training pass itself runs the model's own code, and all that the two return is compared. When held states are first
+    used, they are compared with those of the model's own pass. The whole is done again at times that follow from
+    counted FLOPs. The peak does not rise: the served pass is over, but for a sample of its outputs, when the graph is
+    built.
 
     Attributes:
         shown: what an earlier process has shown of situations: verified kinds, and calls.
@@ -127,6 +132,7 @@ class Examiner:
         self.refusal: str | None = None
         self.flops = 0
         self._calls: dict[str, dict[str, int]] = {}  # of a kind of pass, whatever the depths
+        self._last: dict[str, Situation] = {}
         self._waiting: dict[tuple[str, int], int] = {}  # calls whose gradient is asked for, and the side of each
         self._widths: set[tuple[str, int, int]] = set()
         self.writes = False
@@ -149,7 +155,12 @@ class Examiner:
                 self.refusal = f"the model was called in {MOST_SITUATIONS} different ways"
             calls = {stack.path: 1 for stack in self.prefix.stacks} | self._calls.get(kind, {})
             verified, counted = self.shown.get(key, ((), {}))
-            self.situations[key] = Situation(key, calls | counted, verified=set(verified))
+            of_kind = f"{kind} {self.whole_rows}"
+            below = self._last.get(of_kind)
+            self.situations[key] = Situation(key, calls | counted, below, verified=set(verified))
+            self._last[of_kind] = self.situations[key]
+            if below is not None:
+                below.below = None
         return self.situations[key]
 
     def slots(self, situation: Situation) -> list[Slot]:
@@ -163,8 +174,17 @@ class Examiner:
 
     # What the prefix makes of a batch, before anything of it is held.
 
-    def examine(self, situation: Situation, rows: Rows, call: Call) -> None:
-        """Look at the prefix in a new situation; ``refusal`` says what was found."""
+    def examine(
+        self, situation: Situation, rows: Rows, call: Call, held: Callable[[Sequence[int]], Starts] = lambda _: {}
+    ) -> None:
+        """Look at the prefix in a new situation; ``refusal`` says what was found.
+
+        Args:
+            situation: of the pass.
+            rows: of its batch.
+            call: as which the model is called with them.
+            held: where a pass over these rows may start: what a prefix that was less deep gave, if all is held.
+        """
         situation.fresh = None
         if situation.layouts:
             return
@@ -186,13 +206,13 @@ class Examiner:
                 names.append(f"{inside[id(module)]}.{name}")
 
         with traceless(self.prefix.modules, notice):
-            whole = self.prefix.compute(call, rows.inputs, {}, until)
+            whole = self.prefix.compute(call, rows.inputs, held(range(rows.count)), until)
             if whole is None:
                 if situation.counts:
                     self.refusal = "a training pass does not come to the boundary of every stack"
                 return
             entered = self.prefix.entered
-            problem = self._look_at_rows(situation, rows, call, whole, entered)
+            problem = self._look_at_rows(situation, rows, call, held, whole, entered)
         if problem is None and names:
             problem = f"a block of the prefix writes to {names[0]} in each pass"
         if problem is not None:
@@ -208,41 +228,37 @@ class Examiner:
         situation: Situation,
         rows: Rows,
         call: Call,
+        held: Callable[[Sequence[int]], Starts],
         whole: Mapping[str, Sequence[Tensor]],
         entered: Mapping[str, Sequence[Tensor]],
     ) -> str | None:
-        """Run the same rows in other groups, and find how they lie; returns what stands against taking them apart."""
+        """Run some rows in another group, and find how they lie; returns what stands against taking them apart."""
         count = rows.count
-        backwards = list(range(count))[::-1]
-        groups = [backwards[: count - count // 2], backwards[count - count // 2 :]] if count > 1 else [[0, 0]]
+        # A quarter of them, from last to first: each at another place and in other company. What only the others would
+        # show is seen when held states are first compared with those of the model's own pass, which are of all rows.
+        size = min(count - 1, max(2, -(-count // 4)))
+        group = list(range(count - 1, -1, -(count // size)))[:size] if size else [0, 0]
         until = self.until(situation)
-        otherwise = rows.otherwise()
-        parts, entries = [], []
-        for group in groups:
-            parts.append(self.prefix.compute(call, rows.take(group, otherwise), {}, until))
-            entries.append(self.prefix.entered)
-        if any(part is None for part in parts):
+        part = self.prefix.compute(call, rows.take(group, rows.otherwise()), held(group), until)
+        entered_part = self.prefix.entered
+        if part is None:
             return "a training pass on a part of the batch does not come to the boundary of every stack"
         again: Mapping[str, Sequence[Tensor]] | None = None
         for position, path, number in self.slots(situation):
             if path not in until:
                 situation.layouts[position, path, number] = Layout(torch.float32)
                 continue
-            hidden, pieces = whole[path][number], [part[path][number] for part in parts if part is not None]
-            layout = find_layout(hidden, pieces[0], count, len(groups[0]))
+            hidden, piece = whole[path][number], part[path][number]
+            layout = find_layout(hidden, piece, count, len(group))
             if layout is None:
                 return f"the hidden states of {path}, {tuple(hidden.shape)}, are not so many rows of each sample"
             for interleaved in (False, True) if layout.rows > 1 else (False,):
                 one = replace(layout, interleaved=interleaved)
-                samples = one.apart(hidden, count)
-                if all(
-                    self._agree(samples[row], one.apart(piece, len(group))[place])
-                    for group, piece in zip(groups, pieces, strict=True)
-                    for place, row in enumerate(group)
-                ):
+                samples, taken = one.apart(hidden, count), one.apart(piece, len(group))
+                if all(self._agree(samples[row], taken[place]) for place, row in enumerate(group)):
                     break
             else:
-                again = again or self.prefix.compute(call, rows.inputs, {}, until)
+                again = again or self.prefix.compute(call, rows.inputs, held(range(count)), until)
                 if again is None or not torch.equal(again[path][number], hidden):
                     return (
                         "the prefix gives a sample another output each time (NEFTune noise, or dropout behind the "
@@ -257,8 +273,8 @@ class Examiner:
             situation.layouts[position, path, number] = replace(
                 one, by_position=plain and width > 0 and not self.whole_rows, side=side
             )
-            enters, in_part = entered[path][number], entries[0][path][number]
-            entry = find_layout(enters, in_part, count, len(groups[0]))
+            enters = entered[path][number]
+            entry = find_layout(enters, entered_part[path][number], count, len(group))
             if entry is not None:
                 by_position = situation.layouts[position, path, number].by_position and enters.shape == hidden.shape
                 situation.entries[position, path, number] = replace(
@@ -271,7 +287,8 @@ class Examiner:
     ) -> bool:
         """Whether hidden states are as wide as these inputs; if not, whole rows are taken from now on.
 
-        Some models pad inside, to a multiple of a window, and so at some widths only: each is looked at once. Where
+        Some models pad inside, to a multiple of a window, and so at some widths only. Where what enters block 0 is as
+        wide as what leaves the prefix, each pass sees it there (``as_wide``); else each width is looked at once. Where
         positions are not the second dimension, padding cannot be left out either.
 
         Args:
@@ -284,6 +301,9 @@ class Examiner:
         if self.whole_rows or widths in self._widths:
             return True
         if states is None:
+            of = situation.entries
+            if self.prefix.sees_entries and all(slot in of and of[slot].by_position for slot in situation.layouts):
+                return True
             with traceless(self.prefix.modules):
                 states = self.prefix.compute(call, rows.take([0]), {}, self.until(situation))
         for (_, path, number), layout in situation.layouts.items():
@@ -296,6 +316,13 @@ class Examiner:
                 return False
         self._widths.add(widths)
         return True
+
+    def as_wide(self, layout: Layout, rows: Rows, hidden: Tensor) -> bool:
+        """Whether what enters block 0 is as wide as the inputs; if not, whole rows are taken from now on."""
+        if not layout.by_position or hidden.shape[1] == rows.width(layout.side):
+            return True
+        self._take_whole_rows()
+        return False
 
     def marks_agree(self, a: Tensor, b: Tensor) -> bool:
         """Whether what enters block 0 is what entered it before, up to rounding; NaN where nothing is known of it."""
@@ -386,11 +413,12 @@ class Examiner:
             situation.passes += 1
             return True
         before = self.flops
-        padded = any(rows.is_padded(side) for side in (0, 1)) and not self.whole_rows
-        if kind == "held" and "computed" in situation.verified and not due and not padded:
+        waiting = {path: list(calls) for path, calls in starts.items()}
+        if kind == "held" and "computed" in situation.verified and not due:
             # That a pass may start there is shown; what is new is that the states were held, so these are compared.
-            self._look = _Look(situation, kind, {p: list(of) for p, of in starts.items()}, rows, None)
+            self._look = _Look(situation, kind, waiting, rows, None)
             return False
+        starts, without = self._without_padding(situation, rows, starts)
         try:
             with traceless(self.prefix.modules), CountFlops() as count:
                 outputs = self.prefix.shadow(call, rows.inputs, starts)
@@ -398,7 +426,7 @@ class Examiner:
             self.refusal = f"a pass that starts above the prefix fails ({type(error).__name__}: {_first_line(error)})"
             return False
         self.flops += count.total
-        self._look = _Look(situation, kind, {p: list(of) for p, of in starts.items()}, rows, _sampled(outputs, rows))
+        self._look = _Look(situation, kind, waiting, rows, _sampled(outputs, rows), without)
         situation.passes = 0
         if not situation.spot:
             blocks, skipped = sum(map(len, self.prefix.stacks)), sum(self.prefix.depths.values())
@@ -406,6 +434,20 @@ class Examiner:
             # Of a served pass, forward and backward, which takes about three times its forward pass.
             situation.spot = max(1, round((prefix + self.flops - before) / (3 * max(1, count.total) * SPOT_CHECKS)))
         return False
+
+    def _without_padding(self, situation: Situation, rows: Rows, starts: Starts) -> tuple[Starts, bool]:
+        """``starts`` with zeros for padding, which held states do not have, and whether there is any."""
+        changed: dict[str, list[Start | None]] = {path: list(calls) for path, calls in starts.items()}
+        some = False
+        for (_, path, number), layout in situation.layouts.items():
+            calls = changed.get(path, [])
+            start = calls[number] if number < len(calls) else None
+            if start is not None and layout.by_position and rows.is_padded(layout.side):
+                real = _real(rows, layout.side, start.states.device)
+                real = real.reshape(*real.shape, *[1] * (start.states.ndim - 2))
+                calls[number] = Start(start.depth, start.states.where(real, 0))
+                some = True
+        return changed, some
 
     @property
     def watches(self) -> bool:
@@ -431,9 +473,12 @@ class Examiner:
             return None
         if look is None or output is None:
             return None
-        problem = self._difference(look, output)
+        problem = look.problem or self._difference(look, output)
         if problem is None:
-            look.situation.verified.add(look.kind)
+            look.situation.verified |= {look.kind, "computed"}
+        elif look.problem is None and look.without_padding:
+            self._take_whole_rows()  # the states are right; whether padding is all that differs, the next look shows
+            return None
         return problem
 
     def _has_learned(self, situation: Situation, calls: Mapping[str, int]) -> bool:
@@ -468,8 +513,6 @@ class Examiner:
             look.problem = f"the states of {path} are others than a pass of the model gives now"
 
     def _difference(self, look: _Look, output: Any) -> str | None:
-        if look.problem is not None:
-            return look.problem
         if look.outputs is None:
             return None
         own_outputs = _sampled(output, look.rows)

@@ -20,6 +20,10 @@ __all__ = ["FORMAT_VERSION", "Identity"]
 
 FORMAT_VERSION = 1
 
+# Elements of each weight that are read before each pass. What writes to ``.data`` in place (a moving average, noise on
+# weights, a merge) leaves no trace in version counters, and nearly always writes to all elements.
+SAMPLED = 8
+
 # What a configuration says of heads and outputs; models and hosts set some of it in mid-run.
 _NOT_OF_THE_PREFIX = {
     *("problem_type", "id2label", "label2id", "architectures", "_name_or_path", "use_cache", "return_dict"),
@@ -48,7 +52,9 @@ class Identity:
         self._chains: list[list[bytes]] = [[] for _ in stacks]
         self._places: list[tuple[dict[str, Any], str]] = []
         self._children: list[dict[str, Any]] = []
+        self._samples: list[list[Tensor]] = []  # views, of one device and dtype each
         self._seen: tuple[int, int] = (0, 0)
+        self._values: list[Tensor] = []
         self._changed = False
 
     def of(self, depths: Sequence[int]) -> bytes:
@@ -85,18 +91,19 @@ class Identity:
                 self._children.append(module._modules)
             if len(frozen) == len(own):
                 self._places += [(module._buffers, name) for name in module._buffers]
-        self._seen, self._changed = self._now(), False
+        self._sample()
+        self._seen, self._values, self._changed = self._now(), self._now_sampled(), False
 
     def before_pass(self) -> None:
         """Of the model, whatever for: see whether a weight was written to since the last one."""
-        self._changed = self._changed or self._now() != self._seen
+        self._changed = self._changed or self._now() != self._seen or not self._same_values()
 
     def after_pass(self) -> None:
         """What a pass itself does to its weights is no change: PEFT parametrizes experts' weights in each of them."""
-        self._seen = self._now()
+        self._seen, self._values = self._now(), self._now_sampled()
 
     def changed(self) -> bool:
-        """Whether a watched weight was written to or replaced between two passes; costs no look at its values."""
+        """Whether a watched weight was written to or replaced between two passes; a few of its values are looked at."""
         return self._changed
 
     def _now(self) -> tuple[int, int]:
@@ -104,10 +111,31 @@ class Identity:
         for table, name in self._places:
             tensor = table.get(name)
             if tensor is not None:
-                # ``.data = other`` keeps the object. What is written to ``.data`` in place only spot checks see.
+                # ``.data = other`` keeps the object.
                 objects += id(tensor) + (tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0)
                 writes += 0 if tensor.is_inference() else tensor._version
         return writes, objects
+
+    def _sample(self) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for table, name in self._places:
+            tensor: Any = table.get(name)
+            # Shards and quantized weights are subclasses with storages of their own: version counters have to do there.
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
+                continue
+            if tensor.numel() and tensor.is_contiguous():
+                step = max(1, tensor.numel() // SAMPLED)
+                group = groups.setdefault((tensor.device, tensor.dtype), [])
+                group.append(tensor.detach().view(-1)[::step][:SAMPLED])
+        self._samples = list(groups.values())
+
+    def _now_sampled(self) -> list[Tensor]:
+        return [torch.cat(views) for views in self._samples]
+
+    def _same_values(self) -> bool:
+        # By bits, so that NaN is equal to itself.
+        pairs = zip(self._values, self._now_sampled(), strict=True)
+        return all(torch.equal(old.view(torch.uint8), new.view(torch.uint8)) for old, new in pairs)
 
     def forget(self) -> None:
         """Hash anew at the next ``of``."""

@@ -303,7 +303,7 @@ class PrefixCache:
         ambient = autocast_now(self.worth.device)
         situation = self.examiner.situation(rows, ambient)
         with self._counted():
-            self.examiner.examine(situation, rows, call)
+            self.examiner.examine(situation, rows, call, self._held_below(situation, rows))
             looked = self.examiner.refusal is None and bool(situation.layouts)
             trusted = looked and self.examiner.trusts_padding(situation, rows, call)
         if self.examiner.refusal is not None:
@@ -326,14 +326,33 @@ class PrefixCache:
         finally:
             situation.fresh = None
 
+    def _keys(self, situation: Situation, rows: Rows) -> tuple[list[bytes], list[int]]:
+        """Under which the samples are held, and the position of each slot's stack."""
+        stacks = [position for position, _, _ in situation.layouts]
+        return rows.keys(f"{self.prefix.autocast} {self.examiner.whole_rows} {self.store_dtype} {stacks}"), stacks
+
+    def _held_below(self, situation: Situation, rows: Rows) -> Callable[[Sequence[int]], Starts]:
+        """From where a deeper prefix is first run on some of these rows: from what a less deep one gave, if it is held.
+
+        The rest of the way is what the pass has to go in any case.
+        """
+        below = situation.below
+        if situation.layouts or situation.several_calls or below is None or not below.layouts:
+            return lambda _: {}
+        keys, stacks = self._keys(below, rows)
+        entries = self.store.read(keys, tuple(self._depths[position] for position in stacks), stacks)
+        held = {entry.depths if entry is not None else () for entry in entries}
+        if len(held) > 1 or not any(next(iter(held))):
+            return lambda _: {}
+        (depths,) = held
+        return lambda group: self._batches.together(rows, group, [entries[row] for row in group], depths, below.layouts)
+
     def _served(self, situation: Situation, rows: Rows, call: Call, trusted: bool) -> Starts:
-        slots = list(situation.layouts)
-        stacks = [position for position, _, _ in slots]
-        depths = tuple(self._depths[position] for position in stacks)
-        nothing = (0,) * len(depths)
         width = max(rows.width(0), 1)
         with self.worth.timed(self.worth.read, rows.count * width):
-            keys = rows.keys(f"{self.prefix.autocast} {self.examiner.whole_rows} {self.store_dtype} {stacks}")
+            keys, stacks = self._keys(situation, rows)
+            depths = tuple(self._depths[position] for position in stacks)
+            nothing = (0,) * len(depths)
             # While it is not known whether anything reads padding, all rows are computed, padding and all.
             entries: list[Entry | None] = [None] * rows.count
             if trusted:
@@ -362,7 +381,8 @@ class PrefixCache:
         if not starts or self.off is not None:
             return {}
         before = self.examiner.flops
-        may = self.examiner.shadow(situation, "held" if found else "computed", rows, call, starts)
+        kind = "held" if missing < rows.count else "computed"
+        may = self.examiner.shadow(situation, kind, rows, call, starts)
         self.flops += (self.examiner.flops - before) * self.counts_flops
         if self.examiner.refusal is not None:
             self.distrusted = True
@@ -370,9 +390,7 @@ class PrefixCache:
         if not may:
             return {}
         self._expect(situation, rows.count, marks)
-        self.worth.skipped_work += width * (
-            len(found) * sum(depths) + sum(len(group) * sum(of) for of, group in groups.items())
-        )
+        self.worth.skip(width * (len(found) * sum(depths) + sum(len(group) * sum(of) for of, group in groups.items())))
         return starts
 
     def _filled_by_this_pass(
@@ -424,6 +442,7 @@ class PrefixCache:
         self._identity.forget()
         self._identity.watch(self._depths)
         if self._identity.of(self._depths) != before:
+            self.worth.since_hit = 0  # what was held is another prefix's: samples have to come once more
             self._changes += 1
             if self._changes > MOST_CHANGES:
                 self.switch_off("the weights of the frozen prefix keep changing")
@@ -451,6 +470,8 @@ class PrefixCache:
                 return {}
             computed.append((group, states))
             entered = self._marks_of(situation, rows, group, self._entered)
+            if any(held):  # what was held is right where what it was made of still enters
+                entered = [marks.get(row, mark) for row, mark in zip(group, entered, strict=True)]
             self._write(situation, rows, keys, group, states, entered)
             for row, mark in zip(group, entered, strict=True):
                 entries[row], marks[row] = None, mark
@@ -467,7 +488,7 @@ class PrefixCache:
     ) -> dict[str, list[Tensor]] | None:
         """The hidden states of some rows at the boundary, from what is held of them."""
         fresh, situation.fresh = situation.fresh, None
-        if fresh is not None and len(group) == rows.count and not any(held):
+        if fresh is not None and len(group) == rows.count:
             self._entered = situation.fresh_entries
             return fresh
         inputs = rows.take(group)
@@ -516,11 +537,19 @@ class PrefixCache:
                 self._marks[slot] = torch.tensor(numbers, dtype=torch.float64)
 
     def _admits(self, path: str, call: int, hidden: Tensor) -> bool:
+        if self._is_as_before(path, call, hidden):
+            return True
+        self.worth.take_back()
+        return False
+
+    def _is_as_before(self, path: str, call: int, hidden: Tensor) -> bool:
         now = self._now
         slot = next((slot for slot in self._marks if slot[1:] == (path, call)), None)
         if now is None or slot is None:
             return True
         layout, everyone = now.situation.entries[slot], range(now.rows.count)
+        if not self.examiner.as_wide(layout, now.rows, hidden):
+            return False
         if hidden.shape[layout.dimension] == layout.rows * now.rows.count:
             marks = marks_of(layout, hidden, now.rows, everyone).cpu()
             if self.examiner.marks_agree(marks, self._marks[slot]):

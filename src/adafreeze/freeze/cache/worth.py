@@ -46,6 +46,8 @@ class Worth:
         advanced: found at a smaller depth, and run through the new blocks.
         misses: computed from the embeddings.
         since_hit: samples looked up since the last one that was found.
+        skipped_work: positions × blocks that passes did not run.
+        last: samples found, found at a smaller depth, and work skipped, of the last pass.
     """
 
     device: torch.device
@@ -54,6 +56,7 @@ class Worth:
     misses: int = 0
     since_hit: int = 0
     skipped_work: int = 0
+    last: tuple[int, int, int] = (0, 0, 0)
     compute: _Clock = field(default_factory=_Clock)
     read: _Clock = field(default_factory=_Clock)
     write: _Clock = field(default_factory=_Clock)
@@ -86,6 +89,23 @@ class Worth:
         self.advanced += advanced
         self.misses += misses
         self.since_hit = 0 if hits or advanced else self.since_hit + misses
+        self.last = hits, advanced, 0
+
+    def skip(self, work: int) -> None:
+        """A pass starts above so many positions × blocks."""
+        self.skipped_work += work
+        self.last = *self.last[:2], work
+
+    def take_back(self) -> None:
+        """The last pass that was looked up runs its prefix after all: what was found for it was of no use."""
+        hits, advanced, work = self.last
+        self.hits, self.advanced, self.misses = (
+            self.hits - hits,
+            self.advanced - advanced,
+            self.misses + hits + advanced,
+        )
+        self.skipped_work -= work
+        self.last = (0, 0, 0)
 
     @property
     def seconds_saved(self) -> float | None:
