@@ -60,6 +60,8 @@ class History:
                 # Of a score that is not finite, or a unit frozen unmeasured, the one before stands.
                 measured.update({n: s for n, s in event["scores"].items() if isinstance(s, (int, float))})
                 self.frozen.update(dict.fromkeys(event.get("units", ()), event["step"]))
+            if event.get("event") == "thaw":
+                self.frozen = {name: step for name, step in self.frozen.items() if name not in event["units"]}
         self.end = max((event.get("step") or 0 for event in later), default=0)
         self.closed = any(event.get("event") == "close" for event in later)
         self._check(measured)

@@ -337,6 +337,7 @@ class Decider:
             threshold=self.config.threshold,
             min_live_blocks=self.config.min_live_blocks,
             something_else_trains=self.guard.something_else_trains(),
+            learning=frozenset(self.guard.learning) or None,
         )
 
     def _give_up_measuring(self, error: Exception, step: int) -> None:

@@ -27,6 +27,7 @@ def kept(safe: Safe, *, random_state: bool = True) -> dict[str, Any]:
             "length": safe.length.state_dict(*safe._seen),
             **safe._observer.state_dict(),
             "frozen": sorted(safe.frozen),
+            "learning": sorted(safe._guard.learning),
             "probe": safe.decider.probe.digest(),
             "deciding": safe.decider.state_dict(),
             "cache": safe.caching.state_dict(),
@@ -62,8 +63,9 @@ def take_up(safe: Safe, state: Any) -> None:
     safe.journal.rewind(content.get("journal"))
     changes = safe.length.load_state_dict(content["length"], *safe._seen) if "length" in content else []
     frozen = dict.fromkeys([*content["frozen"], *safe._at_start])
+    safe._guard.learning = safe.units.keys() & set(content.get("learning", ()))
     if not safe.frozen <= frozen.keys():
-        _thaw(safe)
+        safe._thaw(safe.frozen)  # a run that goes back to before a freeze
     safe.decider.load_state_dict(
         content["deciding"],
         safe.steps,
@@ -86,12 +88,3 @@ def take_up(safe: Safe, state: Any) -> None:
         safe.budget.load_state_dict(content["budget"])
     safe._freeze([name for name in frozen if name not in safe.frozen], by="resume")
     restore_random_state(content.get("random"), safe.ranks.rank)
-
-
-def _thaw(safe: Safe) -> None:
-    """For a run that goes back to before a freeze."""
-    safe.freezer.restore()
-    safe._step_length.after_freeze(())
-    safe.prefix.update()
-    safe.parallel.after_freeze(())
-    safe.caching.prefix_changed()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from .caching import Caching
 from .config import SafeConfig
 from .decide.policy import freezes_prefixes
 from .deciding import Decider
-from .errors import ProbeError, note
+from .errors import ProbeError, RunError, note, warn
 from .freeze import Freezer, Prefix
 from .freeze.cache import Progress
 from .freeze.parallel import Ranks, find_parallel
@@ -135,7 +135,8 @@ class Safe:
         given = given if self.ranks.is_main else None
         self.journal = journal or (given if isinstance(given, Journal) else Journal(given))
         self._write_start()
-        self._guard = Guard(self.model, self.freezer, self.journal)
+        drops = self.prefix.drops_layers
+        self._guard = Guard(self.model, self.freezer, self.journal, drops_layers=drops)
         chains = units_along(chains_of(flows), self.stacks, self.units)
         parts = self._new_scorer, self._guard, self.journal, self.ranks
         collective = self.parallel.collective
@@ -320,19 +321,52 @@ class Safe:
         # Of several ranks another one may not have seen it; and a unit that was frozen for some steps has no way back.
         thawed = [name for name in names if name in self._at_start] if self.steps == 0 and self.ranks.size == 1 else []
         if thawed:
-            others = [name for name in self.frozen if name not in thawed]
             self._at_start = [name for name in self._at_start if name not in thawed]
-            self.freezer.restore()
-            self.freezer.freeze(others)
-            self._step_length.after_freeze(self.frozen)
-            self.prefix.update()
-            self.parallel.after_freeze(self.frozen)
+            self._thaw(thawed)
         self.caching.prefix_changed()
-        self.journal.write("prefix_ended", step=self.steps, stack=path, thawed=thawed)
+        self.journal.write("prefix_ended", step=self.steps, stack=path)
         note(
             f"Step {self.steps}: something that trains feeds the blocks of {path} (a projector, a vision tower, inputs "
             "that require grad). Its gradient passes through them, so they have no frozen prefix, and no cache; "
             + (f"the {len(thawed)} units frozen there train again." if thawed else "nothing more freezes there.")
+        )
+
+    def _thaw(self, names: Collection[str]) -> None:
+        """Let these units train again."""
+        others = [name for name in self.frozen if name not in names]
+        self.freezer.restore()
+        if others:
+            self.freezer.freeze(others)
+        self._step_length.after_freeze(self.frozen)
+        self.prefix.update()
+        self.parallel.after_freeze(self.frozen)
+        self.caching.prefix_changed()
+        units, frozen = [name for name in self.units if name in names], len(self.frozen)
+        self.journal.write("thaw", step=self.steps, units=units, frozen=frozen, prefixes=self.prefixes)
+
+    def _nothing_learns(self) -> None:
+        """After a freeze no live unit has a gradient: whatever the cause, training goes on as if nothing had frozen.
+
+        Raises:
+            RunError: the units were frozen by hand, or other ranks would have to thaw theirs in the same step.
+        """
+        names = [name for name in self.units if name in self.frozen and name not in self.config.freeze]
+        fact = f"After the freeze at step {self.steps} no live unit has a gradient."
+        cause = (
+            "The loss does not depend on the blocks that are left (a head that reads lower ones), or the graph was cut "
+            "above the frozen prefix, by reentrant checkpointing or a detach."
+        )
+        fix = 'Use gradient_checkpointing_kwargs={"use_reentrant": False}, or freeze fewer blocks.'
+        if not names or self.ranks.size > 1:
+            raise RunError(fact, cause=cause, fix=fix)
+        self._pay, self._at_start = frozenset(), []
+        self.prefix.ended.update(stack.path for stack in self.stacks)
+        self._thaw(names)
+        warn(
+            fact,
+            cause=f"{cause} All units train again, and no more freeze; this step trained nothing.",
+            fix=fix,
+            stacklevel=4,
         )
 
     def _prefix_shrank(self, paths: list[str]) -> None:
@@ -442,4 +476,5 @@ class Safe:
     def _look_at_gradients(self) -> None:
         if self.decider.scorer is not None:
             self.decider.scorer.listen()
-        self._guard.look_at_gradients(self.steps)
+        if not self._guard.look_at_gradients(self.steps):
+            self._nothing_learns()

@@ -28,6 +28,8 @@ class Situation:
         threshold: τ_T.
         min_live_blocks: blocks of each chain that keep a live unit.
         something_else_trains: a head trains too, so that even the last unit may freeze.
+        learning: units that have had a gradient so far; None where that is not known. A unit that never gets one (a
+            block above what the head reads) is nothing that a run could go on with.
     """
 
     step: int
@@ -39,11 +41,17 @@ class Situation:
     threshold: float = 0.01
     min_live_blocks: int = 1
     something_else_trains: bool = False
+    learning: frozenset[str] | None = None
 
     def finite_score(self, name: str) -> float | None:
         """The unit's score, or None where there is none that can be judged by."""
         score = self.scores.get(name, math.nan)
         return score if math.isfinite(score) else None
+
+    def learners(self, names: Iterable[str]) -> set[str]:
+        """Those of ``names`` that learn; all of them where none is known to."""
+        known = set(names)
+        return known & (self.learning or set()) or known
 
 
 Policy = Callable[[Situation], Iterable[str]]
@@ -104,9 +112,9 @@ def freezes_prefixes(policy: str | Policy) -> bool:
 def choose(policy: str | Policy, situation: Situation) -> list[str]:
     """Units to freeze next, bottom to top: what ``policy`` wants, less what must stay live.
 
-    In every chain ``min_live_blocks`` blocks keep a live unit: of those that would freeze, the upper ones under
-    ``share`` and ``bottom_up``, which freeze prefixes; under any other policy the ones with the highest score, the
-    upper of equals. The last live unit of the model, chosen in the same way, never freezes unless something else
+    In every chain ``min_live_blocks`` blocks keep a live unit that learns: of those that would freeze, the upper ones
+    under ``share`` and ``bottom_up``, which freeze prefixes; under any other policy the ones with the highest score,
+    the upper of equals. The last live unit of the model, chosen in the same way, never freezes unless something else
     trains.
 
     Raises:
@@ -138,8 +146,9 @@ def choose(policy: str | Policy, situation: Situation) -> list[str]:
     wanted = set(answer) - situation.frozen
     for chain in situation.chains:
         wanted -= _must_stay(chain, wanted, situation, by_place)
-    if not situation.something_else_trains and wanted and wanted | situation.frozen >= set(order):
-        last = [name for name in order if name in wanted]
+    learners = situation.learners(order)
+    if not situation.something_else_trains and wanted & learners and wanted | situation.frozen >= learners:
+        last = [name for name in order if name in wanted & learners]
         wanted.discard(
             last[-1] if by_place else max(reversed(last), key=lambda name: situation.finite_score(name) or 0.0)
         )
@@ -148,8 +157,10 @@ def choose(policy: str | Policy, situation: Situation) -> list[str]:
 
 def _must_stay(chain: tuple[Block, ...], wanted: set[str], situation: Situation, by_place: bool) -> set[str]:
     gone = wanted | situation.frozen
-    live = sum(any(name not in gone for name in block) for block in chain)
-    doomed = [index for index, block in enumerate(chain) if set(block) & wanted and set(block) <= gone]
+    learners = situation.learners(name for block in chain for name in block)
+    blocks = [learners.intersection(block) for block in chain]
+    live = sum(not block <= gone for block in blocks)
+    doomed = [index for index, block in enumerate(blocks) if block & wanted and block <= gone]
     short = min(situation.min_live_blocks - live, len(doomed))
     if short <= 0:
         return set()

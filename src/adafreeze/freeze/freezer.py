@@ -93,13 +93,10 @@ class Freezer:
             if any(id(p) in found for p in (*self.units[name].parameters(), *self.units[name].shared_parameters()))
         ]
 
-    def live_without_gradient(self) -> list[str]:
-        """Live units none of whose parameters has a gradient now; to be asked between backward and step."""
-        return [
-            name
-            for name, unit in self.units.items()
-            if name not in self.frozen and all(p.grad is None for p in (*unit.parameters(), *unit.shared_parameters()))
-        ]
+    def with_gradient(self, names: Iterable[str]) -> list[str]:
+        """Those of these units that have a gradient now; to be asked between backward pass and optimizer step."""
+        units = ((name, self.units[name]) for name in names)
+        return [name for name, u in units if any(p.grad is not None for p in (*u.parameters(), *u.shared_parameters()))]
 
     def restore(self) -> None:
         """Make every frozen parameter trainable again and put every replaced module back."""

@@ -96,7 +96,7 @@ def outcome_of(
     """The outcome of a run that ended, from its journal and from what ``adafreeze train`` returned."""
     events = list(read_journal(journal))
     start: dict[str, Any] = next((event for event in events if event["event"] == "start"), {})
-    frozen = [(e["step"], e["frozen"], sum(e["prefixes"].values())) for e in events if e["event"] == "freeze"]
+    frozen = [(e["step"], e["frozen"], sum(e["prefixes"].values())) for e in events if e["event"] in ("freeze", "thaw")]
     return Outcome(
         task=task,
         method=method,

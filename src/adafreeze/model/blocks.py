@@ -81,9 +81,12 @@ def find_stacks(model: nn.Module) -> list[Stack]:
         kept = {name: entries for name, entries in _outermost_lists(model, _alike).items() if adapted(entries)} or lists
     if kept:
         return [Stack(user_name(name), tuple(kept[name])) for name, _ in model.named_modules() if name in kept]
+    adapted_names = [name for name, module in model.named_modules() if _is_adapted(module)]
+    elsewhere = f"the adapters of this model are in none: {user_name(adapted_names[0])}." if adapted_names else ""
     raise ModelError(
         f"No stack of transformer blocks was found in {users_class(model)}.",
-        cause="adafreeze looks for an nn.ModuleList or nn.Sequential of like blocks, and this model has none.",
+        cause="adafreeze looks for an nn.ModuleList or nn.Sequential of like blocks, and "
+        + (elsewhere or "this model has none."),
         fix="Use a transformers model, or keep your blocks in one nn.ModuleList.",
     )
 
@@ -130,9 +133,13 @@ def _outermost_lists(
 
 def _holding_adapters(model: nn.Module) -> set[int]:
     """Ids of the modules that PEFT adapted, and of all that contain one."""
+    return {id(module) for module in model.modules() if any(map(_is_adapted, module.modules()))}
+
+
+def _is_adapted(module: nn.Module) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return {id(m) for m in model.modules() if any(isinstance(part, BaseTunerLayer) for part in m.modules())}
+    return isinstance(module, BaseTunerLayer)
 
 
 def _refuse_shared_layers(model: nn.Module) -> None:

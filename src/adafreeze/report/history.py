@@ -155,6 +155,12 @@ def _take(history: History, kind: Any, event: Mapping[str, Any]) -> None:
         history.scores.append((step, scores))
     elif kind == "freeze" or (kind == "resume" and event.get("units")):
         history.freezes.append((step, list(event["units"]), dict(event.get("prefixes") or {})))
+    elif kind == "thaw":
+        back = set(event["units"])
+        left = [(at, [n for n in names if n not in back], depths) for at, names, depths in history.freezes]
+        history.freezes = [freeze for freeze in left if freeze[1]]
+        if history.freezes:
+            history.freezes[-1] = (*history.freezes[-1][:2], dict(event.get("prefixes") or {}))
     elif kind == "would_freeze":
         history.would_freeze.append((step, list(event["units"])))
     elif kind == "log":

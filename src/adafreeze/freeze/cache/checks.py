@@ -27,6 +27,8 @@ MOST_SITUATIONS = 32
 MOST_COUNTS = 3
 # Padded passes whose gradient is zero everywhere before the shadow of a held pass alone has to show what padding means.
 MOST_ZEROS = 2
+# ... and passes that bring it none at all: nothing above the boundary reads it.
+MOST_UNANSWERED = 4
 # The part of a run's FLOPs that looking again may cost.
 SPOT_CHECKS = 0.002
 # Numbers of an output that are compared at most: a sample of its rows, so that no second copy of all logits is held.
@@ -136,7 +138,7 @@ class Examiner:
         self._waiting: dict[tuple[str, int], int] = {}  # calls whose gradient is asked for, and the side of each
         self._widths: set[tuple[str, int, int]] = set()
         self.writes = False
-        self._zeros = 0
+        self._zeros = self._unanswered = 0
         self._rows: Rows | None = None
         self._look: _Look | None = None
         self.collect: Callable[[str, int, Tensor], None] | None = None
@@ -239,7 +241,10 @@ class Examiner:
         size = min(count - 1, max(2, -(-count // 4)))
         group = list(range(count - 1, -1, -(count // size)))[:size] if size else [0, 0]
         until = self.until(situation)
-        part = self.prefix.compute(call, rows.take(group, rows.otherwise()), held(group), until)
+        try:
+            part = self.prefix.compute(call, rows.take(group, rows.otherwise()), held(group), until)
+        except Exception as error:
+            return f"a pass on a part of the batch fails ({type(error).__name__}: {_first_line(error)})"
         entered_part = self.prefix.entered
         if part is None:
             return "a training pass on a part of the batch does not come to the boundary of every stack"
@@ -249,6 +254,8 @@ class Examiner:
                 situation.layouts[position, path, number] = Layout(torch.float32)
                 continue
             hidden, piece = whole[path][number], part[path][number]
+            if not isinstance(hidden, Tensor):
+                return f"the blocks of {path} hand on a {type(hidden).__name__} and no hidden states"
             layout = find_layout(hidden, piece, count, len(group))
             if layout is None:
                 return f"the hidden states of {path}, {tuple(hidden.shape)}, are not so many rows of each sample"
@@ -346,6 +353,11 @@ class Examiner:
         if self._differs_without_padding(situation, rows, call):
             self._take_whole_rows()
             return False
+        self._unanswered = self._unanswered + 1 if self._waiting else 0
+        if self._unanswered >= MOST_UNANSWERED:
+            self.padding_known |= sides
+            self._waiting = {}
+            return True
         self._rows = rows
         self._waiting = {
             (p, n): one.side for (_, p, n), one in layouts.items() if one.by_position and one.side in sides
@@ -383,6 +395,7 @@ class Examiner:
         if slot not in self._waiting or gradient.shape[:2] != (rows.count, rows.width(side)):
             return
         size = gradient.detach().abs()
+        self._unanswered = 0
         largest = float(size.max())
         if largest != largest or largest == float("inf"):
             return  # an overflow under loss scaling says nothing; the next padded pass is asked

@@ -577,8 +577,10 @@ class PrefixCache:
         if progress.epoch is not None and progress.remaining <= progress.epoch:
             return  # in the last epoch no sample comes again
         with self.worth.timed(self.worth.write, len(group)):
-            identity = self._identity.of(self._depths)
-            depths = tuple(self._depths[position] for position, _, _ in situation.layouts)
+            stacks = [position for position, _, _ in situation.layouts]
+            depths = tuple(self._depths[position] for position in stacks)
+            # Of the stacks that this kind of pass calls: a vision tower is none of them in a batch of texts.
+            identity = self._identity.of_calls(depths, stacks)
             pieces = self._batches.apart(rows, group, states, situation.layouts)
             items = [
                 (keys[row], Entry(identity, depths, one, mark))

@@ -15,6 +15,8 @@ __all__ = ["Repeats", "Worth"]
 LEAST_TIMED = 8
 # Without knowing how long an epoch is, this share of the run without a hit is taken for "nothing repeats".
 PATIENCE = 0.5
+# Batches of an epoch that may not have been held.
+UNHELD = 4
 # Samples that come again are held when they are more than this share: two rows of a stream may be equal by chance.
 REPEATED = 0.01
 
@@ -48,6 +50,7 @@ class Worth:
         since_hit: samples looked up since the last one that was found.
         skipped_work: positions × blocks that passes did not run.
         last: samples found, found at a smaller depth, and work skipped, of the last pass.
+        largest: samples of the largest batch.
     """
 
     device: torch.device
@@ -57,6 +60,7 @@ class Worth:
     since_hit: int = 0
     skipped_work: int = 0
     last: tuple[int, int, int] = (0, 0, 0)
+    largest: int = 0
     compute: _Clock = field(default_factory=_Clock)
     read: _Clock = field(default_factory=_Clock)
     write: _Clock = field(default_factory=_Clock)
@@ -90,6 +94,7 @@ class Worth:
         self.misses += misses
         self.since_hit = 0 if hits or advanced else self.since_hit + misses
         self.last = hits, advanced, 0
+        self.largest = max(self.largest, hits + advanced + misses)
 
     def skip(self, work: int) -> None:
         """A pass starts above so many positions × blocks."""
@@ -123,7 +128,8 @@ class Worth:
             epoch: samples of one pass over the data; None if not known.
             run: samples of the whole run.
         """
-        patience = 1.25 * epoch if epoch is not None else PATIENCE * run
+        # The first batches of a kind may not be held, while it is seen how the model is called with them.
+        patience = 1.25 * epoch + UNHELD * self.largest if epoch is not None else PATIENCE * run
         if self.since_hit > patience:
             return (
                 f"none of the last {self.since_hit:,} samples came a second time: packed rows, random masking, "
