@@ -12,6 +12,7 @@ from .costs.memory import SavedBytes
 from .decide.schedule import Losses
 from .freeze.before_step import before_step
 from .model.batch import arguments, rows_of
+from .model.calls import loss_in
 from .model.patches import forward_hook, forward_pre_hook
 
 __all__ = ["Observer"]
@@ -105,7 +106,7 @@ class Observer:
 
     @torch.compiler.disable
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if model.training and torch.is_grad_enabled() and (loss := _loss_of(output)) is not None:
+        if model.training and torch.is_grad_enabled() and (loss := loss_in(output)) is not None:
             value = loss.detach().float()
             number, total, squares = self._losses
             self._losses = Losses(number + 1, total + value, squares + value * value)
@@ -117,14 +118,3 @@ class Observer:
 
 def _on_the_host(losses: Losses) -> Losses:
     return Losses(losses.number, float(losses.total), float(losses.squares))
-
-
-def _loss_of(output: Any) -> Tensor | None:
-    """The loss in what a model returned: its ``loss``, or, where transformers returns a tuple, the first of it."""
-    if isinstance(output, Mapping):
-        loss = output.get("loss")
-    elif isinstance(output, tuple) and not hasattr(output, "loss"):
-        loss = output[0] if output else None
-    else:
-        loss = getattr(output, "loss", output)
-    return loss if isinstance(loss, Tensor) and loss.ndim == 0 else None

@@ -16,7 +16,7 @@ from .caching import Caching
 from .config import SafeConfig
 from .decide.policy import freezes_prefixes
 from .deciding import Decider
-from .errors import ProbeError, RunError, note, warn
+from .errors import ConfigError, ProbeError, RunError, note, warn
 from .freeze import Freezer, Prefix
 from .freeze.cache import Progress
 from .freeze.parallel import Ranks, find_parallel
@@ -26,11 +26,14 @@ from .length import RunLength
 from .model import Probe, find_stacks, find_units
 from .model.backends import find_backend
 from .model.blocks import device_of, unwrap
+from .model.calls import loss_in
 from .model.draw import batch_size_of, samples_of
-from .model.flow import chains_of
+from .model.flow import chains_of, tensors_in
 from .model.patches import claim, forwarders, release
+from .model.traces import traceless
 from .model.units import blocks_below, units_along
 from .preflight import (
+    MOST_KINDS,
     check_parallel,
     check_run,
     check_units,
@@ -158,6 +161,7 @@ class Safe:
         try:
             # Even where no adapter stands at the bottom of the stack: until something freezes, the run is as it was.
             self._freeze(self._at_start, by="start")
+            self._see_that_it_learns(drawn)
             # Until the first training pass: a checkpoint that is loaded before may not have frozen them.
             self._moments = {parameter: before[parameter] for parameter in before if parameter not in moments}
             if self.budget is not None:
@@ -343,6 +347,40 @@ class Safe:
         self.caching.prefix_changed()
         units, frozen = [name for name in self.units if name in names], len(self.frozen)
         self.journal.write("thaw", step=self.steps, units=units, frozen=frozen, prefixes=self.prefixes)
+
+    def _see_that_it_learns(self, probe: Probe) -> None:
+        """Before step 0: what is frozen at the start may be all that the loss depends on.
+
+        Raises:
+            ConfigError: the units were frozen by hand.
+        """
+        kinds = probe.kinds(device_of(self.model))[:MOST_KINDS] if self._at_start else []
+        cut = [one for one in kinds if not self._has_graph(one)]
+        if not cut:
+            return
+        names, by_hand = self._at_start, list(self.config.freeze)
+        self._thaw(names)
+        if not any(map(self._has_graph, cut)):  # nor has the model without a freeze
+            self._freeze(names, by="start")
+            return
+        if by_hand:
+            raise ConfigError(
+                f"With the {len(by_hand)} units of SafeConfig.freeze frozen, the loss has no gradient.",
+                cause="It does not depend on any of the blocks that are left: a head that reads lower ones.",
+                fix="SafeConfig(freeze=[...]) with fewer of the lowest blocks.",
+            )
+        self._at_start = []
+        note(
+            f"The {len(names)} units that would be frozen from the start train: the loss does not depend on any of the "
+            "blocks above them (a head that reads lower ones)."
+        )
+
+    def _has_graph(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a training pass on these inputs could be followed by a backward pass."""
+        with traceless(self.model.modules()), torch.enable_grad():
+            output = self.prefix.rehearse(**inputs)
+        loss = loss_in(output)
+        return any(tensor.requires_grad for tensor in tensors_in(output if loss is None else loss))
 
     def _nothing_learns(self) -> None:
         """After a freeze no live unit has a gradient: whatever the cause, training goes on as if nothing had frozen.

@@ -286,3 +286,22 @@ def test_a_later_ramp_never_freezes_less(scores, freeze_share, a, b):
         settings = {"freeze_share": freeze_share, "threshold": freeze_share}
         early, late = (set(choose(policy, situation(chain(*scores), ramp=ramp, **settings))) for ramp in sorted((a, b)))
         assert early <= late
+
+
+@pytest.mark.parametrize("policy", ["share", "bottom_up"])
+def test_a_unit_that_never_had_a_gradient_is_none_to_leave_live(policy):
+    scores = chain(1, 1, 1, 1, 1, 1)
+    everything = {"freeze_share": 1.0, "min_live_blocks": 1}
+    assert choose(policy, situation(scores, **everything))[-1] == "u4"
+    read = frozenset(["u0", "u1", "u2"])  # a head that reads the middle
+    assert choose(policy, situation(scores, learning=read, **everything)) == ["u0", "u1"]
+    none = situation(scores, learning=frozenset(["elsewhere"]), **everything)
+    assert choose(policy, none)[-1] == "u4"  # of this chain nothing is known
+
+
+def test_the_last_unit_that_learns_never_freezes():
+    scores = {**chain(0, 0, prefix="a"), **chain(1, 1, prefix="b")}
+    chains = tuple(tuple((f"{one}{n}",) for n in range(2)) for one in "ab")
+    alone = {"chains": chains, "min_live_blocks": 0, "threshold": 9.0}
+    assert "b0" not in choose("threshold", situation(scores, learning=frozenset(["b0"]), **alone))
+    assert "b0" in choose("threshold", situation(scores, learning=frozenset(["b0", "b1"]), **alone))

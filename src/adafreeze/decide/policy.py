@@ -170,4 +170,6 @@ def _must_stay(chain: tuple[Block, ...], wanted: set[str], situation: Situation,
         return (0.0 if by_place else max(situation.finite_score(name) or 0.0 for name in names), index)
 
     kept = sorted(doomed, key=importance)[-short:]
+    if by_place:  # above a block that stays live, a freeze would shorten no backward pass
+        kept = list(range(min(kept), len(chain)))
     return {name for index in kept for name in chain[index] if name in wanted}

@@ -1,4 +1,4 @@
-"""Calls: what a model is called with in one pass, whatever form the host gives it."""
+"""Calls: what a model is called with in one pass, whatever form the host gives it, and the loss that it returns."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .batch import forward_names
 
-__all__ = ["Call"]
+__all__ = ["Call", "loss_in"]
 
 
 @dataclass(frozen=True)
@@ -64,3 +64,14 @@ class Call:
                 found.setdefault(place, {})[key] = value
         args = tuple(found.pop(position, {}) for position in range(self.positions))
         return args, {str(name): value for name, value in found.items()}
+
+
+def loss_in(output: Any) -> Tensor | None:
+    """The loss in what a model returned: its ``loss``, or, where transformers returns a tuple, the first of it."""
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    elif isinstance(output, tuple) and not hasattr(output, "loss"):
+        loss = output[0] if output else None
+    else:
+        loss = getattr(output, "loss", output)
+    return loss if isinstance(loss, Tensor) and loss.ndim == 0 else None
