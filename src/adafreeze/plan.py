@@ -19,7 +19,7 @@ from .costs.planned import PlannedStep
 from .costs.rehearse import failing_module, largest_that_fits
 from .decide.policy import Situation, bottom_up
 from .errors import AdafreezeError, ConfigError, ModelError, warn
-from .model.draw import rows_of
+from .model.batch import rows_of
 from .sizes import readable
 from .tasks.weightless import PLANNED_TASKS, adapted, build, configuration, example_inputs
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..errors import ModelError
-from ..model.draw import keep_random_state
 from ..model.flow import tensors_in
+from ..model.random_state import keep_random_state
 from .flops import flops_of
 from .memory import SavedBytes, StorageTracker, bytes_of, uncounted
 

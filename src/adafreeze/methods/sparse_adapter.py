@@ -10,7 +10,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..errors import ProbeError
 from ..model.blocks import device_of
-from ..model.draw import collect, keep_random_state
+from ..model.draw import collect
+from ..model.random_state import keep_random_state
 from .method import Method, Setup
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from ..errors import ProbeError
 from .backends import Backend
 from .batch import REAL_TOKENS, Chunk, by_sample, cut, leaves, masks, padded_tokens, real_tokens, repeated, rows_of
 from .blocks import Stack, StopForward, device_of, hidden_states, quiet, starting_at
-from .draw import collect, keep_random_state, split
+from .draw import collect, split
 from .patches import patched_forward
+from .random_state import keep_random_state
 from .units import Unit
 
 __all__ = ["Outputs", "Probe"]

@@ -10,7 +10,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from .draw import rows_of
+from .batch import rows_of
 
 __all__ = ["NotBySample", "Rows", "Span"]
 

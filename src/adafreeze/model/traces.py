@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from .draw import keep_random_state
+from .random_state import keep_random_state
 
 __all__ = ["read_by", "stateful_forward", "traceless", "without_users_hooks"]
 

@@ -15,7 +15,7 @@ from ...journal import Journal
 from ...model.backends import Backend
 from ...model.blocks import device_of
 from ...model.calls import Call
-from ...model.draw import keep_random_state
+from ...model.random_state import keep_random_state
 from ...model.rows import NotBySample, Rows
 from ...model.traces import read_by, traceless
 from ..prefix import Prefix, Starts, autocast_now
