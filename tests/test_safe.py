@@ -446,3 +446,16 @@ def test_what_the_batch_alone_changes_counts_as_zero():
     )
     assert max(safe.decider.scorer.floor.values()) < 1e-9
     assert min(safe.scores.values()) > 0
+
+
+def test_hidden_states_are_captured_once_where_a_safe_looked_at_the_model_first():
+    """transformers installs hooks for that in the first pass, and marks the model: both go, or neither."""
+    model = cases.lora_model("bert")
+    expected = model(**cases.batch("bert"), output_hidden_states=True)
+    fresh = cases.lora_model("bert")
+    fresh.config.output_hidden_states = True
+    safe = Safe(fresh, SafeConfig(freeze_at_start=0), probe=cases.loader("bert"), total_steps=10)
+    found = fresh(**cases.batch("bert"))
+    safe.close()
+    again = fresh(**cases.batch("bert"))
+    assert len(expected.hidden_states) == len(found.hidden_states) == len(again.hidden_states) == 5

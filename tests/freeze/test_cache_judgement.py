@@ -317,8 +317,8 @@ def test_a_width_that_the_model_pads_is_seen_before_anything_held_is_served_at_i
         model(**pad_to(width)(rows)).loss.backward()
     cache = safe.caching.cache
     assert cache.off is None and cache.examiner.padding_known == {0} and cache.examiner.whole_rows
-    # Held at 16, found at 16; at 12 what is found is of no use and the prefix is run, then held, then found.
-    assert (cache.worth.hits, cache.worth.misses) == (4 + 4, 4 + 4 + 4)
+    # Held at 16, found at 16; at 12 what is found is compared and of no use, then the rows are held, then found.
+    assert (cache.worth.hits, cache.worth.misses) == (4 + 4 + 4, 4 + 4)
     safe.close()
 
 

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from adafreeze import Safe
-from cached_run import BLOCKS, COUNT, assert_same, config, counts, epochs, pad_to, train
+from cached_run import BLOCKS, COUNT, assert_same, by_step, config, counts, epochs, pad_to, train
 from cases import batch, lora_model, sample
 
 
@@ -505,6 +505,27 @@ def block_written_to(model):
     return lambda: weight.data.div_(1.5)
 
 
+def all_columns_but_the_first(model):
+    weight = model.base_model.model.bert.encoder.layer[0].output.dense.weight
+    weight.data[:, 1:].mul_(2.0)
+
+
+def scaled_attention(model):
+    """An attribute, which no version counts."""
+    model.base_model.model.bert.encoder.layer[0].attention.self.scaling *= 4
+
+
+def submodule_patched(model):
+    module = model.base_model.model.bert.encoder.layer[1].output
+    original = module.forward
+    module.forward = lambda *args, **kwargs: original(*args, **kwargs) + 0.3
+
+
+def weights_swapped(model):
+    first, second = (model.base_model.model.bert.encoder.layer[n].output.dense.weight for n in (0, 1))
+    first.data, second.data = second.data, first.data
+
+
 def adapter_written_to(model):
     weight = model.base_model.model.bert.encoder.layer[1].attention.self.query.lora_B["default"].weight
     weight.data.add_(0.2)
@@ -532,6 +553,7 @@ def patched_block(model):
     [
         *(written_to, hooked, patched_embeddings),
         *(replaced_weight, block_written_to, adapter_written_to, replaced_module, patched_block),
+        *(all_columns_but_the_first, scaled_attention, submodule_patched, weights_swapped),
     ],
 )
 def test_what_somebody_changes_below_the_boundary_counts_from_the_next_pass_on(change):
@@ -591,3 +613,197 @@ def test_what_is_unfrozen_in_mid_run_gets_its_gradient(place, cache, caplog):
     left = {"encoder.layer.1.output.dense": 1, "embeddings.word_embeddings": 0}[place]
     assert list(safe.prefixes.values()) == [left]
     assert "was made trainable" in caplog.text or "something that trains feeds" in caplog.text
+
+
+# What one look cannot show: what comes later, or at another place, in other company, at another width.
+
+
+class Gate(nn.Module):
+    """A head with a part that reads padding, or a lower block, behind a gate that begins at zero."""
+
+    def __init__(self, reads):
+        super().__init__()
+        self.model, self.reads = encoder(), reads
+        self.config = self.model.config
+        torch.manual_seed(1)
+        self.first, self.second = nn.Linear(32, 2), nn.Linear(32, 2)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, input_ids, attention_mask, labels):
+        if self.reads == "padding":
+            hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            other = hidden.mean(1)
+        else:
+            bert = self.model.base_model.model
+            mask = (1 - attention_mask[:, None, None].to(torch.float32)) * -1e9
+            hidden, made = bert.embeddings(input_ids=input_ids), []
+            for block in bert.encoder.layer:
+                hidden = block(hidden, mask)
+                hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+                made.append(hidden)
+            other = made[0][:, 0]
+        logits = self.first(hidden[:, 0]) + self.gate * self.second(other)
+        return _Output(F.cross_entropy(logits, labels), logits)
+
+
+@pytest.mark.parametrize("reads", ["padding", "a lower block"])
+def test_what_is_read_behind_a_gate_that_begins_at_zero(reads):
+    def run(cache):
+        batches = list(epochs("bert", epochs=6))
+        return train("bert", config({1: 2}, cache=cache), batches, model=Gate(reads).train())
+
+    cached = run("ram")
+    assert_same(cached, run("off"))
+    whole_rows = cached[2].caching.cache.examiner.whole_rows
+    assert whole_rows if reads == "padding" else "differs" in off_reason(cached[2])
+
+
+def test_a_head_that_begins_at_zero_shows_nothing_of_padding():
+    """With accumulation, its gradient is zero in several passes, and after them it reads padding."""
+
+    def run(cache):
+        model = PaddingHead(encoder()).train()
+        nn.init.zeros_(model.head.weight)
+        nn.init.zeros_(model.head.bias)
+        return train("bert", config({1: 2}, cache=cache), list(epochs("bert", epochs=8)), model=model, accumulate=4)
+
+    assert_same(run("ram"), run("off"))
+
+
+def test_a_loss_outside_the_model_that_begins_to_read_padding_is_heard(caplog):
+    """Of a library's model: until then padding is left out, and from the next pass on it is not."""
+
+    def run(cache):
+        def step(safe, model, one):
+            hidden = model(input_ids=one["input_ids"], attention_mask=one["attention_mask"]).last_hidden_state
+            loss = (hidden[:, 0] if safe.steps < 20 else hidden)[..., :4].sum(-1).exp().mean()
+            loss.backward()
+            losses.append(loss.item())
+
+        losses: list[float] = []
+        batches = list(epochs("bert", epochs=8, collator=pad_to(1)))
+        trained = train("bert", config({1: 2}, cache=cache), batches, model=encoder().train(), step=step)
+        return losses, trained[2]
+
+    with caplog.at_level("INFO", "adafreeze"):
+        (losses, safe), (expected, _) = run("ram"), run("off")
+    differ = [n for n, (a, b) in enumerate(zip(losses, expected, strict=True)) if a != pytest.approx(b, rel=1e-4)]
+    assert differ[:1] == [20] and safe.caching.cache.examiner.whole_rows
+    assert "the loss has begun to read padding" in caplog.text
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_position_embeddings_that_depend_on_the_length_of_the_batch(rope):
+    def model():
+        torch.manual_seed(0)
+        parameters = {"rope_type": rope, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 10}
+        if rope == "longrope":
+            parameters |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+        settings = LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=BLOCKS, num_attention_heads=4,
+            max_position_embeddings=10, rope_parameters=parameters, pad_token_id=0,
+        )  # fmt: skip
+        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+        return get_peft_model(LlamaForCausalLM(settings), lora).train()
+
+    def run(cache):
+        in_order = [one for n in (0, 0, 1, 2, 3) for one in epochs("llama", epochs=1, seed=n, collator=pad_to(1))]
+        return train("llama", config({1: 2}, cache=cache), in_order, model=model())
+
+    cached, without = run("ram"), run("off")
+    assert cached[0] == pytest.approx(without[0], rel=2e-5)
+    assert cached[2].caching.cache.examiner.whole_rows if rope == "longrope" else "dynamic" in off_reason(cached[2])
+
+
+@pytest.mark.parametrize("again", [1, 2])
+def test_a_block_that_treats_one_row_of_a_batch_differently(again):
+    """Each batch may come several times running (PPO's inner epochs), which shows nothing of other places."""
+
+    def special(_, hidden):
+        mask = (torch.arange(len(hidden)) == 1).to(hidden.dtype).view(-1, 1, 1)
+        return hidden + 0.5 * mask * torch.linspace(-1, 1, hidden.shape[-1])
+
+    def run(cache):
+        model = in_block(lora_model("bert", BLOCKS, dropout=0.0), special)
+        batches = [one for one in epochs("bert", epochs=4) for _ in range(again)]
+        return train("bert", config({1: 2}, cache=cache), batches, model=model)
+
+    cached = run("ram")
+    assert_same(cached, run("off"))
+    assert off_reason(cached[2])
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_weight_that_is_written_to_around_the_step_that_deepens_the_prefix(before):
+    def run(cache):
+        model = lora_model("bert", BLOCKS, dropout=0.0)
+        weight = model.base_model.model.bert.encoder.layer[0].output.dense.weight
+
+        def write(at):
+            def policy(situation):
+                if situation.step == 6 and before and not at:
+                    at.append(weight.data.mul_(3.0))
+                return by_step({1: 1, 6: 2})(situation)
+
+            return policy
+
+        def after(safe, _model):
+            if safe.steps == 6 and not before:
+                weight.data.mul_(3.0)
+
+        settings = config({1: 1}, cache=cache, policy=write([]))
+        return train("bert", settings, list(epochs("bert", epochs=4)), model=model, after=after)
+
+    cached = run("ram")
+    assert_same(cached, run("off"))
+    assert counts(cached[2])[0]
+
+
+def test_a_block_that_trains_for_some_steps_and_comes_back_is_another_one():
+    def run(cache):
+        model = lora_model("bert", BLOCKS, dropout=0.0)
+        weight = model.base_model.model.bert.encoder.layer[1].output.dense.weight
+        batches = list(epochs("bert", epochs=5))
+
+        def after(safe, _model):
+            if safe.steps in (5, 8):
+                weight.requires_grad_(safe.steps == 5)
+                if safe.steps == 8:
+                    safe.prefix.update()
+                    safe.caching.prefix_changed()
+
+        settings = config({1: 3}, cache=cache)
+        return train("bert", settings, batches, model=model, after=after)
+
+    cached, without = run("ram"), run("off")
+    assert cached[0] == pytest.approx(without[0], rel=1e-5)
+
+
+def test_hidden_states_that_are_asked_for_inside_from_some_step_on():
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.asks = encoder(), False
+            self.config = self.model.config
+            self.head = nn.Linear(32, 2)
+
+        def forward(self, input_ids, attention_mask, labels):
+            output = self.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=self.asks)
+            hidden = output.hidden_states[1] if self.asks else output.last_hidden_state
+            logits = self.head(hidden[:, 0])
+            return _Output(F.cross_entropy(logits, labels), logits)
+
+    def run(cache):
+        torch.manual_seed(4)
+        model = Asks().train()
+
+        def after(safe, _model):
+            model.asks = safe.steps >= 8
+
+        return train("bert", config({1: 2}, cache=cache), list(epochs("bert", epochs=4)), model=model, after=after)
+
+    cached, without = run("ram"), run("off")
+    assert_same(cached, without)
+    assert [len(hidden) for hidden in (cached[0], without[0])] == [16, 16]
+    (waits,) = [event for event in cached[2].journal.events if event["event"] == "cache_waits"]
+    assert "records what the blocks" in waits["reason"]

@@ -15,7 +15,7 @@ from ..model.blocks import Stack, StopForward, hidden_states, without_cache
 from ..model.calls import Call
 from ..model.flow import Flow, leaves, tensors_in
 from ..model.patches import Hook, forward_hook, forward_pre_hook, held_attribute, patched, patched_forward
-from ..model.traces import read_by, without_users_hooks
+from ..model.traces import captures_outputs, read_by, without_users_hooks
 
 __all__ = ["Prefix", "Start", "Starts", "autocast_now"]
 
@@ -56,7 +56,8 @@ class _Pass:
     ``refused`` are calls (stack, number) that do not start where ``starts`` says.
     ``recorded`` is None in a training pass; in a nested one the hidden states at the boundaries are put there, call by
     call, and with ``until`` (calls of each stack) the pass is left when all have come. ``handed_on`` is what blocks
-    return beside their hidden states in the present call (T5's position bias), by stack.
+    return beside their hidden states in the present call (T5's position bias), by stack. In a ``shadow`` skipped blocks
+    return NaN, but for the last: a pass in which somebody reads more than that is not one to be served.
     """
 
     starts: Starts = field(default_factory=dict)
@@ -64,6 +65,7 @@ class _Pass:
     until: Mapping[str, int] | None = None
     calls: dict[str, int] = field(default_factory=dict)
     refused: set[tuple[str, int]] = field(default_factory=set)
+    shadow: bool = False
     runs: dict[nn.Module, list[int]] = field(default_factory=dict)
     handed_on: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)
 
@@ -152,7 +154,6 @@ class Prefix:
         self._bypassed = 0
         self._patterns: dict[nn.Module, tuple[int, int]] = {}
         self._tables: list[dict[str, nn.Parameter | None]] = []
-        self._forwards: list[tuple[nn.Module, Any]] = []
         self._on_embeddings: list[Hook] = []
         self._harmless: list[Tensor] = []
         self._hands_on: dict[str, tuple[Any, ...] | bool | None] = {}
@@ -162,7 +163,7 @@ class Prefix:
         depths = {stack.path: self._depth(stack) for stack in self.stacks}
         if depths != self.depths:
             self._undo.close()
-            self._forwards, self._on_embeddings = [], []
+            self._on_embeddings = []
             self.modules = list(self.model.modules())
             self.depths = depths
             if any(depths.values()):
@@ -175,7 +176,7 @@ class Prefix:
         self._undo.close()
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._forwards, self._tables, self._on_embeddings = [], [], [], []
+        self._hooks, self._tables, self._on_embeddings = [], [], []
         self.modules = []
         self.depths = {stack.path: 0 for stack in self.stacks}
 
@@ -205,9 +206,7 @@ class Prefix:
                 if not self.keep_dropout:
                     enter(_HeldInEvaluation(block, self.model))
                 enter(held_attribute(block, "gradient_checkpointing", False))
-                forward = self._graphless(stack, index, block)
-                enter(patched_forward(block, forward))
-                self._forwards.append((block, forward))
+                enter(patched_forward(block, self._graphless(stack, index, block)))
             if depth and not self.keep_dropout:
                 for dropout in self.flows[stack.path].dropouts:
                     enter(patched_forward(dropout, self._until_entered(stack, dropout)))
@@ -236,7 +235,7 @@ class Prefix:
 
     def shadow(self, call: Call, inputs: Mapping[str, Any], starts: Starts) -> Any:
         """What a training pass from ``starts`` would return: the same, without a graph, noticed by nobody."""
-        with self._nested(_Pass(starts, recorded={})), torch.no_grad():
+        with self._nested(_Pass(starts, recorded={}, shadow=True)), torch.no_grad():
             return self._run(call, inputs)
 
     def rehearse(self, *args: Any, **inputs: Any) -> Any:
@@ -281,11 +280,6 @@ class Prefix:
         trains = any(tensor.requires_grad for tensor in tensors_in((args, kwargs)))
         if self.look_up is not None and self._active() and not trains:
             self._pass.starts = self.look_up(Call.of(module, args, kwargs))
-
-    @property
-    def is_intact(self) -> bool:
-        """Whether every block of the prefix still runs what was put there; somebody may have put his own on top."""
-        return all(block.__dict__.get("forward") is forward for block, forward in self._forwards)
 
     def _notice_unfrozen(self) -> None:
         """Whoever made a parameter of the prefix trainable in mid-run (gradual unfreezing) gets its gradient."""
@@ -371,6 +365,9 @@ class Prefix:
         if hidden is None:
             return True
         if this.recorded is not None:
+            if start is not None and captures_outputs():  # it wants what blocks return, which skipped ones do not know
+                this.refused.add((path, call))
+                return False
             self.entered.setdefault(path, []).append(hidden.detach())
             return True
         self.sees_entries = True
@@ -411,8 +408,10 @@ class Prefix:
             beside = self._hands_on.get(path, True)
             # Tensors that block 0 makes for all others (T5's position bias) depend on the batch's shape: it runs.
             self._pass.handed_on[path] = _after_first(run()) if beside is True else beside  # type: ignore[assignment]
-        handed_on = self._pass.handed_on[path]
-        return start.states if handed_on is None else (start.states, *handed_on)
+        handed_on, states = self._pass.handed_on[path], start.states
+        if self._pass.shadow and index < start.depth - 1 and states.is_floating_point():
+            states = torch.full_like(states, float("nan"))
+        return states if handed_on is None else (states, *handed_on)
 
     def _notice_bypass(self) -> None:
         if self._root is None and self.on_bypass is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,7 @@ from torch.nn.modules import module as torch_module
 
 from .random_state import keep_random_state
 
-__all__ = ["read_by", "stateful_forward", "traceless", "without_users_hooks"]
+__all__ = ["captures_outputs", "read_by", "stateful_forward", "traceless", "users_code", "without_users_hooks"]
 
 # Hooks of these packages are part of how a model computes (sharding, offloading, capturing of outputs).
 _LIBRARIES = {
@@ -23,6 +24,9 @@ _LIBRARIES = {
     *("trl", "bitsandbytes", "torchao", "adafreeze"),
 }
 _TABLES = ("_forward_hooks", "_forward_pre_hooks")
+_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+# Packages whose modules read no padding that a mask excludes, but for what the gradient of a pass shows.
+_OF_MODELS = _LIBRARIES | {"sentence_transformers", "setfit", "timm", "torchvision"}
 
 
 def _is_users(hook: Any) -> bool:
@@ -73,16 +77,19 @@ def without_users_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def traceless(modules: Iterable[nn.Module], written: Callable[[nn.Module, str], None] | None = None) -> Iterator[None]:
-    """Put back all that passes within leave behind: random states, buffers, and plain attributes of modules.
+    """Put back all that passes within leave behind: random states, buffers, hooks, and plain attributes of modules.
 
-    Buffers are what BatchNorm keeps, counters, biases of routers. Attributes are put back as the objects they were;
-    lists, dicts and sets also with the content that they had.
+    Hooks go with the attributes: transformers installs those that capture outputs in the first pass that needs them,
+    and marks the model with an attribute; with one of the two put back alone, they would be installed twice. Buffers
+    are what BatchNorm keeps, counters, biases of routers. Attributes are put back as the objects they were; lists,
+    dicts and sets also with the content that they had.
 
     Args:
         modules: that are looked at.
         written: called with each module and the name of what was written there.
     """
     before = [(module, _attributes(module), _tensors(module)) for module in modules]
+    hooks = [(module, {name: set(module.__dict__[name]) for name in (*_TABLES, *_FLAGS)}) for module, *_ in before]
     foreign = [(forward, dict(vars(forward))) for module, *_ in before for forward in stateful_forward(module)]
     with keep_random_state():
         try:
@@ -91,10 +98,31 @@ def traceless(modules: Iterable[nn.Module], written: Callable[[nn.Module, str], 
             for forward, content in foreign:
                 vars(forward).clear()
                 vars(forward).update(content)
+            for module, tables in hooks:
+                for name, keys in tables.items():
+                    for key in module.__dict__[name].keys() - keys:
+                        del module.__dict__[name][key]
             for module, attributes, tensors in before:
                 for name in [*_put_back_tensors(module, tensors), *_put_back_attributes(module, attributes)]:
                     if written is not None:
                         written(module, name)
+
+
+def users_code(modules: Iterable[nn.Module]) -> str | None:
+    """The class of the first of ``modules`` that is somebody's own code, or runs it; None if there is none."""
+    for module in modules:
+        forward = module.__dict__.get("forward")
+        of_class = type(module).__module__.partition(".")[0] not in _OF_MODELS
+        if of_class or (isinstance(forward, types.FunctionType) and _is_users(forward)):
+            return type(module).__name__
+    return None
+
+
+def captures_outputs() -> bool:
+    """Whether transformers records what blocks return in the pass that is running (seen with 5.23)."""
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    collector = getattr(capturing, "_active_collector", None)
+    return bool(collector is not None and collector.get())
 
 
 def stateful_forward(module: nn.Module) -> list[Any]:

@@ -88,9 +88,10 @@ def find_layout(whole: Tensor, part: Tensor, samples: int, of_part: int) -> Layo
 def marks_of(layout: Layout, hidden: Tensor, rows: Rows, group: Sequence[int]) -> Tensor:
     """(samples, 2): two numbers of what enters block 0 for each of these rows, its padding left out.
 
-    The sum and the sum of squares, over the positions, of a fixed random projection of the features: what is held of a
-    sample is served only where these are as they were. The key knows what the model is called with; embeddings that
-    somebody has written to through ``.data``, a hook on them, or noise that begins in mid-run, only these see.
+    The sum and the sum of squares, over the positions and weighted by them, of a fixed random projection of the
+    features: what is held of a sample is served only where these are as they were. The key knows what the model is
+    called with; embeddings that somebody has written to through ``.data``, a hook on them, or noise that begins in
+    mid-run, only these see.
     """
     samples = layout.apart(hidden, len(group)).float()
     if not samples.is_floating_point() or samples.ndim < 2:
@@ -99,14 +100,18 @@ def marks_of(layout: Layout, hidden: Tensor, rows: Rows, group: Sequence[int]) -
     generator = torch.Generator().manual_seed(width)
     direction = torch.randn(width, generator=generator).to(samples.device)
     projected = (samples * direction).sum(-1)
+    weights = torch.arange(projected[0].numel(), dtype=torch.float32).cos().add_(1.5)  # so that order counts
     if layout.by_position:
-        real = torch.zeros(projected.shape, dtype=torch.bool)
+        weights = weights.reshape(projected.shape[1:])
+        placed = torch.zeros(projected.shape)
         for place, row in enumerate(group):
             first, last = layout.span(rows, row, projected.shape[1])
-            real[place, first:last] = True
-        projected = projected * real.to(projected.device)
+            placed[place, first:last] = weights[: last - first]
+        weights = placed
+    weights = weights.to(projected.device)
     projected = projected.reshape(len(group), -1)
-    return torch.stack([projected.sum(1), projected.square().sum(1)], 1).double()
+    weights = weights.reshape(-1, projected.shape[1])
+    return torch.stack([(weights * projected).sum(1), (weights * projected.square()).sum(1)], 1).double()
 
 
 class Batches:

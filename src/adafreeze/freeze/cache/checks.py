@@ -15,20 +15,18 @@ from torch import Tensor, nn
 from ...costs.flops import CountFlops
 from ...model.calls import Call
 from ...model.rows import Rows
-from ...model.traces import stateful_forward, traceless
+from ...model.traces import stateful_forward, traceless, users_code
 from ..prefix import Prefix, Start, Starts
 from .batches import Layout, Slot, find_layout
 
 __all__ = ["Examiner", "Situation"]
 
+PADS_INSIDE = "the model pads its inputs to another width"
+
 # Kinds of calls that a run may have before it is said that none will come again.
 MOST_SITUATIONS = 32
 # How often a stack is called in a pass may differ so often between passes of one kind.
 MOST_COUNTS = 3
-# Padded passes whose gradient is zero everywhere before the shadow of a held pass alone has to show what padding means.
-MOST_ZEROS = 2
-# ... and passes that bring it none at all: nothing above the boundary reads it.
-MOST_UNANSWERED = 4
 # The part of a run's FLOPs that looking again may cost.
 SPOT_CHECKS = 0.002
 # Numbers of an output that are compared at most: a sample of its rows, so that no second copy of all logits is held.
@@ -37,6 +35,11 @@ MOST_COMPARED, LEAST_ROWS = 2**16, 4
 # Relative differences that rounding may make. Kernels for other shapes sum in another order: 1e-6 in float32 a block,
 # more above it, and 1e-2 in the sixteen-bit types and under autocast to them.
 OF_STATES, OF_OUTPUTS, COARSE = 2e-5, 1e-4, 5e-2
+# What enters block 0 is mostly looked up in a table, and so the same to the bit: of its two numbers, in sixteen bits.
+OF_MARKS_COARSE = 5e-3
+
+# Position embeddings that depend on the length of a batch, and those that also depend on the batches before it.
+BY_LENGTH, BY_HISTORY = "longrope", "dynamic"
 
 
 @dataclass
@@ -49,7 +52,8 @@ class Situation:
         layouts: of each call of a stack, once the prefix was looked at.
         below: the last situation of this kind in a prefix that was less deep.
         entries: the same of what enters block 0, where samples can be told apart in it.
-        verified: what was shown: that passes may start from states ``"computed"`` for them, and from ``"held"`` ones.
+        verified: what was shown: that passes may start from states ``"computed"`` for them, and from ``"held"`` ones;
+            where a sample was ``"moved"``: it was held in another batch or place; or ``"resized"``: at another width.
         fresh_entries: what entered block 0 with ``fresh``.
         fresh: hidden states of all rows of the pass at hand, where looking at the prefix has computed them.
         spot: passes between two looks, from the FLOPs counted at the first.
@@ -81,7 +85,7 @@ class _Look:
 
     Attributes:
         situation: of the pass.
-        kind: of the states: computed or held.
+        kinds: of the states that are to be shown.
         starts: that it would have been served, until the pass has come to them.
         rows: of its batch.
         outputs: samples of all that the served pass returned; None where the states alone are in question.
@@ -90,7 +94,7 @@ class _Look:
     """
 
     situation: Situation
-    kind: str
+    kinds: frozenset[str]
     starts: dict[str, list[Start | None]]
     rows: Rows
     outputs: list[tuple[str, Tensor]] | None
@@ -121,7 +125,7 @@ class Examiner:
     """
 
     def __init__(
-        self, prefix: Prefix, sides: Mapping[str, int], on_whole_rows: Callable[[], None], *, rounds: bool = False
+        self, prefix: Prefix, sides: Mapping[str, int], on_whole_rows: Callable[[str], None], *, rounds: bool = False
     ) -> None:
         self.prefix = prefix
         self.rounds = rounds
@@ -138,7 +142,6 @@ class Examiner:
         self._waiting: dict[tuple[str, int], int] = {}  # calls whose gradient is asked for, and the side of each
         self._widths: set[tuple[str, int, int]] = set()
         self.writes = False
-        self._zeros = self._unanswered = 0
         self._rows: Rows | None = None
         self._look: _Look | None = None
         self.collect: Callable[[str, int, Tensor], None] | None = None
@@ -193,6 +196,13 @@ class Examiner:
         if self.prefix.drops_layers:
             self.refusal = "a setting for layer drop leaves out blocks of the prefix by chance (set it to 0.0)"
             return
+        rope = self._rope_types()
+        if any(BY_HISTORY in one for one in rope):
+            self.refusal = "position embeddings depend on the batches before (rope_type='dynamic')"
+            return
+        if BY_LENGTH in rope and not self.whole_rows:
+            self._take_whole_rows("position embeddings depend on the length of the batch (rope_type='longrope')")
+            return
         if (foreign := next((f for module in self.prefix.modules for f in stateful_forward(module)), None)) is not None:
             self.refusal = f"a forward was replaced by a {type(foreign).__name__}, which has a state of its own"
             return
@@ -224,6 +234,10 @@ class Examiner:
         if not situation.several_calls:
             situation.fresh, situation.fresh_entries = whole, entered
         self.keeps_width(situation, rows, call, whole)
+
+    def _rope_types(self) -> set[str]:
+        found = (getattr(module, "rope_type", None) for module in self.prefix.modules)
+        return {str(one) for value in found for one in (value.values() if isinstance(value, dict) else [value])}
 
     def _look_at_rows(
         self,
@@ -318,8 +332,11 @@ class Examiner:
             if states is None or path not in states or not width:
                 continue
             moved = layout.by_position and states[path][number].shape[1] != width
-            if moved or (not layout.by_position and rows.is_padded(layout.side)):
-                self._take_whole_rows()
+            if moved:
+                self._take_whole_rows(PADS_INSIDE)
+                return False
+            if not layout.by_position and rows.is_padded(layout.side):
+                self._take_whole_rows("the hidden states of the prefix do not lie position by position")
                 return False
         self._widths.add(widths)
         return True
@@ -328,13 +345,12 @@ class Examiner:
         """Whether what enters block 0 is as wide as the inputs; if not, whole rows are taken from now on."""
         if not layout.by_position or hidden.shape[1] == rows.width(layout.side):
             return True
-        self._take_whole_rows()
+        self._take_whole_rows(PADS_INSIDE)
         return False
 
     def marks_agree(self, a: Tensor, b: Tensor) -> bool:
         """Whether what enters block 0 is what entered it before, up to rounding; NaN where nothing is known of it."""
-        coarse = isinstance(self.prefix.autocast, torch.dtype) or self.rounds
-        tolerance = 10 * (COARSE if coarse else OF_STATES)
+        tolerance = OF_MARKS_COARSE if isinstance(self.prefix.autocast, torch.dtype) else 10 * OF_STATES
         near = (a - b).abs() <= tolerance * torch.stack([b[:, 1].abs().sqrt(), b[:, 1].abs()], 1) + 1e-9
         return bool((near | b.isnan()).all())
 
@@ -350,14 +366,14 @@ class Examiner:
         sides = {one.side for one in layouts.values() if one.by_position and rows.is_padded(one.side)}
         if self.whole_rows or sides <= self.padding_known:
             return True
-        if self._differs_without_padding(situation, rows, call):
-            self._take_whole_rows()
+        # A gradient shows what reads padding now. What will read it later (a gate that begins at zero, another loss
+        # from some step on) only code can tell, and of code that is not a library's nothing is known.
+        if (own := users_code(self._outside())) is not None:
+            self._take_whole_rows(f"what {own} does with padding is not known")
             return False
-        self._unanswered = self._unanswered + 1 if self._waiting else 0
-        if self._unanswered >= MOST_UNANSWERED:
-            self.padding_known |= sides
-            self._waiting = {}
-            return True
+        if self._differs_without_padding(situation, rows, call):
+            self._take_whole_rows("padding changes what the prefix gives (left padding with absolute positions)")
+            return False
         self._rows = rows
         self._waiting = {
             (p, n): one.side for (_, p, n), one in layouts.items() if one.by_position and one.side in sides
@@ -390,46 +406,71 @@ class Examiner:
                     return True
         return False
 
+    def _outside(self) -> list[nn.Module]:
+        """The modules of the model that are in no block."""
+        inside = {id(m) for stack in self.prefix.stacks for block in stack.blocks for m in block.modules()}
+        return [module for module in self.prefix.modules if id(module) not in inside]
+
+    @property
+    def waits_for_gradient(self) -> bool:
+        """Whether no gradient has shown yet what padding means."""
+        return bool(self._waiting)
+
+    def hears(self, output: Any, rows: Rows) -> None:
+        """Look at the gradients of a served pass's outputs: a loss outside the model may begin to read padding."""
+        for side in (0, 1):
+            width = rows.width(side)
+            if self.whole_rows or not width or not rows.is_padded(side):
+                continue
+            for _, tensor in _named_tensors(output):
+                if tensor.requires_grad and tensor.shape[:2] == (rows.count, width):
+                    tensor.register_hook(partial(self._hear, side, rows))
+
+    def _hear(self, side: int, rows: Rows, gradient: Tensor) -> None:
+        real = _real(rows, side, gradient.device)
+        size = gradient.detach().abs()
+        largest = size.max()
+        if not self.whole_rows and bool(size[~real].max() > 1e-6 * largest) and bool(largest.isfinite()):
+            self._take_whole_rows("the loss has begun to read padding, which in this step was zeros")
+
     def _see_gradient(self, slot: tuple[str, int], side: int, rows: Rows, gradient: Tensor) -> None:
         """Where padding has a gradient, something above reads it: labels on padding, a mean over all positions."""
         if slot not in self._waiting or gradient.shape[:2] != (rows.count, rows.width(side)):
             return
         size = gradient.detach().abs()
-        self._unanswered = 0
         largest = float(size.max())
-        if largest != largest or largest == float("inf"):
-            return  # an overflow under loss scaling says nothing; the next padded pass is asked
-        if largest == 0.0 and self._zeros < MOST_ZEROS:
-            self._zeros += 1  # nor does a loss that does not depend on the boundary, unless it never does
+        if largest != largest or largest in (float("inf"), 0.0):
+            # An overflow under loss scaling says nothing, nor does a loss that does not depend on the boundary (a head
+            # that begins at zero); the next padded pass is asked.
             return
         for row, (first, last) in enumerate(rows.spans(side)):
             size[row, first:last] = 0
         del self._waiting[slot]
-        if largest and float(size.max()) > 1e-6 * largest:
-            self._take_whole_rows()
+        if float(size.max()) > 1e-6 * largest:
+            self._take_whole_rows("padding is read above the prefix (labels on it, a mean over all positions)")
         elif side not in self._waiting.values():
             self.padding_known.add(side)
 
-    def _take_whole_rows(self) -> None:
+    def _take_whole_rows(self, reason: str) -> None:
         self.whole_rows = True
         self._waiting = {}
         self.situations.clear()
         self._look = None
-        self.on_whole_rows()
+        self.on_whole_rows(reason)
 
     # The shadow of a pass.
 
-    def shadow(self, situation: Situation, kind: str, rows: Rows, call: Call, starts: Starts) -> bool:
+    def shadow(self, situation: Situation, kinds: frozenset[str], rows: Rows, call: Call, starts: Starts) -> bool:
         """Whether this pass may be served; if that is still to be shown, its shadow is run, and compared at its end."""
         due = situation.spot and situation.passes >= situation.spot
-        if kind in situation.verified and not due:
+        if kinds <= situation.verified and not due:
             situation.passes += 1
             return True
         before = self.flops
         waiting = {path: list(calls) for path, calls in starts.items()}
-        if kind == "held" and "computed" in situation.verified and not due:
-            # That a pass may start there is shown; what is new is that the states were held, so these are compared.
-            self._look = _Look(situation, kind, waiting, rows, None)
+        if "computed" in situation.verified and not due:
+            # That a pass may start there is shown; what is new is how the states were held, so these are compared.
+            self._look = _Look(situation, kinds, waiting, rows, None)
             return False
         starts, without = self._without_padding(situation, rows, starts)
         try:
@@ -439,7 +480,7 @@ class Examiner:
             self.refusal = f"a pass that starts above the prefix fails ({type(error).__name__}: {_first_line(error)})"
             return False
         self.flops += count.total
-        self._look = _Look(situation, kind, waiting, rows, _sampled(outputs, rows), without)
+        self._look = _Look(situation, kinds, waiting, rows, _sampled(outputs, rows), without)
         situation.passes = 0
         if not situation.spot:
             blocks, skipped = sum(map(len, self.prefix.stacks)), sum(self.prefix.depths.values())
@@ -488,9 +529,10 @@ class Examiner:
             return None
         problem = look.problem or self._difference(look, output)
         if problem is None:
-            look.situation.verified |= {look.kind, "computed"}
+            look.situation.verified |= look.kinds | {"computed"}
         elif look.problem is None and look.without_padding:
-            self._take_whole_rows()  # the states are right; whether padding is all that differs, the next look shows
+            # The states are right; whether padding is all that differs, the next look shows.
+            self._take_whole_rows("a pass with zeros in place of padding gives something else")
             return None
         return problem
 
@@ -516,6 +558,9 @@ class Examiner:
         starts[number] = None
         served, stack = start.states, [stack.path for stack in self.prefix.stacks].index(path)
         layout = look.situation.layouts[stack, path, number]
+        if own.shape != served.shape and layout.by_position and own.shape[1] != look.rows.width(layout.side):
+            self._take_whole_rows(PADS_INSIDE)
+            return
         if own.shape != served.shape:
             look.problem = f"the states of {path} have the shape {tuple(own.shape)} and not {tuple(served.shape)}"
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -18,17 +19,21 @@ from ...model.blocks import Stack
 
 __all__ = ["FORMAT_VERSION", "Identity"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # Elements of each weight that are read before each pass. What writes to ``.data`` in place (a moving average, noise on
 # weights, a merge) leaves no trace in version counters, and nearly always writes to all elements.
-SAMPLED = 8
+SAMPLED = 16
 
 # What a configuration says of heads and outputs; models and hosts set some of it in mid-run.
 _NOT_OF_THE_PREFIX = {
     *("problem_type", "id2label", "label2id", "architectures", "_name_or_path", "use_cache", "return_dict"),
     *("output_hidden_states", "output_attentions", "pad_token_id", "bos_token_id", "eos_token_id"),
 }
+
+
+# Attributes of modules that hosts and we ourselves set in mid-run.
+_NOT_OF_A_MODULE = {"training", "gradient_checkpointing", "_is_hf_initialized", "_is_full_backward_hook"}
 
 
 class Identity:
@@ -52,6 +57,7 @@ class Identity:
         self._chains: list[list[bytes]] = [[] for _ in stacks]
         self._places: list[tuple[dict[str, Any], str]] = []
         self._children: list[dict[str, Any]] = []
+        self._plain: list[tuple[dict[str, Any], str]] = []
         self._samples: list[list[Tensor]] = []  # views, of one device and dtype each
         self._seen: tuple[int, int] = (0, 0)
         self._values: list[Tensor] = []
@@ -65,6 +71,7 @@ class Identity:
                 chain.append(self._chains[0][0] if self._chains[0] else self._root())
             for block in stack.blocks[len(chain) - 1 : depth]:
                 link = xxhash.xxh3_128(chain[-1])
+                link.update(repr([_settings(module) for module in block.modules()]).encode())
                 _add_tensors(link, _named_tensors(block))
                 for name, site in self._backend.sites(block):
                     link.update(f"{name}:{self._backend.settings(site)}".encode())
@@ -78,7 +85,12 @@ class Identity:
         return self.of([by_stack.get(position, 0) for position in range(len(self._stacks))])
 
     def watch(self, depths: Sequence[int]) -> None:
-        """Take the weights of these prefixes, as they are now, for what ``changed`` compares with."""
+        """Take the weights and settings of these prefixes, as they are now, for what ``changed`` compares with."""
+        self.before_pass()
+        if self._changed:  # since the last pass, and nothing has asked
+            self.forget()
+        for chain, depth in zip(self._chains, depths, strict=True):
+            del chain[depth + 1 :]  # a block that leaves the prefix may train before it comes back
         blocks = [block for stack, depth in zip(self._stacks, depths, strict=True) for block in stack.blocks[:depth]]
         # Places, not tensors: what stands there may be replaced by another Parameter.
         inside = [(module, True) for block in blocks for module in block.modules()]
@@ -91,6 +103,7 @@ class Identity:
                 self._children.append(module._modules)
             if len(frozen) == len(own):
                 self._places += [(module._buffers, name) for name in module._buffers]
+        self._plain = [(module.__dict__, name) for module, whole in inside for name in _settings(module)]
         self._sample()
         self._seen, self._values, self._changed = self._now(), self._now_sampled(), False
 
@@ -107,14 +120,15 @@ class Identity:
         return self._changed
 
     def _now(self) -> tuple[int, int]:
-        writes, objects = 0, sum(id(child) for table in self._children for child in table.values())
+        writes, objects = 0, [id(child) for table in self._children for child in table.values()]
         for table, name in self._places:
             tensor = table.get(name)
             if tensor is not None:
                 # ``.data = other`` keeps the object.
-                objects += id(tensor) + (tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0)
+                objects += [id(tensor), tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0]
                 writes += 0 if tensor.is_inference() else tensor._version
-        return writes, objects
+        settings = tuple(content.get(name) for content, name in self._plain)
+        return writes, hash((*objects, *settings))
 
     def _sample(self) -> None:
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
@@ -123,10 +137,14 @@ class Identity:
             # Shards and quantized weights are subclasses with storages of their own: version counters have to do there.
             if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
                 continue
+            tensor = tensor.detach()
+            tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))  # as it lies in memory
             if tensor.numel() and tensor.is_contiguous():
                 step = max(1, tensor.numel() // SAMPLED)
+                while tensor.ndim and math.gcd(step, tensor.shape[-1]) > 1:  # or it would see one column alone
+                    step -= 1
                 group = groups.setdefault((tensor.device, tensor.dtype), [])
-                group.append(tensor.detach().view(-1)[::step][:SAMPLED])
+                group.append(tensor.view(-1)[::step][:SAMPLED])
         self._samples = list(groups.values())
 
     def _now_sampled(self) -> list[Tensor]:
@@ -174,6 +192,15 @@ class Identity:
             yield from ((f"{name}.{key}", p) for key, p in own.items() if not p.requires_grad)
             if not any(p.requires_grad for p in own.values()):
                 yield from ((f"{name}.{key}", buffer) for key, buffer in module.named_buffers(recurse=False))
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Numbers and words among the attributes of a module: a scale, a probability, the name of an implementation."""
+    return {
+        name: value
+        for name, value in module.__dict__.items()
+        if isinstance(value, (bool, int, float, str)) and name not in _NOT_OF_A_MODULE
+    }
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

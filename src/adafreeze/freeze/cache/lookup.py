@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from ...costs.flops import CountFlops
@@ -17,7 +18,7 @@ from ...model.blocks import device_of
 from ...model.calls import Call
 from ...model.random_state import keep_random_state
 from ...model.rows import NotBySample, Rows
-from ...model.traces import read_by, traceless
+from ...model.traces import captures_outputs, read_by, traceless
 from ..prefix import Prefix, Starts, autocast_now
 from .batches import Batches, Computed, Slot, marks_of
 from .checks import Examiner, Situation
@@ -125,6 +126,8 @@ class PrefixCache:
         self._own: dict[str, list[Tensor]] = {}
         self._own_entries: dict[str, list[Tensor]] = {}
         self._marks: dict[Slot, Tensor] = {}
+        self._forwards: list[Any] = []
+        self._served_rows: Rows | None = None
         self._said: set[str] = set()
         self._undo = ExitStack()
         prefix.look_up = self.look_up
@@ -156,6 +159,7 @@ class PrefixCache:
         self._sites = [site for block in blocks for _, site in self.backend.sites(block)]
         self._settings = [self.backend.settings(site) for site in self._sites]
         self._modules = [module for block in blocks for module in block.modules()]
+        self._forwards = [module.__dict__.get("forward") for module in self._modules]
         self._identity.watch(self._depths)
         for block in blocks:
             for context in self.backend.merges(block, self._merged):
@@ -204,7 +208,6 @@ class PrefixCache:
         return {
             "off": self.off,
             "whole_rows": self.examiner.whole_rows,
-            "padding_known": sorted(self.examiner.padding_known),
             "situations": {
                 **self.examiner.shown,
                 **{k: [sorted(s.verified), s.calls] for k, s in self.examiner.situations.items() if s.verified},
@@ -215,7 +218,7 @@ class PrefixCache:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what ``state_dict`` wrote."""
-        self.examiner.whole_rows, self.examiner.padding_known = state["whole_rows"], set(state["padding_known"])
+        self.examiner.whole_rows = state["whole_rows"]  # what else is known of padding may hold of another loss
         self.examiner.shown = dict(state.get("situations", {}))
         self.repeats.found = state.get("repeats", False)
         if state["off"] is not None:
@@ -229,12 +232,11 @@ class PrefixCache:
         self._now = None
         self.store.close()
 
-    def _note_whole_rows(self) -> None:
-        self.journal.write("cache_whole_rows", step=self.progress().step)
+    def _note_whole_rows(self, reason: str) -> None:
+        self.journal.write("cache_whole_rows", step=self.progress().step, reason=reason)
         note(
-            "Prefix cache: padding is read above the prefix (labels on it, a mean over all positions), or changes what "
-            "the prefix gives (left padding with absolute positions), or the model pads its inputs to another width. "
-            "Whole rows are held: a sample is found again at the width it came with."
+            f"Prefix cache: {reason}. Whole rows are held: a sample is found again at the width it came with; with "
+            "padding to a fixed length, always."
         )
 
     def _note_bypass(self) -> None:
@@ -250,7 +252,7 @@ class PrefixCache:
 
     def look_up(self, call: Call) -> Starts:
         """Where the pass that begins with this call starts; empty: at the embeddings."""
-        self._now = None
+        self._now = self._served_rows = None
         self.prefix.watch_boundary = self.prefix.watch_entry = None
         try:
             if self.off is None and any(self._depths) and self._may_serve(call.inputs):
@@ -273,8 +275,9 @@ class PrefixCache:
             return False
         if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
             return False
-        if not self.prefix.is_intact:
-            self._say("the forward of a block in the frozen prefix was replaced, so such passes are not looked up")
+        now = (module.__dict__.get("forward") for module in self._modules)
+        if not all(forward is before for forward, before in zip(now, self._forwards, strict=True)):
+            self._say("the forward of a module in the frozen prefix was replaced, so such passes are not looked up")
             return False
         if (reader := read_by(self._modules)) is not None:
             self._say(f"a hook of yours reads {reader} in the frozen prefix, so passes with it are not looked up")
@@ -371,6 +374,7 @@ class PrefixCache:
                     return {}
         starts: Starts = {}
         marks = {row: entry.marks for row, entry in enumerate(entries) if entry is not None and entry.marks}
+        fresh = set(groups.get(nothing, []))
         if not groups:
             with self.worth.timed(self.worth.read, 0):
                 starts = self._batches.together(rows, range(rows.count), entries, depths, situation.layouts)
@@ -381,14 +385,15 @@ class PrefixCache:
         if not starts or self.off is not None:
             return {}
         before = self.examiner.flops
-        kind = "held" if missing < rows.count else "computed"
-        may = self.examiner.shadow(situation, kind, rows, call, starts)
+        kinds = self._kinds(rows, keys, [mark for row, mark in marks.items() if row not in fresh])
+        may = self.examiner.shadow(situation, kinds, rows, call, starts)
         self.flops += (self.examiner.flops - before) * self.counts_flops
         if self.examiner.refusal is not None:
             self.distrusted = True
             self.switch_off(self.examiner.refusal)
         if not may:
             return {}
+        self._served_rows = rows
         self._expect(situation, rows.count, marks)
         self.worth.skip(width * (len(found) * sum(depths) + sum(len(group) * sum(of) for of, group in groups.items())))
         return starts
@@ -408,6 +413,8 @@ class PrefixCache:
     def _finished(self, output: Any, calls: Mapping[str, int]) -> None:
         """A training pass has ended."""
         now, self._now = self._now, None
+        if self._served_rows is not None and self.off is None:
+            self.examiner.hears(output, self._served_rows)
         self.examiner.collect, self._marks = None, {}
         if self.off is not None:
             return
@@ -418,7 +425,7 @@ class PrefixCache:
                 self.switch_off(self.examiner.refusal or f"a pass that starts above the prefix differs: {problem}")
             elif now is not None and now.missing and now.situation.layouts:
                 everyone = list(range(now.rows.count))
-                marks = self._marks_of(now.situation, now.rows, everyone, self._own_entries)
+                marks = self._marks_of(now.situation, now.rows, now.keys, everyone, self._own_entries)
                 self._write(now.situation, now.rows, now.keys, everyone, self._own, marks)
             if now is not None and not now.situation.layouts:
                 self.worth.since_hit = 0  # what was looked up was another number of calls, and never held
@@ -435,6 +442,8 @@ class PrefixCache:
         progress = self.progress()
         reason = self.worth.verdict(sum(self._depths), progress.epoch, progress.remaining + self.worth.looked_up)
         if reason is not None:
+            if self.examiner.waits_for_gradient:
+                reason = "the loss does not depend on the prefix, so nothing shows whether padding is read"
             self.switch_off(reason)
 
     def _hash_again(self) -> None:
@@ -469,7 +478,7 @@ class PrefixCache:
             if self.prefix.autocast != autocast or not self.examiner.keeps_width(situation, rows, call, states):
                 return {}
             computed.append((group, states))
-            entered = self._marks_of(situation, rows, group, self._entered)
+            entered = self._marks_of(situation, rows, keys, group, self._entered)
             if any(held):  # what was held is right where what it was made of still enters
                 entered = [marks.get(row, mark) for row, mark in zip(group, entered, strict=True)]
             self._write(situation, rows, keys, group, states, entered)
@@ -512,12 +521,36 @@ class PrefixCache:
         self._entered = self.prefix.entered
         return states
 
+    def _kinds(self, rows: Rows, keys: Sequence[bytes], marks: Sequence[tuple[float, ...]]) -> frozenset[str]:
+        """What is to be shown before a pass may start from such states.
+
+        A batch that comes again as it was, which PPO's inner epochs do, shows nothing of samples in another place, in
+        other company, or at another width.
+        """
+        if not marks:
+            return frozenset({"computed"})
+        batch, width = self._batch(rows, keys)
+        kinds = {"held"} | ({"moved"} if any(mark[-2] != batch for mark in marks) else set())
+        longest = max(width, *(mark[-1] for mark in marks))
+        if any(mark[-1] != width for mark in marks):
+            kinds.add(f"resized to {2 ** int(longest).bit_length()}")
+        return frozenset(kinds)
+
+    def _batch(self, rows: Rows, keys: Sequence[bytes]) -> tuple[float, float]:
+        """Samples and their order as a number that a float holds, and how wide the rows are."""
+        return float(xxhash.xxh3_64_intdigest(b"".join(keys)) >> 16), float(max(rows.width(0), rows.width(1)))
+
     # What enters block 0.
 
     def _marks_of(
-        self, situation: Situation, rows: Rows, group: Sequence[int], entered: Mapping[str, Sequence[Tensor]]
+        self,
+        situation: Situation,
+        rows: Rows,
+        keys: Sequence[bytes],
+        group: Sequence[int],
+        entered: Mapping[str, Sequence[Tensor]],
     ) -> list[tuple[float, ...]]:
-        """For each row two numbers of each slot; NaN where the samples cannot be told apart there."""
+        """For each row two numbers of each slot, NaN where the samples cannot be told apart there; and of the batch."""
         nothing = torch.full((len(group), 2), float("nan"), dtype=torch.float64)
         found = []
         for slot in situation.layouts:
@@ -525,7 +558,8 @@ class PrefixCache:
             layout, of_path = situation.entries.get(slot), entered.get(path, ())
             known = layout is not None and call < len(of_path)
             found.append(marks_of(layout, of_path[call], rows, group).cpu() if known else nothing)  # type: ignore[arg-type]
-        return [tuple(row) for row in torch.cat(found, 1).tolist()] if found else [()] * len(group)
+        batch = self._batch(rows, keys)
+        return [(*row, *batch) for row in torch.cat(found, 1).tolist()] if found else [batch] * len(group)
 
     def _expect(self, situation: Situation, count: int, marks: Mapping[int, tuple[float, ...]]) -> None:
         """What is to enter block 0 in the pass that is about to be served."""
@@ -543,6 +577,9 @@ class PrefixCache:
         return False
 
     def _is_as_before(self, path: str, call: int, hidden: Tensor) -> bool:
+        if captures_outputs():
+            self._say(f"the model records what the blocks of {path} return, so such calls run the prefix")
+            return False
         now = self._now
         slot = next((slot for slot in self._marks if slot[1:] == (path, call)), None)
         if now is None or slot is None:

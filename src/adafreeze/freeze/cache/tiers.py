@@ -38,7 +38,8 @@ class Entry:
         identity: of the prefix that gave it.
         depths: blocks that it has passed, for each stack.
         states: hidden states of the unpadded positions after those blocks; None where the depth is 0.
-        marks: two numbers of what entered block 0, for each state; NaN where nothing is known of it.
+        marks: two numbers of what entered block 0, for each state, NaN where nothing is known of it; then the batch in
+            which it was held, as a number, and how wide that was.
     """
 
     identity: bytes
