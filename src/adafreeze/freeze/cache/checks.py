@@ -59,6 +59,7 @@ class Situation:
         spot: passes between two looks, from the FLOPs counted at the first.
         passes: served since the last look.
         counts: how often ``calls`` turned out to be another number.
+        widest: rows at which it was shown that states held of narrower ones are the same.
     """
 
     key: str
@@ -72,6 +73,7 @@ class Situation:
     spot: int = 0
     passes: int = 0
     counts: int = 0
+    widest: int = 0
 
     @property
     def several_calls(self) -> bool:
@@ -339,6 +341,27 @@ class Examiner:
                 self._take_whole_rows("the hidden states of the prefix do not lie position by position")
                 return False
         self._widths.add(widths)
+        return True
+
+    def keeps_states(
+        self, situation: Situation, rows: Rows, call: Call, row: int, states: Sequence[Tensor | None]
+    ) -> bool:
+        """Whether a sample that was held in a narrower batch has the same states in this one; if not, ``refusal``.
+
+        Position embeddings may be others from some length of the batch on. One sample is computed, in batches that are
+        wider by a quarter than all before.
+        """
+        situation.widest = max(rows.width(0), rows.width(1))
+        with traceless(self.prefix.modules):
+            now = self.prefix.compute(call, rows.take([row]), {}, self.until(situation))
+        for ((_, path, number), layout), state in zip(situation.layouts.items(), states, strict=True):
+            if state is None or not layout.by_position:
+                continue
+            first, last = rows.spans(layout.side)[row]
+            own = None if now is None else now[path][number][0, first:last]
+            if own is None or not self._agree(own, state.to(own.device, own.dtype)):
+                self.refusal = "what the prefix gives for a sample depends on the width of its batch"
+                return False
         return True
 
     def as_wide(self, layout: Layout, rows: Rows, hidden: Tensor) -> bool:

@@ -33,6 +33,8 @@ __all__ = ["PrefixCache", "Progress"]
 _WHOLE_PASS = ("output_hidden_states", "output_attentions", "past_key_values", "use_cache")
 # Weights that change more often than this are no frozen prefix.
 MOST_CHANGES = 3
+# Batches wider by this than all before show once more that what was held of narrower ones is right in them.
+WIDER = 1.25
 
 
 class Progress(NamedTuple):
@@ -375,6 +377,8 @@ class PrefixCache:
         starts: Starts = {}
         marks = {row: entry.marks for row, entry in enumerate(entries) if entry is not None and entry.marks}
         fresh = set(groups.get(nothing, []))
+        if found and not self._keeps_states(situation, rows, call, found, entries):
+            return {}
         if not groups:
             with self.worth.timed(self.worth.read, 0):
                 starts = self._batches.together(rows, range(rows.count), entries, depths, situation.layouts)
@@ -397,6 +401,22 @@ class PrefixCache:
         self._expect(situation, rows.count, marks)
         self.worth.skip(width * (len(found) * sum(depths) + sum(len(group) * sum(of) for of, group in groups.items())))
         return starts
+
+    def _keeps_states(
+        self, situation: Situation, rows: Rows, call: Call, found: list[int], entries: Sequence[Entry | None]
+    ) -> bool:
+        """Whether what was held in narrower batches may stand in this one."""
+        width = max(rows.width(0), rows.width(1))
+        narrower = [(entry.marks[-1], row) for row in found if (entry := entries[row]) and entry.marks[-1] < width]
+        if self.examiner.whole_rows or not narrower or width < WIDER * situation.widest:
+            return True
+        _, row = min(narrower)
+        with self._counted():
+            keeps = self.examiner.keeps_states(situation, rows, call, row, entries[row].states)  # type: ignore[union-attr]
+        if not keeps and self.examiner.refusal is not None:
+            self.distrusted = True
+            self.switch_off(self.examiner.refusal)
+        return keeps
 
     def _filled_by_this_pass(
         self, situation: Situation, rows: Rows, keys: list[bytes], groups: Mapping[tuple[int, ...], list[int]]
