@@ -807,3 +807,42 @@ def test_hidden_states_that_are_asked_for_inside_from_some_step_on():
     assert [len(hidden) for hidden in (cached[0], without[0])] == [16, 16]
     (waits,) = [event for event in cached[2].journal.events if event["event"] == "cache_waits"]
     assert "records what the blocks" in waits["reason"]
+
+
+class Masks(nn.Module):
+    """Makes its own attention mask, and another one from some step on."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.causal = encoder(), False
+        self.config, self.head = self.model.config, nn.Linear(32, 2)
+
+    def forward(self, input_ids, attention_mask, labels):
+        count, width = input_ids.shape
+        visible = torch.ones(width, width, dtype=torch.bool)
+        visible = visible.tril() if self.causal else visible
+        mask = visible.expand(count, 1, width, width) & attention_mask[:, None, None].bool()
+        hidden = self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        logits = self.head(hidden[:, 0])
+        return _Output(F.cross_entropy(logits, labels), logits)
+
+
+@pytest.mark.parametrize("change", ["flag", "hook"])
+def test_what_enters_the_blocks_beside_hidden_states_may_change_in_mid_run(change):
+    def run(cache):
+        torch.manual_seed(4)
+        model = Masks().train() if change == "flag" else lora_model("llama", BLOCKS, dropout=0.0)
+
+        def after(safe, _model):
+            if safe.steps == 8 and change == "flag":
+                model.causal = True
+            elif safe.steps == 8:
+                rotary = next(m for m in model.modules() if type(m).__name__ == "LlamaRotaryEmbedding")
+                rotary.register_forward_hook(lambda _m, _i, output: tuple(0.5 * one for one in output))
+
+        family = "bert" if change == "flag" else "llama"
+        return train(family, config({1: 2}, cache=cache), list(epochs(family, epochs=4)), model=model, after=after)
+
+    cached = run("ram")
+    assert_same(cached, run("off"))
+    assert counts(cached[2])[0]

@@ -18,6 +18,7 @@ from ...model.rows import Rows
 from ...model.traces import stateful_forward, traceless, users_code
 from ..prefix import Prefix, Start, Starts
 from .batches import Layout, Slot, find_layout
+from .identity import HOSTS_SET
 
 __all__ = ["Examiner", "Situation"]
 
@@ -47,7 +48,8 @@ class Situation:
     """One kind of training pass: what the result of serving it may depend on, but for the samples.
 
     Attributes:
-        key: of the names, ranks and dtypes of the inputs, autocast, modules in training mode, and prefix depths.
+        key: of the names, ranks and dtypes of the inputs, autocast, modules in training mode, flags and hooks of the
+            modules in no block, and prefix depths.
         calls: how often each stack is called in such a pass.
         layouts: of each call of a stack, once the prefix was looked at.
         below: the last situation of this kind in a prefix that was less deep.
@@ -144,6 +146,9 @@ class Examiner:
         self._waiting: dict[tuple[str, int], int] = {}  # calls whose gradient is asked for, and the side of each
         self._widths: set[tuple[str, int, int]] = set()
         self.writes = False
+        self._outside_of: list[nn.Module] = []
+        self._outside_modules: list[nn.Module] = []
+        self._flags: list[tuple[dict[str, Any], str]] = []
         self._rows: Rows | None = None
         self._look: _Look | None = None
         self.collect: Callable[[str, int, Tensor], None] | None = None
@@ -154,7 +159,7 @@ class Examiner:
         """Of a pass on these rows, in the prefix as it is now."""
         training = tuple(module.training for module in self.prefix.modules)
         depths = tuple(self.prefix.depths.values())
-        told = rows.signature(), str(ambient), hash(training)
+        told = rows.signature(), str(ambient), hash(training), self._switches()
         kind = xxhash.xxh3_64_hexdigest(repr(told).encode())
         key = f"{kind} {self.whole_rows} {depths}"
         if key not in self.situations:
@@ -169,6 +174,21 @@ class Examiner:
             if below is not None:
                 below.below = None
         return self.situations[key]
+
+    def _switches(self) -> tuple[Any, ...]:
+        """Flags, words and scales of the modules in no block, and how many hooks each has.
+
+        Somebody's own code may begin to make another mask in mid-run, or a hook to change what enters the blocks beside
+        the hidden states. Whole numbers count passes, and are left out.
+        """
+        if self._outside_of is not self.prefix.modules:
+            self._outside_of = self.prefix.modules
+            self._outside_modules = self._outside()
+            kinds = (bool, str, float)
+            own = [(module, module.__dict__) for module in self._outside_modules]
+            self._flags = [(c, n) for _, c in own for n, v in c.items() if type(v) in kinds and n not in HOSTS_SET]
+        hooks = tuple(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self._outside_modules)
+        return hooks, tuple(content.get(name) for content, name in self._flags)
 
     def slots(self, situation: Situation) -> list[Slot]:
         """All calls of all stacks in such a pass."""
@@ -391,7 +411,7 @@ class Examiner:
             return True
         # A gradient shows what reads padding now. What will read it later (a gate that begins at zero, another loss
         # from some step on) only code can tell, and of code that is not a library's nothing is known.
-        if (own := users_code(self._outside())) is not None:
+        if (own := users_code(self._outside_modules)) is not None:
             self._take_whole_rows(f"what {own} does with padding is not known")
             return False
         if self._differs_without_padding(situation, rows, call):

@@ -17,7 +17,7 @@ from ..._version import __version__
 from ...model.backends import Backend
 from ...model.blocks import Stack
 
-__all__ = ["FORMAT_VERSION", "Identity"]
+__all__ = ["FORMAT_VERSION", "HOSTS_SET", "Identity"]
 
 FORMAT_VERSION = 2
 
@@ -33,7 +33,7 @@ _NOT_OF_THE_PREFIX = {
 
 
 # Attributes of modules that hosts and we ourselves set in mid-run.
-_NOT_OF_A_MODULE = {"training", "gradient_checkpointing", "_is_hf_initialized", "_is_full_backward_hook"}
+HOSTS_SET = {"training", "gradient_checkpointing", "_is_hf_initialized", "_is_full_backward_hook"}
 
 
 class Identity:
@@ -199,7 +199,7 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in module.__dict__.items()
-        if isinstance(value, (bool, int, float, str)) and name not in _NOT_OF_A_MODULE
+        if isinstance(value, (bool, int, float, str)) and name not in HOSTS_SET
     }
 
 
