@@ -8,6 +8,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from adafreeze import Safe
+from adafreeze.freeze.cache import PrefixCache
 from cached_run import BLOCKS, COUNT, assert_same, by_step, config, counts, epochs, pad_to, train
 from cases import batch, lora_model, sample
 
@@ -846,3 +847,37 @@ def test_what_enters_the_blocks_beside_hidden_states_may_change_in_mid_run(chang
     cached = run("ram")
     assert_same(cached, run("off"))
     assert counts(cached[2])[0]
+
+
+def test_passes_without_adapters_and_annealed_scales_make_nothing_be_looked_at_again(monkeypatch):
+    """DPO's reference passes turn adapters off and on in each step; a wrapper may anneal a coefficient."""
+
+    class Annealed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.scale = lora_model("bert", BLOCKS, dropout=0.0), 1.0
+            self.config = self.model.config
+
+        def forward(self, **inputs):
+            output = self.model(**inputs)
+            return _Output(self.scale * output.loss, output.logits)
+
+    hashed = []
+    again = PrefixCache._hash_again
+    monkeypatch.setattr(PrefixCache, "_hash_again", lambda cache: hashed.append(1) or again(cache))
+
+    def run(cache):
+        model = Annealed().train()
+
+        def step(_safe, model, one):
+            with model.model.disable_adapter():
+                reference = model(**one).loss.detach()
+            model.scale *= 0.99
+            (model(**one).loss - reference).backward()
+
+        return train("bert", config({1: 2}, cache=cache), list(epochs("bert", epochs=4)), model=model, step=step)
+
+    cached, without = run("ram"), run("off")
+    assert all(map(torch.equal, cached[2].weights, without[2].weights))
+    assert counts(cached[2])[0] >= COUNT and off_reason(cached[2]) is None
+    assert not hashed and len(cached[2].caching.cache.examiner.situations) <= 4

@@ -179,14 +179,17 @@ class Examiner:
         """Flags, words and scales of the modules in no block, and how many hooks each has.
 
         Somebody's own code may begin to make another mask in mid-run, or a hook to change what enters the blocks beside
-        the hidden states. Whole numbers count passes, and are left out.
+        the hidden states. Whole numbers count passes, and scales in that code may be annealed: both are left out.
         """
         if self._outside_of is not self.prefix.modules:
             self._outside_of = self.prefix.modules
             self._outside_modules = self._outside()
-            kinds = (bool, str, float)
-            own = [(module, module.__dict__) for module in self._outside_modules]
-            self._flags = [(c, n) for _, c in own for n, v in c.items() if type(v) in kinds and n not in HOSTS_SET]
+            self._flags = []
+            for module in self._outside_modules:
+                kinds = {bool, str} if users_code([module]) is not None else {bool, str, float}
+                content = module.__dict__
+                plain = (name for name, v in content.items() if type(v) in kinds and not name.startswith("_"))
+                self._flags += [(content, name) for name in plain if name not in HOSTS_SET]
         hooks = tuple(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self._outside_modules)
         return hooks, tuple(content.get(name) for content, name in self._flags)
 

@@ -33,7 +33,7 @@ _NOT_OF_THE_PREFIX = {
 
 
 # Attributes of modules that hosts and we ourselves set in mid-run.
-HOSTS_SET = {"training", "gradient_checkpointing", "_is_hf_initialized", "_is_full_backward_hook"}
+HOSTS_SET = {"training", "gradient_checkpointing"}
 
 
 class Identity:
@@ -195,11 +195,14 @@ class Identity:
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """Numbers and words among the attributes of a module: a scale, a probability, the name of an implementation."""
+    """Numbers and words among the attributes of a module: a scale, a probability, the name of an implementation.
+
+    Not private ones, such as PEFT's switch for passes without adapters, which turns twice in each step of DPO.
+    """
     return {
         name: value
         for name, value in module.__dict__.items()
-        if isinstance(value, (bool, int, float, str)) and name not in HOSTS_SET
+        if isinstance(value, (bool, int, float, str)) and name not in HOSTS_SET and not name.startswith("_")
     }
 
 
