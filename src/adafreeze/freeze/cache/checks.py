@@ -61,7 +61,8 @@ class Situation:
         spot: passes between two looks, from the FLOPs counted at the first.
         passes: served since the last look.
         counts: how often ``calls`` turned out to be another number.
-        widest: rows at which it was shown that states held of narrower ones are the same.
+        widest: rows in which states that were held in narrower batches were shown to be the same.
+        narrowest: rows in which states that were held in wider ones were.
     """
 
     key: str
@@ -76,6 +77,7 @@ class Situation:
     passes: int = 0
     counts: int = 0
     widest: int = 0
+    narrowest: int = 0
 
     @property
     def several_calls(self) -> bool:
@@ -369,12 +371,11 @@ class Examiner:
     def keeps_states(
         self, situation: Situation, rows: Rows, call: Call, row: int, states: Sequence[Tensor | None]
     ) -> bool:
-        """Whether a sample that was held in a narrower batch has the same states in this one; if not, ``refusal``.
+        """Whether a sample that was held at another width has the same states in this batch; if not, ``refusal``.
 
         Position embeddings may be others from some length of the batch on. One sample is computed, in batches that are
-        wider by a quarter than all before.
+        wider or narrower by a quarter than all before.
         """
-        situation.widest = max(rows.width(0), rows.width(1))
         with traceless(self.prefix.modules):
             now = self.prefix.compute(call, rows.take([row]), {}, self.until(situation))
         for ((_, path, number), layout), state in zip(situation.layouts.items(), states, strict=True):

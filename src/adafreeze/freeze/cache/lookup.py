@@ -33,7 +33,7 @@ __all__ = ["PrefixCache", "Progress"]
 _WHOLE_PASS = ("output_hidden_states", "output_attentions", "past_key_values", "use_cache")
 # Weights that change more often than this are no frozen prefix.
 MOST_CHANGES = 3
-# Batches wider by this than all before show once more that what was held of narrower ones is right in them.
+# Batches wider or narrower than all before, by this, show once more that what was held at other widths is right in them.
 WIDER = 1.25
 
 
@@ -405,12 +405,18 @@ class PrefixCache:
     def _keeps_states(
         self, situation: Situation, rows: Rows, call: Call, found: list[int], entries: Sequence[Entry | None]
     ) -> bool:
-        """Whether what was held in narrower batches may stand in this one."""
+        """Whether what was held in narrower batches may stand in a wider one than all before, and the reverse."""
         width = max(rows.width(0), rows.width(1))
-        narrower = [(entry.marks[-1], row) for row in found if (entry := entries[row]) and entry.marks[-1] < width]
-        if self.examiner.whole_rows or not narrower or width < WIDER * situation.widest:
+        held = [(entry.marks[-1], row) for row in found if (entry := entries[row])]
+        if self.examiner.whole_rows or not width or not held:
             return True
-        _, row = min(narrower)
+        narrow, wide = min(held), max(held)
+        if narrow[0] < width and width >= WIDER * situation.widest:
+            situation.widest, row = width, narrow[1]
+        elif wide[0] > width and (not situation.narrowest or WIDER * width <= situation.narrowest):
+            situation.narrowest, row = width, wide[1]
+        else:
+            return True
         with self._counted():
             keeps = self.examiner.keeps_states(situation, rows, call, row, entries[row].states)  # type: ignore[union-attr]
         if not keeps and self.examiner.refusal is not None:
@@ -550,11 +556,8 @@ class PrefixCache:
         if not marks:
             return frozenset({"computed"})
         batch, width = self._batch(rows, keys)
-        kinds = {"held"} | ({"moved"} if any(mark[-2] != batch for mark in marks) else set())
-        longest = max(width, *(mark[-1] for mark in marks))
-        if any(mark[-1] != width for mark in marks):
-            kinds.add(f"resized to {2 ** int(longest).bit_length()}")
-        return frozenset(kinds)
+        moved, resized = any(mark[-2] != batch for mark in marks), any(mark[-1] != width for mark in marks)
+        return frozenset({"held"} | ({"moved"} if moved else set()) | ({"resized"} if resized else set()))
 
     def _batch(self, rows: Rows, keys: Sequence[bytes]) -> tuple[float, float]:
         """Samples and their order as a number that a float holds, and how wide the rows are."""
