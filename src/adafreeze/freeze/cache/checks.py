@@ -161,9 +161,11 @@ class Examiner:
         """Of a pass on these rows, in the prefix as it is now."""
         training = tuple(module.training for module in self.prefix.modules)
         depths = tuple(self.prefix.depths.values())
-        told = rows.signature(), str(ambient), hash(training), self._switches()
-        kind = xxhash.xxh3_64_hexdigest(repr(told).encode())
-        key = f"{kind} {self.whole_rows} {depths}"
+        switches = self._switches()
+        outside = [module.training for module in self._outside_modules]
+        kind = xxhash.xxh3_64_hexdigest(repr((rows.signature(), str(ambient), outside, switches)).encode())
+        # A block that joins the prefix is in evaluation mode from then on: that is no other kind of pass.
+        key = f"{kind} {self.whole_rows} {depths} {hash(training)}"
         if key not in self.situations:
             if len(self.situations) >= MOST_SITUATIONS:
                 self.refusal = f"the model was called in {MOST_SITUATIONS} different ways"
@@ -175,6 +177,8 @@ class Examiner:
             self._last[of_kind] = self.situations[key]
             if below is not None:
                 below.below = None
+                # What depends on the width of a batch (position embeddings) does so in the lowest block already.
+                self.situations[key].widest, self.situations[key].narrowest = below.widest, below.narrowest
         return self.situations[key]
 
     def _switches(self) -> tuple[Any, ...]:

@@ -33,7 +33,7 @@ __all__ = ["PrefixCache", "Progress"]
 _WHOLE_PASS = ("output_hidden_states", "output_attentions", "past_key_values", "use_cache")
 # Weights that change more often than this are no frozen prefix.
 MOST_CHANGES = 3
-# Batches wider or narrower than all before, by this, show once more that what was held at other widths is right in them.
+# Batches wider or narrower than all before, by this, show once more that what was held at other widths is right there.
 WIDER = 1.25
 
 
