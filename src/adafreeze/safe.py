@@ -376,9 +376,15 @@ class Safe:
         )
 
     def _has_graph(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether a training pass on these inputs could be followed by a backward pass."""
-        with traceless(self.model.modules()), torch.enable_grad():
-            output = self.prefix.rehearse(**inputs)
+        """Whether a training pass on these inputs could be followed by a backward pass; True where it fails.
+
+        BatchNorm does not take one sample in training mode, and that says nothing of a batch.
+        """
+        try:
+            with traceless(self.model.modules()), torch.enable_grad():
+                output = self.prefix.rehearse(**inputs)
+        except Exception:
+            return True
         loss = loss_in(output)
         return any(tensor.requires_grad for tensor in tensors_in(output if loss is None else loss))
 

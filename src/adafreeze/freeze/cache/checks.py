@@ -150,6 +150,7 @@ class Examiner:
         self.writes = False
         self._outside_of: list[nn.Module] = []
         self._outside_modules: list[nn.Module] = []
+        self._beside_embeddings: list[nn.Module] = []
         self._flags: list[tuple[dict[str, Any], str]] = []
         self._rows: Rows | None = None
         self._look: _Look | None = None
@@ -190,13 +191,19 @@ class Examiner:
         if self._outside_of is not self.prefix.modules:
             self._outside_of = self.prefix.modules
             self._outside_modules = self._outside()
+            # What a hook on embeddings changes is seen in what enters block 0, and until it is gone.
+            self._beside_embeddings = [
+                module
+                for module in self._outside_modules
+                if not any(isinstance(part, nn.Embedding) for part in module.modules())
+            ]
             self._flags = []
             for module in self._outside_modules:
                 kinds = {bool, str} if users_code([module]) is not None else {bool, str, float}
                 content = module.__dict__
                 plain = (name for name, v in content.items() if type(v) in kinds and not name.startswith("_"))
                 self._flags += [(content, name) for name in plain if name not in HOSTS_SET]
-        hooks = tuple(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self._outside_modules)
+        hooks = tuple(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self._beside_embeddings)
         return hooks, tuple(content.get(name) for content, name in self._flags)
 
     def slots(self, situation: Situation) -> list[Slot]:
