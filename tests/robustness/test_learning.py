@@ -194,3 +194,16 @@ def test_batches_without_pictures_are_served_beside_a_tower_whose_prefix_is_froz
     assert cached[0] == pytest.approx(without[0], rel=1e-5)
     depths = [event["prefixes"] for event in cached[2].journal.events if event["event"] == "freeze"][-1]
     assert all(depths.values()) and counts(cached[2])[0] >= 8
+
+
+def test_batch_norm_which_takes_no_single_sample_ends_no_run():
+    batches = list(epochs("bert", epochs=2))
+
+    def model():
+        made = reads_block(BLOCKS)
+        made.head = nn.Sequential(nn.BatchNorm1d(32, affine=False), made.head).train()
+        return made
+
+    losses, _, safe = losses_and_weights(model(), batches[:3], SafeConfig())
+    assert len(losses) == 3 and safe.frozen
+    safe.close()
