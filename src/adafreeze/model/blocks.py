@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ __all__ = [
     "StopForward",
     "find_stacks",
     "hidden_states",
+    "modules_outside",
     "starting_at",
     "unwrap",
     "without_cache",
@@ -188,6 +189,12 @@ def unwrap(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
+
+
+def modules_outside(modules: Iterable[nn.Module], stacks: Sequence[Stack]) -> list[nn.Module]:
+    """Those of ``modules`` that are in no block of ``stacks``."""
+    inside = {id(module) for stack in stacks for block in stack.blocks for module in block.modules()}
+    return [module for module in modules if id(module) not in inside]
 
 
 def hidden_states(output: Any) -> Tensor:

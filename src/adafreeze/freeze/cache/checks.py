@@ -13,6 +13,7 @@ import xxhash
 from torch import Tensor, nn
 
 from ...costs.flops import CountFlops
+from ...model.blocks import modules_outside
 from ...model.calls import Call
 from ...model.rows import Rows
 from ...model.traces import stateful_forward, traceless, users_code
@@ -190,7 +191,7 @@ class Examiner:
         """
         if self._outside_of is not self.prefix.modules:
             self._outside_of = self.prefix.modules
-            self._outside_modules = self._outside()
+            self._outside_modules = modules_outside(self.prefix.modules, self.prefix.stacks)
             # What a hook on embeddings changes is seen in what enters block 0, and until it is gone.
             self._beside_embeddings = [
                 module
@@ -463,11 +464,6 @@ class Examiner:
                 if not self._agree(states, alone[path][number]):
                     return True
         return False
-
-    def _outside(self) -> list[nn.Module]:
-        """The modules of the model that are in no block."""
-        inside = {id(m) for stack in self.prefix.stacks for block in stack.blocks for m in block.modules()}
-        return [module for module in self.prefix.modules if id(module) not in inside]
 
     @property
     def waits_for_gradient(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..._version import __version__
 from ...model.backends import Backend
-from ...model.blocks import Stack
+from ...model.blocks import Stack, modules_outside
 
 __all__ = ["FORMAT_VERSION", "HOSTS_SET", "Identity"]
 
@@ -179,8 +179,7 @@ class Identity:
         return digest.digest()
 
     def _outside_modules(self) -> list[nn.Module]:
-        inside = {id(module) for stack in self._stacks for block in stack.blocks for module in block.modules()}
-        return [module for module in self._model.modules() if id(module) not in inside]
+        return modules_outside(self._model.modules(), self._stacks)
 
     def _outside(self) -> Iterator[tuple[str, Tensor]]:
         """Frozen parameters outside the blocks, and buffers of modules in which nothing trains."""

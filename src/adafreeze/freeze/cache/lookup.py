@@ -439,12 +439,12 @@ class PrefixCache:
     def _finished(self, output: Any, calls: Mapping[str, int]) -> None:
         """A training pass has ended."""
         now, self._now = self._now, None
-        if self._served_rows is not None and self.off is None:
-            self.examiner.hears(output, self._served_rows)
         self.examiner.collect, self._marks = None, {}
         if self.off is not None:
             return
         try:
+            if self._served_rows is not None:
+                self.examiner.hears(output, self._served_rows)
             problem = self.examiner.finished(output, calls, now.situation if now is not None else None)
             if self.examiner.refusal is not None or problem is not None:
                 self.distrusted = True
