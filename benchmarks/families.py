@@ -190,7 +190,7 @@ def run(case: Case, settings: dict[str, Any] | None) -> Arm:
         events = safe.journal.events
         arm.first_freeze = next((event["step"] for event in events if event["event"] == "freeze"), None)
         arm.frozen, arm.units, arm.prefixes = sorted(safe.frozen), len(safe.units), safe.prefixes
-        arm.off = safe.caching.off_because
+        arm.off = safe.cache.off_because
         cache = [event for event in events if event["event"] == "cache"]
         arm.hits = sum(event["hits"] + event["advanced"] for event in cache)
         arm.misses = sum(event["misses"] for event in cache)

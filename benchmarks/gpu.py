@@ -32,7 +32,7 @@ from adafreeze import Safe, SafeConfig, plan
 from adafreeze.costs import StorageTracker
 from adafreeze.env import environment
 from adafreeze.errors import RunError
-from adafreeze.plan import Plan
+from adafreeze.memory.plan import Plan
 from adafreeze.sizes import readable
 
 SHAPES = {

@@ -27,12 +27,12 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
 from adafreeze import Safe, SafeConfig
+from adafreeze.cache.batches import Layout
+from adafreeze.cache.checks import SafetyCheck
 from adafreeze.costs import CountFlops
 from adafreeze.costs.flops import flops_of
 from adafreeze.costs.memory import StorageTracker
 from adafreeze.env import environment
-from adafreeze.freeze.cache.batches import Layout
-from adafreeze.freeze.cache.checks import Examiner
 
 BATCH = 32
 VOCABULARY = 1000
@@ -122,7 +122,7 @@ def measuring_flops(data: Sentences, epochs: int) -> dict[str, Any]:
 def unexamined() -> Iterator[None]:
     """Serve whatever is held, as if it were known that this changes nothing."""
 
-    def look_at_rows(self: Examiner, situation: Any, rows: Any, _call: Any, _held: Any, whole: Any, _: Any) -> None:
+    def look_at_rows(self: SafetyCheck, situation: Any, rows: Any, _call: Any, _held: Any, whole: Any, _: Any) -> None:
         for slot in self.slots(situation):
             hidden = whole[slot[1]][slot[2]]
             situation.layouts[slot] = Layout(hidden.dtype, by_position=hidden.shape[1] == rows.width(0))
@@ -134,14 +134,14 @@ def unexamined() -> Iterator[None]:
         "_differs_without_padding": lambda *_: False,
         "keeps_states": lambda *_: True,
     }
-    before = {name: getattr(Examiner, name) for name in blind}
+    before = {name: getattr(SafetyCheck, name) for name in blind}
     try:
         for name, method in blind.items():
-            setattr(Examiner, name, method)
+            setattr(SafetyCheck, name, method)
         yield
     finally:
         for name, method in before.items():
-            setattr(Examiner, name, method)
+            setattr(SafetyCheck, name, method)
 
 
 class Counter(StorageTracker):
@@ -177,8 +177,8 @@ def cached_run(samples: int, epochs: int, rows: int = 8) -> dict[str, int]:
             optimizer.zero_grad(set_to_none=True)
             safe.step()
     safe.close()
-    if safe.caching.off_because is not None:
-        raise SystemExit(f"The cache went off: {safe.caching.off_because}.")
+    if safe.cache.off_because is not None:
+        raise SystemExit(f"The cache went off: {safe.cache.off_because}.")
     return {"steps": total, "flops": flops, "peak": peak}
 
 

@@ -35,8 +35,8 @@ from rich.table import Table
 from transformers import BertConfig, GPT2Config, LlamaConfig, PretrainedConfig, RobertaConfig
 from transformers.utils import logging
 
-from adafreeze._stage import PlannedStep, Stage
 from adafreeze.env import environment
+from adafreeze.memory._stage import PlannedStep, Stage
 from adafreeze.sizes import readable
 from adafreeze.tasks.weightless import adapted, build, example_inputs
 

@@ -50,17 +50,17 @@ from rich.table import Table
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from adafreeze import Safe, SafeConfig
-from adafreeze._guard import Guard
+from adafreeze.cache import DiskTier, Identity, RamTier, Tier
+from adafreeze.cache.store import Store
+from adafreeze.cache.tiers import Entry
 from adafreeze.cli._demo_data import model_folder, sentences
 from adafreeze.cli.compare import main as compare
 from adafreeze.cli.demo import HELD_OUT, TARGETS
 from adafreeze.costs import CountFlops
 from adafreeze.decide.cka import CKAReference
 from adafreeze.env import environment
-from adafreeze.freeze.cache import DiskTier, Identity, RamTier, Tier
-from adafreeze.freeze.cache.store import Store
-from adafreeze.freeze.cache.tiers import Entry
 from adafreeze.journal import Journal
+from adafreeze.loop.guard import Guard
 from adafreeze.model.rows import Rows
 
 METHODS = ("plain", "checkpointing", "grades", "bottom-up", "safe-paper", "safe")

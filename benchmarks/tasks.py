@@ -30,11 +30,11 @@ from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 from weights import fetch
 
-from adafreeze.cli._arguments import parse
 from adafreeze.cli.train import run
 from adafreeze.env import environment
 from adafreeze.errors import AdafreezeError, DataError
 from adafreeze.journal import read_journal
+from adafreeze.train.arguments import parse
 
 ARMS = {"plain": "none", "SAFE": "safe"}
 

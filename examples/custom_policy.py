@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, set_seed
 
 from adafreeze import Safe, SafeConfig
-from adafreeze.decide.policy import Situation
+from adafreeze.decide.policy import PolicyInput
 
 
-def below_the_mean(situation: Situation) -> Iterator[str]:
+def below_the_mean(situation: PolicyInput) -> Iterator[str]:
     """Units of the longest prefix in which no block scores above the mean; none before the warm-up is over."""
     if situation.ramp <= 0:
         return

@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from adafreeze import ConfigError, SafeConfig
-from adafreeze.cli._arguments import parse
+from adafreeze.train.arguments import parse
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ from adafreeze.cli._arguments import parse
 def test_bad_values_are_named_with_their_range_and_a_fix(settings, message):
     with pytest.raises(ConfigError, match=message) as caught:
         SafeConfig(**settings)
-    assert "Cause:" in str(caught.value) and "Fix:" in str(caught.value)
+    assert "Fix:" in str(caught.value)
 
 
 def test_unknown_fields_are_named():

@@ -57,7 +57,7 @@ class SafeConfig:
         policy: which units freeze next. ``"share"`` (default) freezes the longest prefix whose scores sum to at
             most ``freeze_share`` of the total; ``"threshold"`` every unit whose score is below τ(t), the paper's rule
             (with the rest of its settings: ``SafeConfig.paper()``); ``"bottom_up"`` freezes ``freeze_share`` of the
-            blocks with adapters, from the bottom; or a function of a ``Situation`` that returns unit names.
+            blocks with adapters, from the bottom; or a function of a ``PolicyInput`` that returns unit names.
         score: how a unit's importance is measured: ``"cka"`` (default), ``"cka_debiased"``, ``"local_cka"``,
             ``"grad_norm"``, ``"weight_change"``, ``"random"``, or a function of two tensors of shape
             (tokens, features): the unit's representation before (pre-trained) and now.

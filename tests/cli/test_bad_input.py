@@ -18,7 +18,7 @@ def refuse(train):
             train(*arguments)
         text = str(caught.value)
         assert re.search(pattern, text, re.DOTALL), text
-        assert "Cause: " in text and "Fix: " in text
+        assert "Fix: " in text
         return text
 
     return run
@@ -225,7 +225,7 @@ def test_help_and_version(capsys):
 def test_no_flag_of_ours_hides_one_of_trainer():
     from collections import Counter
 
-    from adafreeze.cli._arguments import build_parser
+    from adafreeze.train.arguments import build_parser
 
     groups = build_parser().dataclass_types
     counts = Counter(name for group in groups for name in group.__dataclass_fields__)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from adafreeze.cli._live import LiveView, is_watched
+from adafreeze.train.live import LiveView, is_watched
 from text_cases import reviews, write
 
 

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from adafreeze import SafeConfig
-from adafreeze.cli._arguments import parse
 from adafreeze.errors import AdafreezeError
 from adafreeze.journal import read_journal
+from adafreeze.train.arguments import parse
 from image_cases import blocks_of, images
 from text_cases import glue_rows, nested, questions, reviews, write
 
@@ -35,7 +35,7 @@ def results(folder) -> dict:
 @pytest.fixture
 def trained(monkeypatch):
     """The model as it was when it was saved."""
-    from adafreeze.cli._trainer import MeteredTrainer
+    from adafreeze.train.trainer import MeteredTrainer
 
     seen = []
     save = MeteredTrainer.save_model
@@ -303,7 +303,7 @@ def test_safe_freezes_and_its_costs_are_counted(train, bert, csv_file):
 def test_no_flag_of_ours_takes_the_name_of_anothers():
     from dataclasses import fields
 
-    from adafreeze.cli import _arguments as flags
+    from adafreeze.train import arguments as flags
 
     kinds = (flags.ModelArguments, flags.DataArguments, flags.AdapterArguments, flags.SafeArguments, flags.RunArguments)
     names = [field.name for kind in kinds for field in fields(kind)]

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adafreeze import ConfigError
-from adafreeze.decide import POLICIES, Situation, choose
+from adafreeze.decide import POLICIES, PolicyInput, choose
 
 
 def chain(*scores, prefix="u"):
@@ -13,7 +13,7 @@ def chain(*scores, prefix="u"):
 
 
 def situation(scores, ramp=1.0, **settings):
-    return Situation(0, ramp, scores, settings.pop("chains", (tuple((n,) for n in scores),)), **settings)
+    return PolicyInput(0, ramp, scores, settings.pop("chains", (tuple((n,) for n in scores),)), **settings)
 
 
 def test_share_freezes_the_longest_prefix_within_its_part_of_the_score():

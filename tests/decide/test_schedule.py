@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 import cases
 from adafreeze import Safe, SafeConfig
-from adafreeze._observe import Observer
-from adafreeze.decide import Losses, LossFall, Settling, Situation, choose, cubic_ramp, measurement_steps
-from adafreeze.scoring import Scorer
-from adafreeze.state import sealed
+from adafreeze.decide import Losses, LossFall, PolicyInput, Settling, choose, cubic_ramp, measurement_steps
+from adafreeze.loop.observer import Observer
+from adafreeze.loop.state import sealed
+from adafreeze.measure.scorer import Scorer
 
 
 def test_the_published_threshold_and_the_step_at_which_each_unit_freezes():
@@ -26,7 +26,7 @@ def test_the_published_threshold_and_the_step_at_which_each_unit_freezes():
     scores = {"a": 0.001, "b": 0.012, "c": 0.0195, "d": 0.02, "e": 0.5}
     frozen, frozen_at = frozenset(), {}
     for step in range(10, 100, 10):
-        situation = Situation(
+        situation = PolicyInput(
             step, cubic_ramp(step, 20, 60), scores, (tuple((n,) for n in scores),), frozen, threshold=0.02
         )
         for name in choose("threshold", situation):

@@ -17,10 +17,10 @@ import cases
 from adafreeze import Safe, SafeConfig
 from adafreeze.errors import AdafreezeError
 from adafreeze.freeze.freezer import Freezer
-from adafreeze.freeze.parallel.deepspeed import DeepSpeedZero, engine_of
 from adafreeze.freeze.prefix import Prefix
 from adafreeze.model import find_stacks, find_units, trace_flow
 from adafreeze.model.backends import PeftBackend
+from adafreeze.parallel.deepspeed import DeepSpeedZero, engine_of
 
 # DeepSpeed would compile kernels for shared memory first; without them it sends by gloo.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -7,7 +7,7 @@ import torch
 import worker
 from launch import start, wait
 
-from adafreeze.freeze.parallel.deepspeed import _LAYOUTS
+from adafreeze.parallel.deepspeed import _LAYOUTS
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.xdist_group("deepspeed")  # one start of the processes serves all

@@ -180,7 +180,7 @@ def test_methods_outside_the_blocks_are_refused(kind, settings):
     model = peft.get_peft_model(cases.base_model("llama"), getattr(peft, kind)(task_type="CAUSAL_LM", **settings))
     with pytest.raises(ModelError, match="is of type") as caught:
         Safe(model, probe=cases.loader("llama"), total_steps=10)
-    assert "Cause:" in str(caught.value) and "Fix:" in str(caught.value)
+    assert "Fix:" in str(caught.value)
 
 
 def test_adalora_stops_allocating_ranks_at_the_first_freeze():

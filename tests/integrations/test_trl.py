@@ -105,7 +105,7 @@ def test_packed_rows_are_measured_by_sample_and_not_cached(tmp_path, settings):
     _, safe, watch = trained("SFT", tmp_path, texts(), **settings)
     assert safe.prefixes["model.layers"] > 0 and not watch.moved
     assert all(len(chunk["input_ids"]) == 1 for chunk in safe.decider.probe.chunks)
-    assert "not one entry per sample" in safe.caching.off_because
+    assert "not one entry per sample" in safe.cache.off_because
 
 
 @pytest.mark.parametrize("given", ["a config", "a model with an adapter"])
@@ -117,7 +117,7 @@ def test_dpo_compares_with_the_pre_trained_model_above_a_frozen_prefix(tmp_path,
     assert safe.prefixes["model.layers"] > 0 and not watch.moved
     assert watch.frozen[-1] == sorted(safe.frozen)
     cached = next(event for event in safe.journal.events if event["event"] == "cache")
-    assert cached["hits"] > 0 and safe.caching.off_because is None
+    assert cached["hits"] > 0 and safe.cache.off_because is None
     assert safe._progress().epoch == 2 * 24, "both sides of each pair"
     reference = start() or cases.base_model("llama")
     utils.add_fused_lm_head(
@@ -141,7 +141,7 @@ def test_grpo_is_measured_on_what_it_generates(tmp_path, caplog):
     assert safe.decider.probe.chunks[0]["input_ids"].shape[1] > 5, "prompts with completions"
     assert "what the model gets in the first step. A probe batch is a list." in caplog.text
     assert "Prefix cache on: a sample that comes again starts above the frozen prefix." in caplog.text
-    assert "came a second time" in safe.caching.off_because, "what is generated does not"
+    assert "came a second time" in safe.cache.off_because, "what is generated does not"
     reference = cases.base_model("llama")
     utils.add_fused_lm_head(reference, outputs=("log_probs", "entropy"))
     above = [(inputs, found) for depth, inputs, found in watch.passes if depth]

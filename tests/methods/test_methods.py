@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from adafreeze.cli._arguments import parse
-from adafreeze.cli._output import JOURNAL_FILE
 from adafreeze.cli.train import run
 from adafreeze.costs import expected_ratios
-from adafreeze.decide.policy import Situation
+from adafreeze.decide.policy import PolicyInput
 from adafreeze.errors import ConfigError
 from adafreeze.journal import read_journal
 from adafreeze.methods import METHODS, Method, Outcome, find_method, in_order, outcome_of
 from adafreeze.methods.method import _source
 from adafreeze.methods.rivals import _Converged, calmest_prefix
+from adafreeze.train.arguments import parse
+from adafreeze.train.output import JOURNAL_FILE
 from text_cases import reviews, save_bert, write
 
 STEPS = 20
@@ -254,14 +254,14 @@ def test_what_needs_lora_says_so_of_other_adapters(trained, name):
         trained(name, "--adapter", "vera")
 
 
-def chain(**scores: float) -> Situation:
-    return Situation(9, 1.0, scores, (tuple((name,) for name in scores),))
+def chain(**scores: float) -> PolicyInput:
+    return PolicyInput(9, 1.0, scores, (tuple((name,) for name in scores),))
 
 
 def test_autofreeze_takes_the_calmest_from_the_bottom():
     assert list(calmest_prefix(chain(a=0.1, b=0.2, c=0.9, d=0.8))) == ["a", "b"]
     assert list(calmest_prefix(chain(a=0.9, b=0.1, c=0.2, d=0.3))) == []
-    assert list(calmest_prefix(Situation(9, 0.0, {"a": 0.1}, ((("a",),),)))) == []
+    assert list(calmest_prefix(PolicyInput(9, 0.0, {"a": 0.1}, ((("a",),),)))) == []
 
 
 def test_grades_takes_what_moves_less_than_half_of_its_fastest():

@@ -162,7 +162,7 @@ def test_albert_is_refused_since_its_layers_share_their_weights(groups, inner, s
     model = adapted(hf.AlbertForSequenceClassification(hf.AlbertConfig(**TEXT, **sizes)), "query")
     with pytest.raises(ModelError, match=f"All 6 layers of AlbertFor.* share the weights of {shared}\\.") as caught:
         Safe(model, probe=cases.loader("bert"), total_steps=10)
-    assert "Freezing one layer would freeze every other" in caught.value.cause
+    assert "Freezing one layer would freeze every other" in caught.value.fact
 
 
 def test_albert_without_shared_layers_is_like_any_other():

@@ -73,7 +73,7 @@ def test_a_copy_made_while_safe_is_on_is_an_ordinary_model(family, how):
     twin.train(), model.train()
     twin(**inputs).loss.backward()
     assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
-    assert safe.caching.cache.off is None and safe.prefixes and len(safe.frozen) == 2
+    assert safe.cache.prefix_cache.off is None and safe.prefixes and len(safe.frozen) == 2
     safe.close()
 
 

@@ -24,7 +24,7 @@ def units_of(model):
 def test_an_adapter_loaded_for_inference_is_to_be_loaded_for_training(tmp_path):
     cases.lora_model("llama").save_pretrained(tmp_path)
     error = refusal(PeftModel.from_pretrained(cases.base_model("llama"), tmp_path))
-    assert "'default' was loaded for inference (inference_mode=True)" in error.cause
+    assert "'default' was loaded for inference (inference_mode=True)" in error.fact
     assert error.fix.startswith("PeftModel.from_pretrained(model, path, is_trainable=True)")
     assert "get_peft_model" not in str(error)
     assert len(units_of(PeftModel.from_pretrained(cases.base_model("llama"), tmp_path, is_trainable=True))) == 4
@@ -35,7 +35,7 @@ def test_another_adapter_that_trains_does_not_hide_the_active_one(tmp_path):
     model = cases.lora_model("llama")
     model.load_adapter(tmp_path, adapter_name="loaded")
     model.set_adapter("loaded", inference_mode=True)
-    assert "'loaded' was loaded for inference" in refusal(model).cause
+    assert "'loaded' was loaded for inference" in refusal(model).fact
     again = cases.lora_model("llama")
     again.load_adapter(tmp_path, adapter_name="loaded", is_trainable=True)
     again.set_adapter("loaded")
@@ -45,7 +45,7 @@ def test_another_adapter_that_trains_does_not_hide_the_active_one(tmp_path):
 def test_adapters_frozen_by_prepare_model_for_kbit_training_after_them():
     model = prepare_model_for_kbit_training(cases.lora_model("llama"), use_gradient_checkpointing=False)
     error = refusal(model)
-    assert "prepare_model_for_kbit_training" in error.cause and "before get_peft_model" in error.fix
+    assert "prepare_model_for_kbit_training" in error.fact and "before get_peft_model" in error.fix
     assert "model.set_adapter('default')" in error.fix
     model.set_adapter("default")
     assert len(units_of(model)) == 4
@@ -53,7 +53,7 @@ def test_adapters_frozen_by_prepare_model_for_kbit_training_after_them():
 
 def test_adapters_outside_the_blocks_are_named():
     error = refusal(get_peft_model(cases.base_model("llama"), LoraConfig(target_modules=["embed_tokens"])))
-    assert error.cause == "Its adapters are outside the blocks of model.layers: model.embed_tokens."
+    assert error.fact.endswith("Its adapters are outside the blocks of model.layers: model.embed_tokens.")
 
 
 def test_the_callback_says_the_same(tmp_path):

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Subset
 
 import cases
 from adafreeze import ProbeError
-from adafreeze.model import Probe
-from adafreeze.model.draw import varies
+from adafreeze.measure import Probe
+from adafreeze.measure.draw import varies
 
 GLOBAL = np.random.default_rng(0)
 CALLS = 0

@@ -10,8 +10,8 @@ from transformers import Trainer, TrainingArguments
 
 import cases
 from adafreeze import RunError, SafeCallback, SafeConfig
-from adafreeze.cli._output import find_checkpoint
 from adafreeze.integrations.checkpoints import check_checkpoint, last_checkpoint
+from adafreeze.train.output import find_checkpoint
 
 
 def trainer(folder, *callbacks):

@@ -9,7 +9,7 @@ import torch
 from resumed_cases import begun, given, measured, resumed, train
 
 from adafreeze.decide.schedule import measurement_steps
-from adafreeze.length import RunLength
+from adafreeze.loop.length import RunLength
 
 # Large budgets, so that how many measurements there are follows from the settings alone.
 SETTINGS = {"overhead": 1.0, "min_measurements": 6, "wait_for_loss": False}
@@ -142,11 +142,11 @@ def test_samples_of_a_step_that_nobody_tells_are_counted_from_the_step_reached()
 
 def test_one_epoch_that_becomes_several_may_use_the_cache():
     run = begun(6, 8, given(freeze_at_start=0.34, cache="ram"))
-    assert run[2].caching.off_because == "no sample comes twice in one epoch"
+    assert run[2].cache.off_because == "no sample comes twice in one epoch"
     model, optimizer, safe = resumed(run, 24, given(freeze_at_start=0.34, cache="ram"))
-    assert safe.caching.off_because is None
+    assert safe.cache.off_because is None
     train(model, optimizer, safe, 20)
-    assert safe.caching.logs()["safe/cache_hit_rate"] > 0
+    assert safe.cache.logs()["safe/cache_hit_rate"] > 0
     safe.close()
 
 
@@ -155,4 +155,4 @@ def test_fewer_epochs_without_repeats_switch_the_cache_off():
     model, optimizer, safe = resumed(run, 8, given(freeze_at_start=0.34, cache="ram"))
     with torch.random.fork_rng():
         train(model, optimizer, safe, 8)
-    assert safe.caching.off_because == "no sample comes twice in one epoch"
+    assert safe.cache.off_because == "no sample comes twice in one epoch"

@@ -14,10 +14,10 @@ import xxhash
 import adafreeze
 import cases
 from adafreeze import AdafreezeWarning, ConfigError, Journal, RunError, Safe, SafeConfig, read_journal
-from adafreeze.cli._arguments import parse
-from adafreeze.freeze.cache.tiers import DiskTier, Entry
+from adafreeze.cache.tiers import DiskTier, Entry
 from adafreeze.integrations.checkpoints import check_checkpoint
-from adafreeze.state import sealed
+from adafreeze.loop.state import sealed
+from adafreeze.train.arguments import parse
 
 SOURCE = Path(adafreeze.__file__).parent
 

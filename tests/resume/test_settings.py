@@ -12,7 +12,7 @@ from resumed_cases import begun, given, loader, measured, pieces, resumed, train
 
 import cases
 from adafreeze import AdafreezeWarning, RunError, Safe, SafeConfig
-from adafreeze.state import sealed, settings_after
+from adafreeze.loop.state import sealed, settings_after
 
 STEPS = 30
 OTHERS = {"warmup": 0.2, "ramp_end": 0.5, "freeze_share": 0.4, "lr_scale": 1.0, "wait_for_loss": False, "seed": 3}

@@ -54,7 +54,7 @@ def test_a_long_run_with_cache_budget_and_evaluations_keeps_its_memory(tmp_path)
                 model(**cases.collate(data[:16]))
             model.train()
         if step + 1 in (STEPS // 5, STEPS):
-            sizes[step + 1] = resident(), len(safe.journal.events), dict(safe.caching.cache.store.nbytes)
+            sizes[step + 1] = resident(), len(safe.journal.events), dict(safe.cache.prefix_cache.store.nbytes)
     (start, events, _), (end, later, nbytes) = sizes.values()
     print(
         f"{start / 2**20:.1f} MiB after {STEPS // 5} steps, {end / 2**20:.1f} after {STEPS}; {later} events; {nbytes}"
@@ -62,5 +62,5 @@ def test_a_long_run_with_cache_budget_and_evaluations_keeps_its_memory(tmp_path)
     assert end - start < GROWTH
     assert later - events <= 24, "measurements, at most"
     assert len(nbytes) == 2 and all(0 < size <= held for size in nbytes.values())
-    assert safe.caching.cache.worth.hits > 0
+    assert safe.cache.prefix_cache.stats.hits > 0
     safe.close()

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import ConfigError, ModelError, RunError, note
 from ..journal import read_journal
 from ..report.page import ANALYSIS_FILE
-from ._arguments import Arguments, parse, parse_flags
-from ._output import CONFIG_FILE, JOURNAL_FILE
-from ._tasks import make_task, rows_of
+from ..train.arguments import Arguments, parse, parse_flags
+from ..train.output import CONFIG_FILE, JOURNAL_FILE
+from ..train.tasks import make_task, rows_of
 from .train import fit_length
 
 if TYPE_CHECKING:
@@ -260,7 +260,6 @@ def _loader(given: AnalyzeArguments) -> Callable[[_Run], Loss]:
         except ModelError as error:
             raise ModelError(
                 f"The base model of {run.name} cannot be loaded. {error.fact}",
-                cause=error.cause,
                 fix=f"Put it back, or correct model_name_or_path in {run.folder / CONFIG_FILE}.",
             ) from error
         fit_length(task, base, processor, {"max_seq_length": data.max_seq_length, "block_size": data.block_size})

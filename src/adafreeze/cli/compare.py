@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import SafeConfig
 from ..errors import AdafreezeError, ConfigError, RunError
 from ..report.page import SUMMARY_FILE
-from ._output import JOURNAL_FILE, write_page
+from ..train.output import JOURNAL_FILE, write_page
 
 if TYPE_CHECKING:
     from ..methods import Method, Outcome, Row
@@ -98,7 +98,7 @@ class _Grid:
 
     def _tasks(self, files: list[Path], flags: list[str]) -> dict[str, list[str]]:
         """Flags by task; each is parsed once, so that a typing error costs seconds and no cell."""
-        from ._arguments import parse
+        from ..train.arguments import parse
 
         if any(word.split("=")[0] == "--method" for word in flags):
             raise ConfigError(
@@ -143,7 +143,7 @@ class _Grid:
         from filelock import FileLock, Timeout
 
         from ..methods import Outcome
-        from ._arguments import parse
+        from ..train.arguments import parse
 
         if any((task, needed, seed) not in self.outcomes for needed in method.after):
             return False
@@ -187,7 +187,7 @@ class _Grid:
             metrics = run(arguments, method=method, found=found)
         except AdafreezeError as error:
             print(f"{method.name} does not fit: {error}")
-            return Outcome(**which, reason=f"{error.fact} {error.cause}")
+            return Outcome(**which, reason=error.fact)
         finally:
             gc.collect()
         return outcome_of(folder / JOURNAL_FILE, metrics, **which)

@@ -13,8 +13,8 @@ from typing import Any
 
 from ..env import environment
 from ..errors import RunError
+from ..train.output import JOURNAL_FILE, write_page
 from ._demo_data import Sentences, model_folder, sentences
-from ._output import JOURNAL_FILE, write_page
 
 __all__ = ["main"]
 
@@ -143,7 +143,7 @@ class _Runs:
 
         from ..integrations.transformers import SafeCallback
         from ..journal import Journal
-        from ._trainer import JournalCallback, MeteredTrainer, meter_of
+        from ..train.trainer import JournalCallback, MeteredTrainer, meter_of
 
         options = self.options
         print(f"\n{name}")

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AdafreezeError, ConfigError, ModelError, RunError
-from ._adapter import AdapterArguments, peft_config
-from ._arguments import parse_flags
+from ..train.adapter import AdapterArguments, peft_config
+from ..train.arguments import parse_flags
 
 if TYPE_CHECKING:
-    from ..doctor import Finding
+    from ..integrations.doctor import Finding
 
 __all__ = ["main"]
 
@@ -70,9 +70,9 @@ def _of_model(target: str, flags: list[str]) -> list[Finding]:
         prog="adafreeze doctor",
         description="What adafreeze finds in a model.",
     )
-    from .._stage import Stage
-    from ..costs.rehearse import failing_module
-    from ..doctor import examine
+    from ..integrations.doctor import examine
+    from ..memory._stage import Stage
+    from ..memory.rehearsal import failing_module
     from ..tasks.weightless import PLANNED_TASKS, adapted, build, configuration, example_inputs
 
     if run.task not in PLANNED_TASKS:
@@ -109,8 +109,8 @@ def _of_script(script: str, arguments: list[str]) -> list[Finding]:
             cause=f"It was looked for in {Path.cwd()}.",
             fix="adafreeze doctor path/to/script.py",
         )
-    from ..doctor import examine_run
-    from ..safe import Safe
+    from ..integrations.doctor import examine_run
+    from ..loop.safe import Safe
 
     found: list[Finding] = []
     make = Safe.__init__

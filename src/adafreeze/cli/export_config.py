@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, RunError
-from ._arguments import parse_flags
+from ..train.arguments import parse_flags
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-    from ..export import Export
+    from ..train.export import Export
 
 __all__ = ["main"]
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (given,) = parse_flags(
         [ExportArguments], ["--run", run, *flags], prog="adafreeze export-config", description="Export a run."
     )
-    from ..export import export_config
+    from ..train.export import export_config
 
     made = export_config(
         run, adapter_config=given.adapter_config, min_share=given.min_share, keep_ranks=given.keep_ranks

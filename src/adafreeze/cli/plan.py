@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from ..sizes import readable
-from ._adapter import AdapterArguments, peft_config
-from ._arguments import parse_flags
+from ..train.adapter import AdapterArguments, peft_config
+from ..train.arguments import parse_flags
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..plan import Plan, PlannedStep
+    from ..memory.plan import Plan, PlannedStep
 
 __all__ = ["main"]
 
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     from transformers.utils import logging
 
-    from ..plan import plan
+    from ..memory.plan import plan
     from ..tasks.weightless import PLANNED_TASKS
 
     logging.set_verbosity_error()  # what it says of use_cache when checkpointing is tried is of no use here

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, ModelError, warn
-from ._adapter import peft_config
-from ._arguments import Arguments, parse
-from ._output import JOURNAL_FILE, clear_run, find_checkpoint, prepare_folder, write_config, write_page
-from ._tasks import make_task, rows_of
+from ..train.adapter import peft_config
+from ..train.arguments import Arguments, parse
+from ..train.output import JOURNAL_FILE, clear_run, find_checkpoint, prepare_folder, write_config, write_page
+from ..train.tasks import make_task, rows_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -165,7 +165,7 @@ def _make_trainer(
     journal: Any,
     resumed: dict[str, Any] | None,
 ) -> Trainer:
-    from ._trainer import JournalCallback, MeteredTrainer, RankAllocationCallback, meter_of
+    from ..train.trainer import JournalCallback, MeteredTrainer, RankAllocationCallback, meter_of
 
     callbacks: list[Any] = [RankAllocationCallback(), *setup.callbacks]
     safe_callback: Any = None
@@ -214,7 +214,7 @@ def _watch(trainer: Any) -> Any:
     from rich.console import Console
     from transformers import ProgressCallback
 
-    from ._live import LiveView, is_watched
+    from ..train.live import LiveView, is_watched
 
     console = Console()
     if trainer.args.disable_tqdm or not is_watched(console):

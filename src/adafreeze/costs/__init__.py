@@ -3,7 +3,6 @@
 from .flops import CountFlops
 from .memory import SavedBytes, StorageTracker
 from .meter import Meter
-from .rehearse import Rehearsal, rehearse
 from .theory import expected_ratios
 
-__all__ = ["CountFlops", "Meter", "Rehearsal", "SavedBytes", "StorageTracker", "expected_ratios", "rehearse"]
+__all__ = ["CountFlops", "Meter", "SavedBytes", "StorageTracker", "expected_ratios"]

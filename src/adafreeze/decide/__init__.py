@@ -1,7 +1,7 @@
 """Deciding: tensors and numbers in, names out; knows no transformers and no PEFT."""
 
 from .cka import CKAReference, cka_flops, linear_cka, unit_rows
-from .policy import POLICIES, Situation, choose
+from .policy import POLICIES, PolicyInput, choose
 from .schedule import Losses, LossFall, Settling, cubic_ramp, measurement_steps
 from .scores import SCORES, Score, random_score, resolve_score
 
@@ -13,7 +13,7 @@ __all__ = [
     "Losses",
     "Score",
     "Settling",
-    "Situation",
+    "PolicyInput",
     "choose",
     "cka_flops",
     "cubic_ramp",

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError
 
-__all__ = ["POLICIES", "Policy", "Situation", "choose", "freezes_prefixes"]
+__all__ = ["POLICIES", "Policy", "PolicyInput", "choose", "freezes_prefixes"]
 
 Block = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Situation:
+class PolicyInput:
     """What a policy sees.
 
     Attributes:
@@ -54,10 +54,10 @@ class Situation:
         return known & (self.learning or set()) or known
 
 
-Policy = Callable[[Situation], Iterable[str]]
+Policy = Callable[[PolicyInput], Iterable[str]]
 
 
-def share(situation: Situation) -> Iterator[str]:
+def share(situation: PolicyInput) -> Iterator[str]:
     """The longest prefix of each chain whose scores sum to at most ramp · freeze_share of the chain's total.
 
     Where every score is 0, nothing has moved yet that could be judged by, and nothing freezes.
@@ -82,7 +82,7 @@ def share(situation: Situation) -> Iterator[str]:
             yield from block
 
 
-def threshold(situation: Situation) -> Iterator[str]:
+def threshold(situation: PolicyInput) -> Iterator[str]:
     """Every unit whose score is below τ(t) = ramp · threshold, wherever it stands (Son et al. 2025)."""
     for chain in situation.chains:
         for block in chain:
@@ -92,7 +92,7 @@ def threshold(situation: Situation) -> Iterator[str]:
                     yield name
 
 
-def bottom_up(situation: Situation) -> Iterator[str]:
+def bottom_up(situation: PolicyInput) -> Iterator[str]:
     """The lowest ⌊ramp · freeze_share · B⌋ of the B blocks with adapters of each chain, whatever they score."""
     for chain in situation.chains:
         filled = [block for block in chain if block]
@@ -109,7 +109,7 @@ def freezes_prefixes(policy: str | Policy) -> bool:
     return (policy if callable(policy) else POLICIES[policy]) in (share, bottom_up)
 
 
-def choose(policy: str | Policy, situation: Situation) -> list[str]:
+def choose(policy: str | Policy, situation: PolicyInput) -> list[str]:
     """Units to freeze next, bottom to top: what ``policy`` wants, less what must stay live.
 
     In every chain ``min_live_blocks`` blocks keep a live unit that learns: of those that would freeze, the upper ones
@@ -121,7 +121,7 @@ def choose(policy: str | Policy, situation: Situation) -> list[str]:
         ConfigError: the policy returned a name that is no unit, or no names at all.
 
     >>> chain = (("bottom",), ("middle",), ("top",))
-    >>> choose("share", Situation(9, 1.0, {"bottom": 0.1, "middle": 0.1, "top": 1.8}, (chain,), freeze_share=0.1))
+    >>> choose("share", PolicyInput(9, 1.0, {"bottom": 0.1, "middle": 0.1, "top": 1.8}, (chain,), freeze_share=0.1))
     ['bottom', 'middle']
     """
     policy = policy if callable(policy) else POLICIES[policy]
@@ -155,7 +155,7 @@ def choose(policy: str | Policy, situation: Situation) -> list[str]:
     return [name for name in order if name in wanted]
 
 
-def _must_stay(chain: tuple[Block, ...], wanted: set[str], situation: Situation, by_place: bool) -> set[str]:
+def _must_stay(chain: tuple[Block, ...], wanted: set[str], situation: PolicyInput, by_place: bool) -> set[str]:
     gone = wanted | situation.frozen
     learners = situation.learners(name for block in chain for name in block)
     blocks = [learners.intersection(block) for block in chain]

@@ -10,8 +10,8 @@ from torch import nn
 
 from ..config import SafeConfig
 from ..journal import Journal
-from ..model.draw import batch_size_of, samples_of, train_samples
-from ..safe import Safe
+from ..loop.safe import Safe
+from ..measure.draw import batch_size_of, samples_of, train_samples
 
 __all__ = ["AcceleratedSafe"]
 

@@ -12,10 +12,10 @@ from torch import nn
 
 from ..config import SafeConfig
 from ..errors import ModelError, RunError
-from ..freeze.parallel.fsdp import is_fsdp1
 from ..journal import Journal
-from ..model.draw import batch_size_of, samples_of, train_samples
-from ..safe import Safe
+from ..loop.safe import Safe
+from ..measure.draw import batch_size_of, samples_of, train_samples
+from ..parallel.fsdp import is_fsdp1
 
 __all__ = ["AdapterFreezing"]
 

@@ -18,10 +18,10 @@ from ..decide.policy import POLICIES
 from ..decide.scores import SCORES
 from ..errors import AdafreezeError, ConfigError, ProbeError, RunError, note, warn
 from ..journal import Journal
-from ..model.draw import samples_of, train_samples
+from ..loop.safe import Safe
+from ..measure.draw import samples_of, train_samples
 from ..model.packing import packed, unpacked
-from ..safe import Safe
-from ._seen import Seen
+from ._batches import BatchRecorder
 
 __all__ = ["SafeCallback"]
 
@@ -59,7 +59,7 @@ class SafeCallback(TrainerCallback, ExportableState):
         self.probe = unpacked(probe) if isinstance(probe, Mapping) and probe.keys() == {"tensors", "rest"} else probe
         self.journal = journal
         self.safe: Safe | None = None
-        self._seen: Seen | None = None
+        self._seen: BatchRecorder | None = None
         self._start: Callable[..., Safe]
 
     def state(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class SafeCallback(TrainerCallback, ExportableState):
         kept = _attributes(known[name]) if resumes else {}
         seen = kept.get("seen", kept.get("probe"))  # "probe" up to 0.1
         if seen is not None:
-            self._seen = Seen(kwargs["model"], unpacked(seen))
+            self._seen = BatchRecorder(kwargs["model"], unpacked(seen))
             self._start_with_seen()
         else:
             self._draw(kwargs["model"], kwargs["train_dataloader"])
@@ -136,7 +136,7 @@ class SafeCallback(TrainerCallback, ExportableState):
                 self._start_with_seen().steps = state.global_step - 1
             except ProbeError as error:
                 self._seen = None
-                warn(error.fact, cause=error.cause, fix=error.fix + " Training goes on, without freezing.")
+                warn(error.fact, fix=error.fix + " Training goes on, without freezing.")
         if self.safe is not None:
             self.safe.step()
 
@@ -203,11 +203,10 @@ class SafeCallback(TrainerCallback, ExportableState):
             if self.config is not None and self.config.memory_budget is not None:
                 raise ProbeError(
                     error.fact,
-                    cause="A memory budget is checked before the first step, on samples as the model gets them. "
-                    + error.cause,
+                    cause="A memory budget is checked before the first step, on samples as the model gets them.",
                     fix='SafeCallback(..., probe=[tokenizer(texts, padding=True, return_tensors="pt")])',
                 ) from error
-            self._seen = Seen(model)
+            self._seen = BatchRecorder(model)
             note(f"Scores are measured on what the model gets in the first step. {error.fact}")
 
     def _start_with_seen(self) -> Safe:

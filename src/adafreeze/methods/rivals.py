@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..config import AS_PUBLISHED, SafeConfig
 from ..costs import expected_ratios
-from ..decide.policy import Situation
+from ..decide.policy import PolicyInput
 from ..errors import ConfigError, note
 from .method import Method, Setup
 
@@ -44,7 +44,7 @@ class AutoFreeze(Method):
         setup.safe = SafeConfig.from_dict({**setup.settings, **fields, "warmup": 0.1, "ramp_end": 1.0})
 
 
-def calmest_prefix(situation: Situation) -> Iterator[str]:
+def calmest_prefix(situation: PolicyInput) -> Iterator[str]:
     """The lowest live blocks whose scores are at most the median of all live blocks'."""
     if situation.ramp <= 0:
         return
@@ -116,7 +116,7 @@ class _Converged:
     def __repr__(self) -> str:
         return f"below {self.share} of its highest"
 
-    def __call__(self, situation: Situation) -> list[str]:
+    def __call__(self, situation: PolicyInput) -> list[str]:
         for name in situation.scores:
             self.highest[name] = max(self.highest.get(name, 0.0), situation.finite_score(name) or 0.0)
         if situation.ramp <= 0:
@@ -182,7 +182,7 @@ class StaticPrefix(Method):
         setup.safe = SafeConfig.from_dict({**setup.settings, **fields})
 
 
-def _nothing(situation: Situation) -> list[str]:
+def _nothing(situation: PolicyInput) -> list[str]:
     return []
 
 
@@ -212,6 +212,6 @@ class _Replay:
     def __repr__(self) -> str:
         return f"in the order {', '.join(self.units)}"
 
-    def __call__(self, situation: Situation) -> list[str]:
+    def __call__(self, situation: PolicyInput) -> list[str]:
         count = max((frozen for step, frozen in self.freezes if step <= situation.step), default=0)
         return list(self.units[:count])

@@ -56,7 +56,7 @@ class SafeBudget(Safe):
 
     def prepare(self, model: PeftModel, setup: Setup) -> None:
         """Set the budget."""
-        from ..plan import plan
+        from ..memory.plan import plan
 
         training = setup.training
         longest = sorted(setup.rows, key=_length)[-training.train_batch_size :]

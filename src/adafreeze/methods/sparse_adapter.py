@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import ProbeError
+from ..measure.draw import collect
 from ..model.blocks import device_of
-from ..model.draw import collect
 from ..model.random_state import keep_random_state
 from .method import Method, Setup
 

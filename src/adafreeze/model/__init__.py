@@ -1,8 +1,7 @@
-"""What is there: stacks, blocks, units, and their outputs on the probe."""
+"""What is there: stacks, blocks, units, and the data that flows between them."""
 
 from .blocks import Stack, find_stacks
 from .flow import Flow, trace_flow
-from .probe import Probe
 from .units import Unit, find_units
 
-__all__ = ["Flow", "Probe", "Stack", "Unit", "find_stacks", "find_units", "trace_flow"]
+__all__ = ["Flow", "Stack", "Unit", "find_stacks", "find_units", "trace_flow"]

@@ -13,9 +13,9 @@ from typing import Any
 
 from .._version import __version__
 from ..errors import ConfigError, RunError
-from ..journal import JOURNAL_FILE
+from ..journal import History, read_history
+from ..journal.events import JOURNAL_FILE
 from .charts import Chart, number_text
-from .history import History, read_history
 from .sections import analysis_charts, costs, curves_of, headline, run_charts, slug
 
 __all__ = ["write_report"]

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from ..journal import History
+from ..journal.history import is_score
 from ..sizes import readable
 from .charts import Caption, Chart, Curve, bands, heat_map, lines, number_text
-from .history import History, is_score
 
 __all__ = ["analysis_charts", "curves_of", "headline", "run_charts", "slug"]
 

@@ -1,0 +1,382 @@
+"""Budget: the most memory that a training step may hold, from the first step on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..costs.devices import memory_limit
+from ..costs.memory import bytes_of
+from ..errors import RunError, note, warn
+from ..freeze import Prefix
+from ..journal import Journal
+from ..measure import Probe
+from ..model import Stack
+from ..model.blocks import device_of
+from ..model.flow import tensors_in
+from ..model.patches import forward_pre_hook
+from ..sizes import readable
+from .checkpointing import Block, BlockCost, Checkpointing, least_recompute
+from .optimizer import optimizer_bytes
+from .rehearsal import Rehearsal, failing_module, largest_that_fits, rehearse
+
+__all__ = ["Budget", "open_budget"]
+
+# Lengths are rounded up to one of so many between powers of two, so that few kinds of batches are rehearsed.
+LENGTHS_PER_OCTAVE = 8
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is recomputed for one kind of batch; bytes of the step with it, without any, and of what it always holds."""
+
+    chosen: frozenset[Block]
+    peak: int
+    plain_peak: int
+    held: int
+
+
+class Budget:
+    """Keeps every training step of a model under a number of bytes, by recomputing as few blocks as that takes.
+
+    Each kind of batch (its shapes, lengths rounded up) is rehearsed on fake tensors before it first comes, with the
+    prefix as it is then, and the blocks to recompute are chosen so that weights, buffers, optimizer state, gradients,
+    saved bytes and transients stay under the budget together: by counting, so that the choice is the same on every
+    run. When the prefix grows, fewer blocks are recomputed.
+
+    On CUDA the allocator's peaks of the steps show what counting cannot see (workspaces of kernels, other attention
+    kernels): the most that a step held beyond its plan is added to all plans. A peak below the plan proves nothing:
+    whoever else resets the allocator's statistics makes it so.
+
+    What counts is what a training step holds, and ``extra``: DDP's buckets, and on the CPU what measuring scores holds
+    and the prefix cache in memory, which elsewhere are in host memory. The cache gets half of what the step leaves.
+
+    Args:
+        limit: ``memory_budget`` of SafeConfig.
+        probe: whose longest sample makes the micro-batch that it is checked by.
+        rows: samples in it.
+        model: that the host calls.
+        stacks: of the model.
+        prefix: whose blocks keep nothing anyway.
+        optimizer: whose state counts; None: as AdamW's.
+        journal: of the run.
+        extra: bytes on the device beside what the step of one process holds.
+
+    Attributes:
+        limit: bytes.
+        excess: the most bytes that a step held beyond its plan.
+
+    Raises:
+        ConfigError: the budget is larger than the device.
+    """
+
+    def __init__(
+        self,
+        limit: int | float | str,
+        probe: Probe,
+        rows: int,
+        model: nn.Module,
+        stacks: list[Stack],
+        prefix: Prefix,
+        optimizer: Any,
+        journal: Journal,
+        extra: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.probe, self.rows = probe, rows
+        self.model = model
+        self.stacks = stacks
+        self.prefix = prefix
+        self.optimizer = getattr(optimizer, "optimizer", optimizer) or "adamw_torch"
+        self.journal = journal
+        self.device = device_of(model)
+        self.extra = extra
+        weights = bytes_of((*model.parameters(), *model.buffers()))
+        self.limit = memory_limit(limit, self.device, weights)
+        self._auto = limit == "auto"
+        self.excess = 0
+        self.measured_peak: Callable[[], int] | None = self._allocator_peak if self.device.type == "cuda" else None
+        self.recompute = Checkpointing(model, stacks)
+        self._choices: dict[Any, Choice] = {}
+        self._rehearsed: dict[Any, Rehearsal] = {}
+        self._current: Choice | None = None
+        self._undisturbed = False
+        self._failed = False
+        self._warned = False
+        self.recompute.install()
+        # First of all hooks: whoever counts a step from a hook does not count its rehearsal.
+        self._hook = forward_pre_hook(model, self._before, prepend=True)
+
+    # What the loop reads and calls.
+
+    @property
+    def state_key(self) -> tuple[int, ...]:
+        """Changes when what is recomputed of a batch may: with what is held beside the step, in 64ths of the limit."""
+        return self.excess, 64 * self.extra() // self.limit
+
+    def logs(self) -> dict[str, float]:
+        """Blocks that the last step recomputed, and its planned peak."""
+        logs: dict[str, float] = {"safe/recomputed_blocks": len(self.recompute.chosen)}
+        if self._current is not None:
+            logs["safe/planned_peak_mib"] = round(self._current.peak / 2**20, 3)
+        return logs
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs of it, as plain JSON values."""
+        choices = [[k, sorted(c.chosen), c.peak, c.plain_peak, c.held] for k, c in self._choices.items()]
+        return {"limit": self.limit, "excess": self.excess, "choices": choices}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what ``state_dict`` wrote; ``"auto"`` stays what it was, unless less is free now."""
+        self.excess = state.get("excess", 0)
+        limit = state.get("limit", 0)
+        if self._auto and limit:
+            self.limit = min(self.limit, limit)
+        self._choices.clear()
+        # Earlier versions corrected by a ratio, downward as well, on peaks that somebody else had reset.
+        for kind, chosen, peak, *others in state["choices"] if "excess" in state else ():
+            if limit == self.limit or peak <= self.limit < limit:  # with more room fewer would be recomputed
+                self._choices[_tupled(kind)] = Choice(frozenset(map(tuple, chosen)), peak, *others)
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        self._hook.remove()
+        self.recompute.restore()
+
+    def check(self) -> None:
+        """Refuse a budget that full recompute cannot meet, and say in one line what it costs.
+
+        Raises:
+            RunError: with the numbers, and the micro-batch that fits.
+        """
+        rows = self.rows
+        choice = self._choice((), self._longest())
+        if choice is None:
+            return
+        blocks = sum(map(len, self.stacks))
+        if choice.peak <= self.limit:
+            note(
+                f"Memory budget {readable(self.limit)}: a step on {rows} samples holds {readable(choice.peak)} with "
+                f"{len(choice.chosen)} of {blocks} blocks recomputed ({readable(choice.plain_peak)} with none)."
+            )
+            return
+        peaks = {rows: choice.peak}
+
+        def peak(fewer: int) -> int:
+            if fewer not in peaks:
+                batch = self._rounded((), self.probe.micro_batch(fewer, self.device))
+                peaks[fewer] = self._total(self._rehearse(choice.chosen, *batch))
+            return peaks[fewer]
+
+        fits = largest_that_fits(peak, rows, choice.held, self.limit, most=rows)
+        part = max((n for n in range(1, fits + 1) if rows % n == 0), default=0)  # so that as many make a step as before
+        raise RunError(
+            f"The memory budget of {readable(self.limit)} cannot be met: with all blocks recomputed, a step on {rows} "
+            f"samples of the probe's longest length holds {readable(choice.peak)} ({readable(choice.plain_peak)} with "
+            "none).",
+            cause=f"{readable(choice.held)} of it are weights, gradients and optimizer state. "
+            + (f"A micro-batch of {fits} fits." if fits else f"One sample takes {readable(peak(1))}."),
+            fix=f"--per_device_train_batch_size {part} --gradient_accumulation_steps {rows // part}"
+            if fits
+            else f'SafeConfig(memory_budget="{-(-choice.peak // 2**20)}MiB"), or shorter samples, or a smaller model',
+        )
+
+    def _longest(self) -> dict[str, Any]:
+        return self.probe.micro_batch(self.rows, self.device)
+
+    def room(self) -> int | None:
+        """Bytes that a step on the probe's longest samples leaves; None if it cannot be rehearsed."""
+        choice = self._choice((), self._longest())
+        return None if choice is None else max(0, self.limit - choice.peak)
+
+    # Before each forward pass.
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        measured = self.measured_peak() if self.measured_peak is not None else 0
+        if not model.training or not torch.is_grad_enabled():
+            self._undisturbed = False  # what is measured next belongs to no training step alone
+            return
+        if self._current is not None and self._undisturbed and measured:
+            self._correct(self._current, measured)
+        elif self._failed and self._undisturbed and measured > self.limit:
+            self._warn_above("A step", measured, "The model could not be rehearsed before the run.")
+        self._undisturbed = True
+        self._current = self._choice(args, kwargs)
+        self.recompute.chosen = self._current.chosen if self._current else frozenset(self.recompute.blocks)
+
+    def _choice(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Choice | None:
+        """For batches like this one; None if they cannot be rehearsed."""
+        if self._failed:
+            return None
+        args, kwargs = self._rounded(args, kwargs)
+        shapes = _shapes((args, kwargs))
+        kind = shapes, tuple(self.prefix.depths.values()), self.extra()
+        if kind not in self._choices:
+            for other, choice in self._choices.items():  # what holds more and needs nothing speaks for this one
+                if not choice.chosen and choice.peak <= self.limit and _holds_more(other, kind):
+                    return choice
+            try:
+                self._choices[kind] = self._choose(args, kwargs)
+            except Exception as error:  # the model's own code, on tensors without data
+                self._give_up(error)
+                return None
+            choice = self._choices[kind]
+            self.journal.write(
+                "recompute",
+                limit=self.limit,
+                shapes=[shape for shape, _ in shapes],
+                prefixes=dict(self.prefix.depths),
+                blocks=sorted(f"{path}.{index}" for path, index in choice.chosen),
+                peak=choice.peak,
+                plain_peak=choice.plain_peak,
+            )
+            if choice.peak > self.limit and self._current is not None:  # before the first step it is an error
+                what = f"A batch ({', '.join(str(shape) for shape, _ in shapes[:2])})"
+                cause = "It is longer than the samples by which the budget was checked before the run."
+                self._warn_above(what, choice.peak, cause)
+        return self._choices[kind]
+
+    def _choose(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Choice:
+        kind = _shapes((args, kwargs)), tuple(self.prefix.depths.values())
+
+        def rehearsed(chosen: frozenset[Block]) -> Rehearsal:
+            if (kind, chosen) not in self._rehearsed:
+                self._rehearsed[kind, chosen] = self._rehearse(chosen, args, kwargs)
+            return self._rehearsed[kind, chosen]
+
+        plain = rehearsed(frozenset())
+        names = [(stack.path, index) for stack in self.stacks for index in range(len(stack))]
+        # Of a block in the prefix nothing is saved.
+        costs = {
+            name: BlockCost(freed=saved, flops=flops)
+            for name, (saved, flops) in zip(names, plain.parts, strict=True)
+            if name in self.recompute.blocks
+        }
+        chosen = least_recompute(costs, lambda chosen: self._total(rehearsed(chosen)), self.limit)
+        if chosen is None:  # not even with all of them
+            useful = frozenset(name for name, cost in costs.items() if cost.freed > 0)
+            chosen = min((frozenset(), useful), key=lambda chosen: rehearsed(chosen).peak)
+        state, _ = self._optimizer_bytes()
+        held = plain.resident + plain.gradients + state + self.extra()
+        return Choice(chosen, self._total(rehearsed(chosen)), self._total(plain), held)
+
+    def _rehearse(self, chosen: frozenset[Block], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Rehearsal:
+        before, self.recompute.chosen = self.recompute.chosen, chosen
+        places = {f"_{index}": value for index, value in enumerate(args)}
+        try:
+            return rehearse(
+                self.model,
+                {**places, **kwargs},
+                forward=lambda **all: self.prefix.rehearse(*(all.pop(place) for place in places), **all),
+                target=self.device.type,
+                parts=[block for stack in self.stacks for block in stack.blocks],
+            )
+        finally:
+            self.recompute.chosen = before
+
+    def _optimizer_bytes(self) -> tuple[int, int]:
+        return optimizer_bytes(self.optimizer, [p for p in self.model.parameters() if p.requires_grad])
+
+    def _total(self, step: Rehearsal) -> int:
+        """Bytes of a whole optimizer step: its passes or the optimizer's own work, whichever holds more."""
+        state, temporary = self._optimizer_bytes()
+        held = step.resident + step.gradients
+        # The batch that comes next may be there already.
+        return max(step.peak + self.excess, held + temporary) + state + step.inputs + self.extra()
+
+    def _rounded(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """The same inputs, their length rounded up."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if not isinstance(ids, Tensor) or ids.ndim != 2:
+            return args, kwargs
+        length = ids.shape[1]
+        step = max(8, 2 ** (length.bit_length() - 1) // LENGTHS_PER_OCTAVE)
+        most = getattr(getattr(self.model, "config", None), "max_position_embeddings", None) or length
+        rounded = max(length, min(-(-length // step) * step, most))
+
+        def longer(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == length:
+                return value.new_empty((1, 1)).expand(value.shape[0], rounded)
+            return value
+
+        return tuple(map(longer, args)), {name: longer(value) for name, value in kwargs.items()}
+
+    def _give_up(self, error: Exception) -> None:
+        self._failed = True
+        self.journal.write("budget_unknown", error=f"{type(error).__name__}: {error}")
+        warn(
+            f"The memory budget cannot be planned: {failing_module(error)} does not run on tensors without data "
+            f"({type(error).__name__}: {next(iter(str(error).splitlines()), '')}).",
+            cause="It reads values of its tensors, or uses an operator whose shapes torch does not know.",
+            fix="All blocks that may be are recomputed now, which holds the least there is; whether that is under the "
+            "budget is not known before the run.",
+        )
+
+    def _warn_above(self, what: str, nbytes: int, cause: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warn(
+                f"{what} holds {readable(nbytes)} with all blocks recomputed, and the memory budget is "
+                f"{readable(self.limit)}.",
+                cause=cause,
+                fix="A smaller --per_device_train_batch_size, or a smaller --max_seq_length. Training goes on.",
+            )
+
+    # Corrected by what the allocator measures.
+
+    def _allocator_peak(self) -> int:
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
+    def _correct(self, choice: Choice, measured: int) -> None:
+        if not getattr(self.optimizer, "state", None):  # before its first step the optimizer has none
+            return
+        beyond = measured - choice.peak
+        if beyond > 0:
+            self.excess += beyond
+            self._choices.clear()
+            self.journal.write("budget_corrected", excess=self.excess, measured=measured, planned=choice.peak)
+
+
+def open_budget(limit: int | float | str | None, *parts: Any) -> Budget | None:
+    """A ``Budget``, not yet checked; or one line that says what having none means.
+
+    Args:
+        limit: None for no budget.
+        parts: the other arguments of Budget.
+
+    Raises:
+        ConfigError: the budget is larger than the device.
+    """
+    if limit is not None:
+        return Budget(limit, *parts)
+    note("No memory budget: the peak of the run is that of its first steps; SafeConfig(memory_budget=...) lowers it.")
+    return None
+
+
+def _shapes(value: Any) -> tuple[tuple[tuple[int, ...], str], ...]:
+    return tuple((tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors_in(value))
+
+
+def _tupled(kind: Any) -> Any:
+    """A kind of batch as it is known by, from what JSON made of it."""
+    return tuple(map(_tupled, kind)) if isinstance(kind, (list, tuple)) else kind
+
+
+def _holds_more(one: Any, other: Any) -> bool:
+    """Whether a step of kind ``one`` holds at least as much as one of kind ``other``."""
+    (shapes, depths, extra), (others, other_depths, other_extra) = one, other
+    alike = [dtype for _, dtype in shapes] == [dtype for _, dtype in others]
+    return (
+        alike
+        and extra >= other_extra
+        and all(depth <= deeper for depth, deeper in zip(depths, other_depths, strict=True))
+        and all(
+            len(a) == len(b) and all(x >= y for x, y in zip(a, b, strict=True))
+            for (a, _), (b, _) in zip(shapes, others, strict=True)
+        )
+    )
