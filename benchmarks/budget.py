@@ -1,15 +1,16 @@
-"""What a memory budget costs: peak bytes, FLOPs and time of whole runs, side by side.
+"""What a memory budget costs: peak bytes, FLOPs, and time of whole runs, side by side.
 
     python benchmarks/budget.py [--blocks 12] [--rounds 3] [-o benchmarks/results/budget.json]
 
 Plain LoRA, LoRA under full activation checkpointing, SAFE without a budget, and SAFE at three budgets: the peak of full
-checkpointing, and one half and three quarters of what plain training holds above its weights; with the prefix cache and
-without. Six epochs on Rotten Tomatoes sentences; in SAFE arms two thirds of the blocks freeze at a fifth of the run.
+checkpointing, and one half and three quarters of what plain training uses above its weights; with and without the
+prefix cache. Six epochs on Rotten Tomatoes sentences; in SAFE runs two thirds of the blocks freeze at a fifth of the
+run.
 
 Peak: the most bytes of storages alive in any step (weights, adapters, optimizer state, gradients, activations,
-transients, measuring), counted over the whole run. FLOPs: of everything, measuring and filling the cache counted. The
-cache is on disk, since in memory it would count as the device's on a CPU. Saved: the most that autograd keeps of a
-forward pass. Time: of runs that count nothing, the rehearsals of the budget included.
+transients, measuring), counted over the whole run. FLOPs: everything, including measuring and filling the cache. The
+cache is on disk, because in memory it would count as the device's memory on a CPU. Saved: the most that autograd keeps
+of a forward pass. Time: of runs without counting, including the rehearsals of the budget.
 """
 
 from __future__ import annotations
@@ -59,14 +60,14 @@ def batches() -> list[dict[str, torch.Tensor]]:
 
 
 class Run:
-    """One arm: how it is set up, and what its runs gave."""
+    """One arm: its setup and the times of its runs."""
 
     def __init__(self, name: str, blocks: int, *, checkpointing: bool = False, safe: bool = False, **config: Any):
         self.name, self.blocks, self.checkpointing, self.safe, self.config = name, blocks, checkpointing, safe, config
         self.seconds: list[float] = []
 
     def once(self, count: str = "") -> dict[str, Any]:
-        """A whole run; ``count``: "" for time alone, "peak" and FLOPs, or "saved" bytes."""
+        """A whole run. ``count``: "" for time only, "peak" for peak and FLOPs, "saved" for saved bytes."""
         network, epoch = model(self.blocks, self.checkpointing), batches()
         optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=5e-4)
         losses: list[float] = []

@@ -2,15 +2,15 @@
 
     python benchmarks/cache.py [--shapes minilm bert-base] [--rounds 5] [-o benchmarks/results/cache.json]
 
-Four copies of one model are trained side by side on Rotten Tomatoes sentences, each batch by all four before the
-next one comes, so that a noisy machine is noisy to all. In three of them the lower two thirds of the blocks are frozen
-from the start. The first epoch fills the caches and is reported by itself; the others are compared. FLOPs are counted
-in separate copies of the same runs, since counting takes time.
+Four copies of one model train side by side on Rotten Tomatoes sentences, batch by batch, so that noise of the machine
+affects all of them. In three of them the lower two thirds of the blocks are frozen from the start. The first epoch
+fills the caches and is reported separately; the other epochs are compared. FLOPs are counted in separate copies of the
+same runs, because counting takes time.
 
-Then the same on sentences that never come twice, with cache="auto" and cache="off": what the cache costs where it
-cannot help, with the length of an epoch known (it ends after one) and not known.
+Then the same on sentences that never repeat, with cache="auto" and cache="off": the cost of the cache where it cannot
+help, once with a known epoch length (it ends after one epoch) and once without.
 
-"minilm" is all-MiniLM-L6-v2 (6 × 384), "bert-base" has 12 × 768 and random weights: time does not depend on them.
+"minilm" is all-MiniLM-L6-v2 (6 × 384). "bert-base" has 12 × 768 and random weights: time does not depend on them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def model(shape: str) -> torch.nn.Module:
 
 
 def batches(shape: str) -> list[dict[str, torch.Tensor]]:
-    """One epoch: sentences of like length together, padded to the longest of each batch."""
+    """One epoch: sentences sorted by length, padded to the longest of each batch."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     data, _ = sentences(SAMPLES[shape], 1000, seed=0)
     rows = sorted(zip(data.texts, data.labels, strict=True), key=lambda row: len(tokenizer(row[0])["input_ids"]))
@@ -65,7 +65,7 @@ def batches(shape: str) -> list[dict[str, torch.Tensor]]:
 
 
 class Arm:
-    """One of the runs that are compared."""
+    """One of the compared runs."""
 
     def __init__(self, name: str, shape: str, epoch: list[Any], epochs: int, folder: str, config: Any = None) -> None:
         self.name, self.model = name, model(shape)
@@ -86,7 +86,7 @@ class Arm:
                 total_steps=len(epoch) * epochs,
                 samples_per_epoch=None if name == "auto, epoch unknown" else sum(len(b["labels"]) for b in epoch),
             )
-            self.safe.decider.plan = ()  # nothing is left to measure: only training is timed
+            self.safe.decider.plan = ()  # no measurements: only training is timed
         key = (lambda: self.safe.state_key) if self.safe else (lambda: 0)
         nested = (lambda: self.safe.nested_flops) if self.safe else (lambda: 0)
         self.meter = Meter(self.model, key, nested)
@@ -106,7 +106,7 @@ class Arm:
 
 
 def compare(arms: list[Arm], epochs: Iterator[list[Any]], shuffle: torch.Generator) -> None:
-    """Each batch by all arms, in turns that change who goes first."""
+    """Train each batch with all arms; the first arm changes in turn."""
     for epoch in epochs:
         for arm in arms:
             arm.seconds.append([])
@@ -117,7 +117,7 @@ def compare(arms: list[Arm], epochs: Iterator[list[Any]], shuffle: torch.Generat
 
 
 def ratio(arm: Arm, base: Arm, epochs: slice) -> dict[str, float]:
-    """Of the whole epochs' times; least, median and most."""
+    """Least, median, and most of the ratios of whole epochs' times."""
     ratios = [sum(a) / sum(b) for a, b in zip(arm.seconds[epochs], base.seconds[epochs], strict=True)]
     return {"least": min(ratios), "median": statistics.median(ratios), "most": max(ratios)}
 
@@ -150,7 +150,7 @@ def one_shape(shape: str, rounds: int, folder: str) -> dict[str, Any]:
     for arm in arms:
         cached = arm.name in ("memory", "disk")
         theory = expected_ratios(blocks, [depth] * 4, steps_per_epoch=1 if cached else None)[1]
-        if cached:  # of an epoch that finds all
+        if cached:  # an epoch in which every sample is found
             theory = (theory * 4 - expected_ratios(blocks, [depth])[1]) / 3
         events = arm.safe.journal.events if arm.safe else []
         if arm.safe is not None:
@@ -172,7 +172,7 @@ def one_shape(shape: str, rounds: int, folder: str) -> dict[str, Any]:
 
 
 def never_twice(shape: str, steps: int = 64) -> dict[str, Any]:
-    """What cache="auto" costs where no sample comes again."""
+    """The cost of cache="auto" if no sample repeats."""
     epoch, generator = batches(shape), torch.Generator().manual_seed(1)
 
     def fresh() -> Iterator[list[Any]]:

@@ -1,10 +1,10 @@
-"""What a method costs and what it gives, drawn from tables of benchmarks/paper.py.
+"""Plot score against cost from tables of benchmarks/paper.py.
 
     python benchmarks/curve.py benchmarks/results/paper-large-5.json benchmarks/results/paper-large-share-5.json
                                benchmarks/results/paper-main-5.json [-o docs/img/cost.png]
 
-One panel a table: FLOPs against plain training to the right, the difference of the score up, both averaged over its
-tasks; a bar is the 95 % interval, where there are several seeds.
+One panel per table. x: FLOPs relative to plain training; y: difference of the score; both averaged over the tasks. Bars
+are 95 % intervals if there are several seeds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def panel(axes: plt.Axes, table: dict) -> None:
         cost, mean = row["ratios"]["flops"], difference["mean"]
         ours = row["method"] == "safe"
         colour = "#c0392b" if ours else "#555555"
-        bounds = [difference["low"], difference["high"]]  # None of one seed
+        bounds = [difference["low"], difference["high"]]  # None with one seed
         if None not in bounds and bounds[0] != bounds[1]:
             axes.plot([cost, cost], bounds, color=colour, linewidth=1, alpha=0.5)
         axes.plot([cost], [mean], "o", color=colour, markersize=6 if ours else 4)
@@ -57,7 +57,7 @@ def main() -> None:
             table = json.loads(path.read_text(encoding="utf-8"))
             tables.append({name: table[name] for name in ("reference", "rows", "settings")})
         except (OSError, ValueError, LookupError, TypeError):
-            parser.error(f"{path} is no table that benchmarks/paper.py wrote")
+            parser.error(f"{path} is not a table of benchmarks/paper.py")
     figure, panels = plt.subplots(1, len(options.tables), figsize=(5.2 * len(options.tables), 4), squeeze=False)
     for axes, table in zip(panels[0], tables, strict=True):
         panel(axes, table)

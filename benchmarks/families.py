@@ -1,13 +1,13 @@
-"""Every architecture that the installed transformers can build tiny, trained with adafreeze and without.
+"""Train every architecture that the installed transformers can build tiny, with and without adafreeze.
 
     python benchmarks/families.py [--only NAME ...] [--list] [--again] [-o FILE] [--jobs N]
 
 Each family (benchmarks/_zoo) is a random model of a few narrow blocks with LoRA, trained by transformers' Trainer on
 the CPU: 12 rows, batches of 4, 3 epochs, learning rate 1e-3. Four arms start from the same weights and seed: *control*
-without adafreeze, *later* with ``SafeConfig(freeze_at_start=0)``, *defaults* with ``SafeConfig()`` and *uncached* with
-``SafeConfig(cache="off")``. *later* must have the losses of *control* to the bit until its first freeze, and *defaults*
-those of *uncached* up to rounding, in every step. The table goes to benchmarks/results/families.json as it is made,
-so that a second call goes on where the first one ended, and from there to docs/families.md.
+without adafreeze, *later* with ``SafeConfig(freeze_at_start=0)``, *defaults* with ``SafeConfig()``, and *uncached* with
+``SafeConfig(cache="off")``. *later* must have bit-identical losses to *control* until its first freeze, and *defaults*
+must match *uncached* up to rounding in every step. The table goes to benchmarks/results/families.json while it is made,
+so that a second call continues, and from there to docs/families.md.
 """
 
 from __future__ import annotations
@@ -55,33 +55,33 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "defaults": {},
     "uncached": {"cache": "off"},
 }
-# Losses that are looked up may differ from computed ones by the rounding of kernels at other widths.
+# Cached and computed losses may differ by the rounding of kernels at other widths.
 TOLERANCE = 1e-4
-# ... and what Adam makes of rounding in gradients that are nearly zero, against how far the weights have moved.
+# Relative to the distance that the weights moved: Adam amplifies rounding in gradients that are nearly zero.
 TOLERANCE_WEIGHTS = 0.02
 SECONDS = 90
-# What adafreeze says in every run; none of these says why something is off.
+# Log lines of every run; none of them gives a reason for a missing benefit.
 _USUAL = ("units are frozen", "Prefix cache on", "Prefix cache: padding is read", "No memory budget", "would freeze")
 
 
 @dataclass
 class Arm:
-    """What one run did.
+    """The result of one run.
 
     Attributes:
         losses: of each step.
-        error: what ended the run, if it did not end by itself.
-        refused: it was adafreeze's own error, before the first step.
-        messages: adafreeze's warnings and notes, first lines.
-        first_freeze: optimizer steps before the first freeze; None: nothing froze.
-        frozen: names of the units that were frozen at the end.
-        units: all of them.
+        error: the exception that ended the run, if any.
+        refused: the error came from adafreeze, before the first step.
+        messages: adafreeze's warnings and info lines.
+        first_freeze: optimizer steps before the first freeze; None if nothing froze.
+        frozen: names of the units frozen at the end.
+        units: number of all units.
         prefixes: blocks in the frozen prefix, by stack.
-        off: why the cache was off.
-        hits: samples whose states were looked up.
-        misses: ... and computed.
-        weights: what trained, at the end.
-        moved: how far from where they began, by Euclidean norm.
+        off: the reason why the cache was off.
+        hits: samples served from the cache.
+        misses: samples computed.
+        weights: trained parameters at the end.
+        moved: their Euclidean distance from the start.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -99,7 +99,7 @@ class Arm:
     moved: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """What the table keeps: no weights, counts for names, and messages only where they say why something is off."""
+        """JSON values for the table: counts instead of names, no weights, no usual messages."""
         kept = {
             "losses": [float(f"{value:.6g}") if math.isfinite(value) else str(value) for value in self.losses],
             "error": self.error,
@@ -114,13 +114,13 @@ class Arm:
 
 
 def is_usual(line: str) -> bool:
-    """Whether adafreeze says this in every run."""
+    """Whether this line appears in every run."""
     return any(usual in line for usual in _USUAL)
 
 
 @contextmanager
 def heard() -> Iterator[list[str]]:
-    """Adafreeze's warnings and notes, one line each."""
+    """Collect adafreeze's warnings and info lines."""
     lines: list[str] = []
 
     class Listener(logging.Handler):
@@ -141,11 +141,11 @@ def heard() -> Iterator[list[str]]:
         logger.propagate = True
         for warning in caught:
             if issubclass(warning.category, AdafreezeWarning):
-                lines.append(" ".join(line.strip() for line in str(warning.message).splitlines()[:2]))
+                lines.append(str(warning.message).split("\n  Fix:")[0])
 
 
 def with_lora(case: Case) -> torch.nn.Module:
-    """A copy of the model with adapters, LoRA r = 4 on the projections of attention."""
+    """A copy of the model with LoRA r = 4 on the attention projections."""
     model = copy.deepcopy(case.model)
     if case.adapt is not None:
         return case.adapt(model)
@@ -155,7 +155,7 @@ def with_lora(case: Case) -> torch.nn.Module:
 
 
 def trainer_of(case: Case, model: Any, callbacks: list[Any], losses: list[float]) -> Any:
-    """What trains the case."""
+    """The trainer of the case."""
     if case.trainer is not None:
         return case.trainer(model, callbacks, losses)
     return recording(Trainer, losses)(
@@ -168,7 +168,7 @@ def trainer_of(case: Case, model: Any, callbacks: list[Any], losses: list[float]
 
 
 def run(case: Case, settings: dict[str, Any] | None) -> Arm:
-    """Train once; an error ends the arm, and is written down."""
+    """Train once; an error ends the arm and is recorded."""
     arm = Arm()
     set_seed(0)
     model = with_lora(case)
@@ -201,12 +201,12 @@ def run(case: Case, settings: dict[str, Any] | None) -> Arm:
 
 
 def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
-    """Euclidean norm of the difference of all weights."""
+    """Euclidean norm of the difference between all weights."""
     return math.sqrt(sum(float((first[name] - second[name]).double().pow(2).sum()) for name in first.keys() & second))
 
 
 def largest_difference(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Max |a − b| / max(|b|, 1e-3) over the steps that both have; inf where only one is finite, None without steps."""
+    """Max |a − b| / max(|b|, 1e-3) over the common steps; inf if only one is finite, None without steps."""
     if not first or not second:
         return None
     worst = 0.0
@@ -219,12 +219,12 @@ def largest_difference(first: Sequence[float], second: Sequence[float]) -> float
 
 
 def reason_in(arm: Arm) -> str | None:
-    """The first line that says more than what is said in every run."""
+    """The first line that does not appear in every run."""
     return next((line for line in arm.messages if not is_usual(line)), None)
 
 
 def faults_of(arms: dict[str, Arm], row: dict[str, Any]) -> list[str]:
-    """What adafreeze did wrong; fills in the columns with the differences."""
+    """Faults of adafreeze; also fills in the columns with the differences."""
     control, found = arms["control"], []
     for name, arm in arms.items():
         if arm.error is not None and not arm.refused:
@@ -259,7 +259,7 @@ def faults_of(arms: dict[str, Arm], row: dict[str, Any]) -> list[str]:
 
 
 def verdict_of(arms: dict[str, Arm]) -> tuple[str, str]:
-    """(verdict, reason) of arms without a fault."""
+    """(verdict, reason) of arms without faults."""
     arm = arms["defaults"]
     refused = next((other for other in arms.values() if other.refused), None)
     if refused is not None:
@@ -274,11 +274,11 @@ def verdict_of(arms: dict[str, Arm]) -> tuple[str, str]:
 
 
 def examine(family: Family, tell: Callable[[dict[str, Any]], None] = lambda row: None) -> dict[str, Any]:
-    """All four arms of a family, and the verdict.
+    """Run all four arms of a family and judge them.
 
     Args:
-        family: what is trained.
-        tell: is given the row as it stands after each arm, for whoever waits for it.
+        family: the family to train.
+        tell: called with the unfinished row before each arm.
     """
     row: dict[str, Any] = {"name": family.name, "head": family.head}
     arms: dict[str, Arm] = {}
@@ -312,11 +312,11 @@ def examine(family: Family, tell: Callable[[dict[str, Any]], None] = lambda row:
 
 
 def reproducible(case: Case, control: Arm) -> bool:
-    """Whether the control, run once more, has the losses it had."""
+    """Whether a second run of the control has the same losses."""
     return run(case, None).losses == control.losses
 
 
-# Each family runs in a process of its own: what hangs or crashes costs one row.
+# Each family runs in its own process: a hang or crash costs one row.
 
 
 def _work(family: Family, path: str) -> None:
@@ -340,7 +340,7 @@ def _work(family: Family, path: str) -> None:
 
 
 def _ended(family: Family, path: str, process: Any, late: bool) -> dict[str, Any]:
-    """The row of a process that has ended, or that was ended."""
+    """The row of a process that ended or was killed."""
     text = Path(path).read_text()
     row = json.loads(text) if text else {"name": family.name, "head": family.head}
     if "verdict" not in row:
@@ -356,9 +356,9 @@ def _signal(code: int | None) -> str:
 
 
 def run_all(chosen: Sequence[Family], jobs: int, seconds: float = SECONDS) -> Iterator[dict[str, Any]]:
-    """Rows in the order in which they are done."""
+    """Yield rows as they finish."""
     context = multiprocessing.get_context("fork")
-    gc.freeze()  # the Trainer collects garbage at its end, and walks all that was imported here
+    gc.freeze()  # the Trainer collects garbage at its end; skip everything imported here
     waiting, running = list(chosen), {}
     with tempfile.TemporaryDirectory() as folder:
         while waiting or running:
@@ -382,7 +382,7 @@ def run_all(chosen: Sequence[Family], jobs: int, seconds: float = SECONDS) -> It
 
 
 def write(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """The table so far, sorted."""
+    """Write the table so far, sorted."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(rows[key]) for key in sorted(rows))
     text = f'{{"environment": {json.dumps(environment())},\n"rows": [\n{lines}\n]}}\n'
@@ -393,8 +393,8 @@ def write(rows: dict[str, dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help='names, or "name | head"')
-    parser.add_argument("--list", action="store_true", help="say which families there are, and run nothing")
-    parser.add_argument("--again", action="store_true", help="run those too that are in the file already")
+    parser.add_argument("--list", action="store_true", help="list the families and exit")
+    parser.add_argument("--again", action="store_true", help="rerun families that are already in the file")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()

@@ -1,14 +1,14 @@
-"""What only a GPU can say: does the allocator hold what was planned, and does it stay under a budget.
+"""Checks that need a GPU: does the allocator use what was planned, and does it stay under a budget?
 
     python benchmarks/gpu.py [--shape 1b] [--rows 8] [--length 1024] [-o benchmarks/results/gpu.json]
 
-A Llama-like model with random weights in bfloat16 and LoRA on all linears takes real training steps on the device, at
-prefix depths none, a quarter, a half, three quarters and the deepest, and under checkpointing. Beside each: the plan,
-torch.cuda.max_memory_allocated, max_memory_reserved, tokens per second. Then runs of SAFE under budgets a tenth,
-0.4 and 0.7 of the way from checkpointing every block to plain training, and the most that the allocator held early and
-late. Then three epochs of a few batches with the lower half frozen, with and without the prefix cache in pinned memory.
+A Llama-like model with random weights in bfloat16 and LoRA on all linears takes training steps on the device, at prefix
+depths of none, a quarter, a half, three quarters, and the deepest, and under checkpointing. For each: the plan,
+torch.cuda.max_memory_allocated, max_memory_reserved, tokens per second. Then runs of SAFE under budgets a tenth, 0.4,
+and 0.7 of the way from checkpointing every block to plain training, with the allocator's peak early and late. Then
+three epochs of a few batches with the lower half frozen, with and without the prefix cache in pinned memory.
 
-With --device cpu the storage tracker stands in for the allocator, and a small shape shows that the script works.
+With --device cpu the storage tracker replaces the allocator, and a small shape shows that the script works.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def configuration(shape: str) -> LlamaConfig:
 
 
 class Device:
-    """Peaks of a device: the allocator's, or on the CPU what the storage tracker counts."""
+    """Peaks of a device: from the allocator, or on the CPU from the storage tracker."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -132,7 +132,7 @@ class Run:
 
 
 def measure(run: Run, device: Device, steps: int = 4) -> dict[str, float]:
-    for _ in range(2):  # kernels are chosen, optimizer state is made
+    for _ in range(2):  # choose kernels, create optimizer state
         run.step()
     device.start()
     start = time.perf_counter()
@@ -148,7 +148,7 @@ def epochs(run: Run, device: Device, cache: str, batches: int = 8, count: int = 
     """Tokens per second in each epoch, and all losses."""
     pool = [run.another() for _ in range(batches)]
     safe = run.safe(steps=batches * count, batches=batches, cache=cache)
-    safe._freeze(list(safe.units)[: len(safe.units) // 2], by="hand")
+    safe.freeze(list(safe.units)[: len(safe.units) // 2])
     speeds, losses = [], []
     for _ in range(count):
         device.wait()
@@ -162,7 +162,7 @@ def epochs(run: Run, device: Device, cache: str, batches: int = 8, count: int = 
 
 
 def under_budget(run: Run, device: Device, limit: int, steps: int = 40) -> dict[str, Any]:
-    """The most held in the first ten steps and in those after, and what was recomputed or corrected."""
+    """Peak of the first ten steps and of the later ones; the choices and corrections of the budget."""
     try:
         safe = run.safe(limit, steps=steps, warmup=0.5, ramp_end=0.7, probe_tokens=256)
     except RunError as error:
@@ -170,7 +170,7 @@ def under_budget(run: Run, device: Device, limit: int, steps: int = 40) -> dict[
     peaks = []
     for _ in range(steps):
         if device.tracker is not None:
-            device.start()  # on CUDA the budget does that, before each forward pass, and would miss what others reset
+            device.start()  # on CUDA the budget resets the peak itself, before each forward pass
         run.step()
         safe.step()
         peaks.append(device.peak())
@@ -191,7 +191,7 @@ def depths(shape: tuple[str, str, int, int], device: Device, planned: Plan) -> l
     safe = run.safe()
     rows: list[dict[str, Any]] = []
     for step in planned.steps:
-        safe._freeze([name for name in list(safe.units)[: step.prefix] if name not in safe.frozen], by="hand")
+        safe.freeze([name for name in list(safe.units)[: step.prefix] if name not in safe.frozen])
         rows.append({"prefix": step.prefix, "planned": step.peak, **measure(run, device)})
     safe.close()
     del run, safe
@@ -208,7 +208,7 @@ def depths(shape: tuple[str, str, int, int], device: Device, planned: Plan) -> l
 
 def show(rows: list[dict[str, Any]], title: str, console: Console) -> None:
     table = Table(title=title)
-    for column in ("prefix", "planned", "held", "planned / held", "reserved", "tokens / s"):
+    for column in ("prefix", "planned", "allocated", "planned / allocated", "reserved", "tokens / s"):
         table.add_column(column, justify="right")
     for row in rows:
         ratio = row["planned"] / row["peak"]
@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--commit", default="", help="what is measured; default: that of the checkout")
+    parser.add_argument("--commit", default="", help="the measured commit (default: that of the checkout)")
     parser.add_argument("-o", "--output", type=Path, default=None)
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():

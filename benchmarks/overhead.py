@@ -1,13 +1,14 @@
-"""What measuring and looking cost: FLOPs against those of the run, and that nothing else changes.
+"""The cost of measuring scores and of the cache's checks, in FLOPs; and a check that nothing else changes.
 
     python benchmarks/overhead.py [--part measuring looking] [-o benchmarks/results/overhead.json]
 
-For runs of several lengths on a random BERT of MiniLM's shape (6 × 384) with sentences of Rotten Tomatoes' lengths,
-the measuring really runs and is counted; of the plain run one micro-step of each batch width is counted and
-multiplied. Runs of 300 and 600 steps are trained with the prefix cache as it is, and once more with nothing shown
-before it is served (no shadow of a step, no look at rows in other groups, no spot checks): all FLOPs, and the peak of
-the bytes that a step holds, are counted in both. Then a short run is trained without Safe and with it (which measures,
-and freezes nothing: by dry_run, and by a freeze_share of 0); losses and weights are compared to the last bit.
+measuring: for runs of several lengths on a random BERT of MiniLM's shape (6 × 384) with sentences of Rotten Tomatoes'
+lengths, all measurements run and are counted. Of the plain run, one micro-step of each batch width is counted and
+multiplied. Then a short run is trained without Safe and with it (measuring but not freezing: by dry_run, and by a
+freeze_share of 0); losses and weights must be bit-identical.
+
+looking: runs of 300 and 600 steps are trained with the prefix cache, once as it is and once without checks (no shadow
+step, no row check, no spot checks). FLOPs and the peak bytes of a step are counted in both.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -27,8 +29,10 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
 from adafreeze import Safe, SafeConfig
-from adafreeze.cache.batches import Layout
-from adafreeze.cache.checks import SafetyCheck
+from adafreeze.cache.independence import IndependenceCheck
+from adafreeze.cache.layout import Layout
+from adafreeze.cache.padding import PaddingCheck
+from adafreeze.cache.shadow import ShadowCheck
 from adafreeze.costs import CountFlops
 from adafreeze.costs.flops import flops_of
 from adafreeze.costs.memory import StorageTracker
@@ -36,9 +40,8 @@ from adafreeze.env import environment
 
 BATCH = 32
 VOCABULARY = 1000
-# (training samples, epochs): the demo, a full pass over Rotten Tomatoes, a short run, one too short for its probe
-# (training samples, epochs) of the runs with the cache.
-LOOKS = [(400, 6), (800, 6)]
+LOOKS = [(400, 6), (800, 6)]  # (training samples, epochs) of the runs with the cache
+# (training samples, epochs): the demo, Rotten Tomatoes, a long run, a short run, one too short for its probe
 RUNS = [(2500, 6), (8530, 3), (60_000, 3), (500, 3), (200, 1)]
 
 
@@ -56,7 +59,7 @@ def model(layers: int = 6, hidden: int = 384) -> torch.nn.Module:
 
 
 class Sentences(torch.utils.data.Dataset):
-    """Random tokens; lengths are normal around 27 as Rotten Tomatoes' are (8 to 60)."""
+    """Random tokens; lengths are normal around 27 (8 to 60), like those of Rotten Tomatoes."""
 
     def __init__(self, count: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -78,7 +81,7 @@ def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def plain_flops(data: Sentences, epochs: int) -> int:
-    """Batches by length, the least that a plain run can spend: one step of each width counted, and multiplied."""
+    """FLOPs of a plain run with batches sorted by length, the fewest possible: one step per width, multiplied."""
     network, total, known = model(), 0, {}
     order = sorted(range(len(data)), key=data.lengths.__getitem__)
     for start in range(0, len(order), BATCH):
@@ -93,7 +96,7 @@ def plain_flops(data: Sentences, epochs: int) -> int:
 
 
 def measuring_flops(data: Sentences, epochs: int) -> dict[str, Any]:
-    """Run Safe's measuring, all of it, without the training in between."""
+    """Run all measurements of Safe without the training in between."""
     loader = DataLoader(data, batch_size=BATCH, shuffle=True, collate_fn=collate)
     safe = Safe(
         model(),
@@ -120,32 +123,25 @@ def measuring_flops(data: Sentences, epochs: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def unexamined() -> Iterator[None]:
-    """Serve whatever is held, as if it were known that this changes nothing."""
+    """Serve every stored state without checks."""
 
-    def look_at_rows(self: SafetyCheck, situation: Any, rows: Any, _call: Any, _held: Any, whole: Any, _: Any) -> None:
-        for slot in self.slots(situation):
-            hidden = whole[slot[1]][slot[2]]
-            situation.layouts[slot] = Layout(hidden.dtype, by_position=hidden.shape[1] == rows.width(0))
+    def find_layouts(self: Any, kind: Any, rows: Any, _call: Any, whole: Any, until: Any) -> None:
+        for slot in until:
+            hidden = whole.boundary[slot]
+            kind.layouts[slot] = Layout(hidden.dtype, by_position=hidden.shape[1] == rows.width(0))
 
-    blind: dict[str, Any] = {
-        "_look_at_rows": look_at_rows,
-        "shadow": lambda *_: True,
-        "keeps_width": lambda *_: True,
-        "_differs_without_padding": lambda *_: False,
-        "keeps_states": lambda *_: True,
-    }
-    before = {name: getattr(SafetyCheck, name) for name in blind}
-    try:
-        for name, method in blind.items():
-            setattr(SafetyCheck, name, method)
+    with contextlib.ExitStack() as undo:
+        for owner, name, method in (
+            (IndependenceCheck, "_find_layouts", find_layouts),
+            (ShadowCheck, "allows", lambda *_: True),
+            (PaddingCheck, "_changes_states", lambda *_: False),
+        ):
+            undo.enter_context(mock.patch.object(owner, name, method))
         yield
-    finally:
-        for name, method in before.items():
-            setattr(SafetyCheck, name, method)
 
 
 class Counter(StorageTracker):
-    """Bytes alive and FLOPs, in one mode."""
+    """Count bytes alive and FLOPs in one dispatch mode."""
 
     flops = 0
 
@@ -157,7 +153,7 @@ class Counter(StorageTracker):
 
 
 def cached_run(samples: int, epochs: int, rows: int = 8) -> dict[str, int]:
-    """Train with Safe's defaults; counts the FLOPs of all that its steps do, and the most that a step holds."""
+    """Train with Safe's defaults; count the FLOPs of all steps and the peak bytes of a step."""
     torch.manual_seed(0)
     network = model(hidden=96)
     trained = [p for p in network.parameters() if p.requires_grad]
@@ -183,7 +179,7 @@ def cached_run(samples: int, epochs: int, rows: int = 8) -> dict[str, int]:
 
 
 def looking(samples: int, epochs: int) -> dict[str, Any]:
-    """A run with the cache against the same with nothing shown before it is served."""
+    """A run with the cache, with and without checks."""
     looked = cached_run(samples, epochs)
     with unexamined():
         blind = cached_run(samples, epochs)
@@ -198,7 +194,7 @@ def looking(samples: int, epochs: int) -> dict[str, Any]:
 
 
 def train(settings: SafeConfig | None = None, steps: int = 12) -> tuple[list[float], list[torch.Tensor]]:
-    """A short plain loop with dropout on, batches drawn by a shuffling loader as it goes; with Safe if settings."""
+    """A short loop with dropout and a shuffling loader; with Safe if settings are given."""
     network = model(layers=2, hidden=48)
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.1)
     torch.manual_seed(1)
@@ -214,7 +210,7 @@ def train(settings: SafeConfig | None = None, steps: int = 12) -> tuple[list[flo
         if safe is not None:
             safe.step()
     if safe is not None and not (safe.scores and not safe.frozen):
-        raise SystemExit("Safe was to measure and to freeze nothing.")
+        raise SystemExit("Safe must measure and must not freeze.")
     return losses, [p.detach() for p in network.parameters() if p.requires_grad]
 
 
@@ -229,7 +225,7 @@ def identical() -> bool:
 
 
 def measured() -> dict[str, Any]:
-    """What measuring the scores costs, in runs of several lengths."""
+    """The cost of measuring, in runs of several lengths."""
     table = Table(title="FLOPs of measuring")
     for heading in ("samples × epochs", "steps", "measurements", "probe samples", "TFLOP", "plain TFLOP", "share"):
         table.add_column(heading, justify="right")
@@ -256,8 +252,8 @@ def measured() -> dict[str, Any]:
 
 
 def looked() -> dict[str, Any]:
-    """What it costs to show that serving changes nothing, before anything is served."""
-    table = Table(title="Looking before serving: the cache against one that shows nothing first")
+    """The cost of the checks before the cache serves."""
+    table = Table(title="The cache with and without checks")
     for heading in ("samples × epochs", "steps", "GFLOP", "without", "more", "peak, MiB", "without"):
         table.add_column(heading, justify="right")
     rows = [looking(samples, epochs) for samples, epochs in LOOKS]

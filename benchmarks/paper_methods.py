@@ -6,68 +6,68 @@ from typing import Any, ClassVar
 
 from adafreeze.methods.safe import Safe
 
-# The defaults before blocks were frozen at the start, on which the first of these vary.
+# The previous defaults, without freezing at the start. All methods except Half are variations of them.
 EARLIER: dict[str, Any] = {"freeze_at_start": 0.0, "warmup": 0.3, "ramp_end": 0.5}
 
 
 class Earlier(Safe):
-    """Nothing frozen before the scores say so, the default depth between three and five tenths of the run."""
+    """Nothing frozen at the start; freezes by score between 0.3 and 0.5 of the run."""
 
     name = "earlier"
     fields: ClassVar[dict[str, Any]] = EARLIER
 
 
 class Unscaled(Safe):
-    """The learning rates of what still trains stay as they were."""
+    """No scaling of the learning rates of live units."""
 
     name = "unscaled"
     fields: ClassVar[dict[str, Any]] = {**EARLIER, "lr_scale": 1.0}
 
 
 class NoWait(Safe):
-    """The warm-up ends at its time, however fast the training loss falls."""
+    """The warm-up does not wait for the training loss."""
 
     name = "no-wait"
     fields: ClassVar[dict[str, Any]] = {**EARLIER, "wait_for_loss": False}
 
 
 class Share10(Safe):
-    """A tenth of the score."""
+    """Freeze at most a tenth of the total score."""
 
     name = "share-10"
     fields: ClassVar[dict[str, Any]] = {**EARLIER, "freeze_share": 0.1}
 
 
 class Sooner(Safe):
-    """The default depth in half of the time: for runs of many epochs."""
+    """Freezes by score between 0.15 and 0.35 of the run, for runs of many epochs."""
 
     name = "sooner"
     fields: ClassVar[dict[str, Any]] = {**EARLIER, "warmup": 0.15, "ramp_end": 0.35}
 
 
 class Fifth(Safe):
-    """The default depth between a fifth and two fifths of the run."""
+    """Freezes by score between 0.2 and 0.4 of the run."""
 
     name = "fifth"
     fields: ClassVar[dict[str, Any]] = {**EARLIER, "warmup": 0.2, "ramp_end": 0.4}
 
 
 class Later(Safe):
-    """The default depth from the middle of the run on: for what still learns fast at three tenths."""
+    """Freezes by score between 0.5 and 0.7 of the run."""
 
     name = "later"
     fields: ClassVar[dict[str, Any]] = {**EARLIER, "warmup": 0.5, "ramp_end": 0.7}
 
 
 class LongRamp(Safe):
-    """The last tenths of the score freeze only at four fifths of the run."""
+    """The ramp ends at 0.8 of the run, with more measurements."""
 
     name = "long-ramp"
     fields: ClassVar[dict[str, Any]] = {**EARLIER, "ramp_end": 0.8, "min_measurements": 12}
 
 
 class Half(Safe):
-    """Half of the blocks frozen before step 0, not a third."""
+    """Half of the blocks frozen before step 0 instead of a third."""
 
     name = "half-at-start"
     fields: ClassVar[dict[str, Any]] = {"freeze_at_start": 0.5}

@@ -36,7 +36,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, PretrainedConfig, 
 from transformers.utils import logging
 
 from adafreeze.env import environment
-from adafreeze.memory._stage import PlannedStep, Stage
+from adafreeze.memory._planner import PlannedStep, StepPlanner
 from adafreeze.sizes import readable
 from adafreeze.tasks.weightless import adapted, build, example_inputs
 
@@ -125,19 +125,19 @@ def network(case: Case, houlsby: bool) -> torch.nn.Module:
 def steps_at(
     case: Case, houlsby: bool, depths: set[int], starts: set[int]
 ) -> tuple[dict[int, PlannedStep], dict[int, PlannedStep]]:
-    """A step at each of ``depths``, and, at those of ``starts``, one with every live block recomputed."""
+    """A step at each of ``depths``, and, at those of ``starts``, one with every live block checkpointed."""
 
     def batch(rows: int, _: torch.nn.Module) -> dict[str, Any]:
         return example_inputs(case.config, case.task, rows, case.length, padded=True, dtype=case.dtype)
 
-    with Stage(network(case, houlsby), batch, "adamw_torch", False, None, False, target="cuda", fake=True) as stage:
+    with StepPlanner(network(case, houlsby), batch, target="cuda") as planner:
         found, recomputed = {}, {}
         for depth in sorted(depths):
-            stage.freeze_to(depth)
-            found[depth] = stage.step(case.rows)
+            planner.freeze(planner.lowest(depth))
+            found[depth] = planner.step(case.rows)
             assert found[depth].prefix == depth
             if depth in starts:
-                recomputed[depth] = stage.step(case.rows, recompute=True)
+                recomputed[depth] = planner.step(case.rows, checkpointed=True)
     return found, recomputed
 
 

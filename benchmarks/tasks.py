@@ -1,16 +1,15 @@
-"""Real tasks on real pre-trained weights, from end to end by ``adafreeze train``: plain LoRA, and LoRA with SAFE.
+"""Six tasks with real pre-trained weights through ``adafreeze train``: plain LoRA and LoRA with SAFE.
 
     python benchmarks/tasks.py [--tasks trec6 sst2 mrpc rte banking77 e2e_nlg] [--data ../shared/data]
                                [--language_model smollm2] [-o benchmarks/results/tasks.json]
 
-Question types, sentiment, paraphrases, entailment and intents on all-MiniLM-L6-v2; restaurant descriptions from their
-meaning representations (E2E NLG) on SmolLM2-135M-Instruct or stories15M; weights by benchmarks/weights.py. Runs are
-short: a seeded draw of the training rows, every label in it, and of the evaluation rows (e2e_nlg: of the meaning
-representations, with all their references). SAFE runs on its defaults. A task whose data is not there, as
-``DATA/TASK/train.parquet`` and ``dev.parquet``, or whose weights cannot be fetched, is left out, with the reason.
+Question types, sentiment, paraphrases, entailment, and intents on all-MiniLM-L6-v2; E2E NLG on SmolLM2-135M-Instruct or
+stories15M; weights from benchmarks/weights.py. Runs are short: stratified, seeded draws of the training and evaluation
+rows (e2e_nlg: of the meaning representations, with all their references). SAFE uses its defaults. A task is skipped,
+with the reason, if its data (``DATA/TASK/train.parquet`` and ``dev.parquet``) or weights are missing.
 
-The metric before is that of the untrained head, or of the language model as it comes. One seed: differences of the
-metric within a few points are noise. FLOPs and bytes are counted, those of measuring included.
+The metric before is that of the untrained head, or of the pre-trained language model. One seed: differences within a
+few points are noise. FLOPs and bytes are counted, including measuring.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 from weights import fetch
 
-from adafreeze.cli.train import run
 from adafreeze.env import environment
 from adafreeze.errors import AdafreezeError, DataError
-from adafreeze.journal import read_journal
+from adafreeze.journal import read_history
+from adafreeze.train import train as fine_tune
 from adafreeze.train.arguments import parse
 
 ARMS = {"plain": "none", "SAFE": "safe"}
@@ -41,15 +40,15 @@ ARMS = {"plain": "none", "SAFE": "safe"}
 
 @dataclass(frozen=True)
 class Setting:
-    """A task, and how long it is trained.
+    """A task and the length of its training.
 
     Args:
         flags: of ``adafreeze train``: the task and its columns.
-        metric: what the table shows, an accuracy in percent or a score from 0 to 100.
+        metric: shown in the table: an accuracy in percent or a score from 0 to 100.
         train: rows to train on.
         evaluate: rows to evaluate on, or distinct prompts.
         epochs: over the training rows.
-        batch: rows of a step.
+        batch: rows per step.
         learning_rate: the peak.
     """
 
@@ -87,17 +86,16 @@ def draw(file: Path, count: int, by: str | None, seed: int) -> Dataset:
 
     Args:
         file: parquet.
-        count: how many, at most.
-        by: ``"label"``: each label as often as in the whole; ``"mr"``: all rows of ``count`` distinct values; None:
-            any rows.
+        count: the most rows.
+        by: ``"label"``: stratify by label; ``"mr"``: all rows of ``count`` distinct values; None: any rows.
         seed: of the draw.
 
     Raises:
-        DataError: there is no such file.
+        DataError: the file does not exist.
     """
     if not file.is_file():
         raise DataError(
-            f"There is no {file}.", cause="The data is not part of the repository.", fix="--data FOLDER, see --help"
+            f"{file} does not exist; the repository does not contain the data.", fix="--data FOLDER, see --help"
         )
     rows = load_dataset("parquet", data_files=str(file), split="train")
     if by == "mr":
@@ -110,7 +108,7 @@ def draw(file: Path, count: int, by: str | None, seed: int) -> Dataset:
 
 
 def train(method: str, setting: Setting, model: Path, folder: Path, files: dict[str, str], seed: int) -> dict[str, Any]:
-    """One run; its metrics before and after, and what the journal holds of freezing."""
+    """One run: metrics before and after, and the freezes in its journal."""
     flags = {
         **{f"{name}_file": path for name, path in files.items()},
         "model_name_or_path": str(model),
@@ -134,13 +132,13 @@ def train(method: str, setting: Setting, model: Path, folder: Path, files: dict[
     if setting.metric == "bleu":
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    found = run(parse([*setting.flags, *words, "--target_modules", *targets]))
-    events = list(read_journal(folder / "journal.jsonl"))
+    found = fine_tune(parse([*setting.flags, *words, "--target_modules", *targets]))
+    history = read_history(folder)
     return {
-        "before": next({k: v for k, v in e.items() if k.startswith("eval_")} for e in events if "eval_loss" in e),
+        "before": {name: values[0][1] for name, values in history.logs.items() if name.startswith("eval_")},
         "after": {name: value for name, value in found.items() if name.startswith("eval_")},
-        "freezes": [(e["step"], sum(e["prefixes"].values())) for e in events if e["event"] == "freeze"],
-        "steps": next(e["step"] for e in events if e["event"] == "done"),
+        "freezes": history.depths,
+        "steps": history.steps,
         "blocks": AutoConfig.from_pretrained(model).num_hidden_layers,
         "cache_hit_rate": found.get("cache_hit_rate"),
         "flops": found["train_flops"] + found.get("score_flops", 0),
@@ -153,10 +151,10 @@ def measure(name: str, setting: Setting, options: argparse.Namespace) -> dict[st
     """Both runs of a task.
 
     Raises:
-        AdafreezeError: its data or its weights are not to be had.
+        AdafreezeError: its data or its weights are missing.
     """
     generates = setting.metric == "bleu"
-    draws = {  # training rows of e2e_nlg one by one: a meaning representation is no label
+    draws = {  # e2e_nlg draws single training rows: a meaning representation is not a label
         "train": ("train", setting.train, None if generates else "label"),
         "validation": ("dev", setting.evaluate, "mr" if generates else "label"),
     }
@@ -200,7 +198,7 @@ def main() -> None:
     parser.add_argument("--data", default="../shared/data", help="the folder of the tasks (default ../shared/data)")
     parser.add_argument("--language_model", choices=("smollm2", "stories15m"), default="smollm2")
     parser.add_argument("--train", type=int, help="rows to train on, instead of each task's own number")
-    parser.add_argument("--epochs", type=int, help="the same for epochs")
+    parser.add_argument("--epochs", type=int, help="epochs, instead of each task's own number")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", default="benchmarks/results/tasks.json")
     options = parser.parse_args()
@@ -214,7 +212,7 @@ def main() -> None:
             results[name] = measure(name, Setting(**(vars(TASKS[name]) | given)), options)
         except AdafreezeError as error:
             skipped[name] = error.fact
-            print(f"{name} is left out: {error}")
+            print(f"Skipped {name}: {error}")
             continue
         output = Path(options.output)
         output.parent.mkdir(parents=True, exist_ok=True)

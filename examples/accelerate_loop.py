@@ -1,4 +1,4 @@
-"""A loop on Accelerate, in as many processes as it is launched in.
+"""A loop on Accelerate, in one or more processes.
 
     torchrun --nproc_per_node 2 examples/accelerate_loop.py   # on GPUs: accelerate launch
 
@@ -17,7 +17,7 @@ EPOCHS = 4
 set_seed(0)
 accelerator = Accelerator(cpu=True)
 starts = torch.randint(0, 60, (512, 1))
-ids = 3 + (starts + torch.arange(12)) % 60  # counting, from anywhere
+ids = 3 + (starts + torch.arange(12)) % 60  # counting up from a random start
 batches = DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=16, shuffle=True)
 
 config = LlamaConfig(

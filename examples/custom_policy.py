@@ -1,9 +1,9 @@
-"""A policy of your own: a function of what is known, which names the units to freeze next.
+"""A custom policy: a function of the scores that names the units to freeze next.
 
     python examples/custom_policy.py
 
-This one freezes from the bottom up while a block's score is below the mean of all. It runs in place of the built-in
-policies, under the same guards: at least ``min_live_blocks`` keep training, and what is frozen stays frozen.
+This one freezes from the bottom up while a block scores below the mean. ``prefix_only`` declares that, so that
+``min_live_blocks`` keeps the topmost blocks live. Frozen units stay frozen.
 """
 
 from collections.abc import Iterator
@@ -15,17 +15,18 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, set_seed
 
 from adafreeze import Safe, SafeConfig
-from adafreeze.decide.policy import PolicyInput
+from adafreeze.decide import PolicyInput, prefix_only
 
 
-def below_the_mean(situation: PolicyInput) -> Iterator[str]:
-    """Units of the longest prefix in which no block scores above the mean; none before the warm-up is over."""
-    if situation.ramp <= 0:
+@prefix_only
+def below_the_mean(given: PolicyInput) -> Iterator[str]:
+    """Units of the longest prefix in which no block scores above the mean; none during warm-up."""
+    if given.ramp <= 0:
         return
-    for chain in situation.chains:
-        limit = mean(situation.scores.values())
+    for chain in given.chains:
+        limit = mean(given.scores.values())
         for block in chain:
-            if any(situation.scores.get(unit, limit) > limit for unit in block):
+            if any(given.scores.get(unit, limit) > limit for unit in block):
                 break
             yield from block
 

@@ -1,4 +1,4 @@
-"""Lightning: one callback, and the LightningModule stays as it was.
+"""Lightning: one callback, no change to the LightningModule.
 
     pip install lightning
     python examples/lightning_trainer.py
@@ -16,7 +16,7 @@ from adafreeze.integrations.lightning import AdapterFreezing  # adafreeze
 
 
 class Classifier(LightningModule):
-    """Any module of yours whose parts include one model with adapters."""
+    """A LightningModule with one PEFT model in it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,11 +27,11 @@ class Classifier(LightningModule):
         self.model = get_peft_model(BertForSequenceClassification(config), adapters)
 
     def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
-        """The loss of one batch."""
+        """Loss of one batch."""
         return self.model(**batch).loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over what trains."""
+        """AdamW over the trainable parameters."""
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=5e-3)
 
 
@@ -45,7 +45,7 @@ freezing = AdapterFreezing()  # adafreeze
 trainer = Trainer(
     max_epochs=4,
     accelerator="cpu",
-    logger=False,  # a logger of yours gets safe/frozen_units and the others too
+    logger=False,  # a logger also gets safe/frozen_units and the other scalars
     enable_checkpointing=False,
     enable_progress_bar=False,
     callbacks=[freezing],  # adafreeze

@@ -1,4 +1,4 @@
-"""A loop of your own: one object, and one call after each step.
+"""Your own loop: one object, and one call after each step.
 
     python examples/plain_loop.py
 
@@ -38,4 +38,4 @@ for epoch in range(EPOCHS):
         safe.step()  # adafreeze
     print(f"epoch {epoch + 1}: loss {loss.item():.3f}, {safe.logs()['safe/frozen_prefix']} blocks frozen")
 print("frozen:", sorted(safe.frozen))
-safe.close()  # adafreeze: the model is as it was, but for the trained weights
+safe.close()  # adafreeze: removes all hooks from the model

@@ -2,7 +2,7 @@
 
     python examples/trainer.py
 
-Does a sentence hold the word 7? A BERT of six blocks with random weights and LoRA learns it from 512 rows.
+Does a sentence contain token 7? A BERT of six blocks with random weights learns it with LoRA from 512 rows.
 """
 
 import torch
@@ -34,7 +34,7 @@ trainer = Trainer(
         learning_rate=5e-3,
         logging_steps=32,
         save_strategy="no",
-        report_to=[],  # "tensorboard", "wandb", ...: they get safe/frozen_prefix and the others too
+        report_to=[],  # "tensorboard", "wandb", ... also get safe/frozen_prefix and the other scalars
         use_cpu=True,
     ),
     train_dataset=rows,

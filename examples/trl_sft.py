@@ -3,7 +3,7 @@
     pip install trl
     python examples/trl_sft.py
 
-The tokenizer is made here, a word a token, so that nothing is downloaded.
+The tokenizer is built here, one word per token, so nothing is downloaded.
 """
 
 from datasets import Dataset

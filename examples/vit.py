@@ -1,4 +1,4 @@
-"""Images: a ViT, under a memory budget that holds from the first step (a plain step would hold 7 MiB).
+"""Images: a ViT under a memory budget from the first step (a plain step would use 7 MiB).
 
     python examples/vit.py
 

@@ -1,4 +1,4 @@
-"""Losses whose Hessian is known, and one of a tiny model."""
+"""Losses with a known Hessian, and the loss of a tiny model."""
 
 from __future__ import annotations
 

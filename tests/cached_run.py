@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from adafreeze import Safe, SafeConfig
-from cases import Samples, collate, lora_model
+from cases import Samples, batch, collate, lora_model
 
 BLOCKS = 4
 EPOCHS = 3
@@ -34,12 +34,12 @@ def pad_to(width: int):
     """A collator that pads text to ``width`` on the right, and labels to 6 (T5) or ``width``."""
 
     def padded(samples):
-        batch = collate(samples)
-        for name, value in batch.items():
+        made = collate(samples)
+        for name, value in made.items():
             if value.ndim == 2 and width > value.shape[1] and not (name == "labels" and value.shape[1] == 6):
                 fill = {"labels": -100}.get(name, 0)
-                batch[name] = torch.nn.functional.pad(value, (0, width - value.shape[1]), value=fill)
-        return batch
+                made[name] = torch.nn.functional.pad(value, (0, width - value.shape[1]), value=fill)
+        return made
 
     return padded
 
@@ -69,13 +69,13 @@ def train(family, settings, batches, model=None, accumulate=1, count=COUNT, afte
     )
     torch.manual_seed(5)
     losses, gradients = [], []
-    for number, batch in enumerate(batches):
+    for number, one in enumerate(batches):
         if step is None:
-            loss = model(**batch).loss
+            loss = model(**one).loss
             (loss / accumulate).backward()
             losses.append(loss.item())
         else:
-            step(safe, model, batch)
+            step(safe, model, one)
         if (number + 1) % accumulate:
             continue
         gradients.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
@@ -87,6 +87,34 @@ def train(family, settings, batches, model=None, accumulate=1, count=COUNT, afte
     safe.weights = [p.detach().clone() for p in model.parameters()]
     safe.close()
     return losses, gradients, safe
+
+
+def same_without(family, batches=None, depths=None, *, cache="ram", folder=None, model=None, **more):
+    """Train with the prefix cache and without it; every bit must be equal. Returns the Safe of the run with it.
+
+    Args:
+        family: of the model and its batches.
+        batches: default: those of three epochs.
+        depths: default: two blocks from the second step on.
+        cache: "ram", or another with ``folder`` for its directory.
+        folder: of the cache; not for "ram".
+        model: makes one; default: that of the family.
+        more: fields of ``SafeConfig``, and arguments of ``train``.
+    """
+    batches, runs = list(epochs(family) if batches is None else batches), []
+    settings = {name: more.pop(name) for name in list(more) if name in SafeConfig.__dataclass_fields__}
+    for mode in ({"cache": cache, "cache_dir": folder if cache != "ram" else None, **settings}, {"cache": "off"}):
+        runs.append(train(family, config(depths or {1: 2}, **mode), batches, model=model and model(), **more))
+    assert_same(*runs)
+    return runs[0][2]
+
+
+def frozen(family, **lora):
+    """A model without dropout, a batch, and a Safe that has frozen two blocks."""
+    model, inputs = lora_model(family, BLOCKS, dropout=0.0, **lora), batch(family)
+    safe = Safe(model, config(), probe=inputs, total_steps=100, samples_per_epoch=40)
+    safe.freeze(list(safe.units)[:2])
+    return model, inputs, safe
 
 
 def counts(safe):

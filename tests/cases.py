@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
@@ -87,6 +87,23 @@ def lora_model(family: str, blocks: int = 4, dropout: float | None = None, **lor
     model = get_peft_model(model, LoraConfig(**settings))
     model.train()
     return model
+
+
+_IA3 = {
+    **dict.fromkeys(("bert", "roberta"), (["key", "value", "output.dense"], ["output.dense"])),
+    "gpt2": (["c_attn"], []),
+    **dict.fromkeys(("llama", "qwen3"), (["k_proj", "v_proj", "down_proj"], ["down_proj"])),
+    "t5": (["k", "v"], []),
+    "vit": (["k_proj", "v_proj"], []),
+}
+
+
+def adapter(family: str, kind: str = "lora", dropout: float = 0.0) -> PeftConfig:
+    """The configuration of a small LoRA, DoRA (``"dora"``) or IA3 (``"ia3"``) adapter."""
+    if kind == "ia3":
+        targets, feedforward = _IA3[family]
+        return IA3Config(target_modules=targets, feedforward_modules=feedforward)
+    return LoraConfig(r=4, target_modules=TARGETS[family], lora_dropout=dropout, use_dora=kind == "dora")
 
 
 def sample(family: str, index: int, length: int | None = None) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""A tiny vision transformer, saved as a folder, and folders of images that it can tell apart."""
+"""A tiny vision transformer, saved as a folder, and folders of images of one color per class."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def save_vit(folder: Path) -> str:
 
 
 def blocks_of(folder: str) -> list[str]:
-    """The names of the blocks, which differ between versions of transformers."""
+    """The names of the blocks; they differ between versions of transformers."""
     model = AutoModelForImageClassification.from_pretrained(folder)
     return [name for name, module in model.named_modules() if type(module).__name__ == "ViTLayer"]
 
 
 def images(folder: Path, count: int = 4, classes: tuple[str, ...] = ("blue", "red")) -> str:
-    """``count`` noisy images of each class, in one sub-folder a class: one colour each, several sizes."""
+    """``count`` noisy images of each class, in one sub-folder per class: one color each, several sizes."""
     draw = np.random.default_rng(0)
     for channel, name in enumerate(classes):
         (folder / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Journals, written as a run writes them."""
+"""Journals like those of runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from adafreeze.journal import Journal
 
 
 def write_run(folder: Path, method: str = "safe", steps: int = 40, blocks: int = 4, every: int = 4) -> Path:
-    """A run in ``folder``: two of its blocks freeze half-way, and are looked up from then on."""
+    """A run in ``folder``: two of its blocks freeze halfway and are then served from the cache."""
     journal = Journal(folder / "journal.jsonl")
     journal.write("run", command="train", method=method, task="text-classification", settings={"learning_rate": 1e-3})
     units = [f"encoder.layer.{index}" for index in range(blocks)]

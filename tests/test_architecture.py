@@ -1,6 +1,9 @@
 """The house: folders are the architecture, and imports run downward only."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -166,3 +169,31 @@ def test_each_rule_can_fail(place, text, broken):
 )
 def test_what_is_allowed_passes(place, text):
     assert broken_rules(text, SOURCE / place) == []
+
+
+def test_importing_the_package_imports_no_heavy_one():
+    """scipy is left out: transformers imports it with ``TrainerCallback``."""
+    heavy = {"datasets", "sklearn", "trl", "matplotlib", "lmdb", "lightning", "deepspeed"}
+    program = f"import sys, adafreeze; print(sorted({heavy!r} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_users_script_passes_strict_type_checks(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch\n"
+        "from adafreeze import Safe, SafeConfig\n"
+        "def train(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> frozenset[str]:\n"
+        "    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)\n"
+        "    safe = Safe(model, SafeConfig(freeze_share=0.5), optimizer=optimizer, probe=batches, total_steps=9)\n"
+        "    for batch in batches:\n"
+        "        model(**batch).loss.backward()\n"
+        "        optimizer.step()\n"
+        "        names: list[str] = safe.step()\n"
+        "    safe.close()\n"
+        "    return safe.frozen\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", f"--cache-dir={tmp_path}", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MYPYPATH": str(SOURCE.parent)})
+    assert done.returncode == 0, done.stdout

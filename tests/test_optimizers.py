@@ -74,9 +74,9 @@ def spread_by_hooks():
 CASES = [as_it_should, twice_in_a_group, twice_in_two_groups, made_before_the_adapters, without_the_lower_half]
 CASES.append(spread_by_hooks)
 SAID = {
-    made_before_the_adapters: "The optimizer holds none of the adapters' parameters.",
-    without_the_lower_half: "The optimizer does not hold the parameters of 2 of 4 units: model.layers.0, "
-    "model.layers.1.",
+    made_before_the_adapters: "The optimizer has none of the adapters' parameters",
+    without_the_lower_half: "The optimizer does not have the parameters of 2 of 4 units "
+    "(model.layers.0, model.layers.1)",
 }
 
 
@@ -126,7 +126,8 @@ def test_the_loop_is_as_without_adafreeze_and_what_does_not_train_is_said(make):
     plain_losses, plain, *_ = looped(make, None)
     losses, weights, said, _ = looped(make, NOTHING)
     assert losses == plain_losses and all(map(torch.equal, weights, plain))
-    assert [text.splitlines()[0] for text in said] == ([SAID[make]] if make in SAID else [])
+    consequence = ", so they do not train unless another optimizer has them."
+    assert [text.splitlines()[0] for text in said] == ([SAID[make] + consequence] if make in SAID else [])
 
 
 @pytest.mark.parametrize("make", [twice_in_a_group, twice_in_two_groups, spread_by_hooks])
@@ -143,7 +144,7 @@ def test_the_trainer_is_as_without_adafreeze(make, tmp_path):
 
 
 def test_the_callback_says_it_too(tmp_path):
-    with pytest.warns(UserWarning, match="holds none of the adapters' parameters"):
+    with pytest.warns(UserWarning, match="has none of the adapters' parameters"):
         trained(made_before_the_adapters, tmp_path, SafeCallback(SafeConfig(**NOTHING)))
 
 

@@ -1,4 +1,4 @@
-"""Tiny text models and tokenizers, saved as folders, and rows that they can learn something from."""
+"""Tiny text models and tokenizers, saved as folders, and rows to train them on."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def bert_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def llama_tokenizer() -> PreTrainedTokenizerFast:
-    """Begins every text with <s>; has no padding token."""
+    """Starts every text with <s>; has no padding token."""
     return _tokenizer(["<unk>", "<s>", "</s>"], "<s> $A", "<s> $A <s> $B", bos_token="<s>", eos_token="</s>")
 
 
@@ -148,7 +148,7 @@ def nested(rows: list[dict]) -> dict:
 
 
 def write(path: Path, rows: list[dict]) -> str:
-    """Rows as the extension of ``path`` says."""
+    """Write rows in the format of the extension."""
     if path.suffix == ".csv":
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])

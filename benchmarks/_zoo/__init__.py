@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture that the installed transformers can build, each with rows to train on."""
+"""Tiny random models of every architecture that the installed transformers can build, with rows to train on."""
 
 from .build import head_names, lora_targets
 from .case import Case, Family, NotRunnable, collate, first_line

@@ -1,4 +1,4 @@
-"""Models of transformers' own families, with the adapters' targets."""
+"""Builds the models of transformers' architectures, and chooses the adapters' targets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .rows import candidates
 
 MOST_PARAMETERS = 20_000_000
 
-# Heads, in the order of the table, with transformers' own list of architectures that have one.
+# Heads in table order, with the name of transformers' list of architectures.
 HEADS_OF: dict[str, str] = {
     "sequence classification": "SEQUENCE_CLASSIFICATION",
     "causal LM": "CAUSAL_LM",
@@ -38,12 +38,12 @@ HEADS_OF: dict[str, str] = {
     "image-text contrastive": "ZERO_SHOT_IMAGE_CLASSIFICATION",
     "time series prediction": "TIME_SERIES_PREDICTION",
 }
-# Of these heads an architecture gets a row only where it has none of another text head.
+# An architecture gets a row for these heads only if it has no other head.
 IF_NO_OTHER = ("token classification", "question answering")
 
 
 def names_of(head: str) -> dict[str, str]:
-    """Model type → class name, as the library lists them."""
+    """Model type → class name, from the library's mapping."""
     mapping = getattr(modeling_auto, f"MODEL_FOR_{HEADS_OF[head]}_MAPPING_NAMES")
     return {kind: name if isinstance(name, str) else name[0] for kind, name in mapping.items()}
 
@@ -60,10 +60,10 @@ def of_transformers() -> Iterator[Family]:
 
 
 def build(kind: str, head: str, class_name: str, forced: Mapping[str, Any] | None = None) -> Case:
-    """A tiny model of an architecture with this head, and rows that it takes.
+    """A tiny model of an architecture with this head, and rows that it accepts.
 
     Raises:
-        NotRunnable: the library cannot build it tiny, or none of the inputs that are tried gives a loss.
+        NotRunnable: the library cannot build it tiny, or no known input gives a loss.
     """
     try:
         model_class = getattr(transformers, class_name)
@@ -94,14 +94,14 @@ def build(kind: str, head: str, class_name: str, forced: Mapping[str, Any] | Non
 
 
 def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
-    """What the model itself returns as its loss."""
+    """The loss that the model returns."""
     model.train()
     outputs = model(**batch)
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     return loss if isinstance(loss, Tensor) else None
 
 
-# Names of the linear layers of attention, over all families.
+# Names of attention's linear layers in all families.
 _ATTENTION = (
     *(
         "q_proj",
@@ -159,7 +159,7 @@ _ATTENTION = (
 
 
 def lora_targets(model: nn.Module) -> list[str] | str:
-    """Linear layers of attention; where a block has none that is known by name, all its linear layers."""
+    """Attention's linear layers, or all linear layers of a block if it has none with a known name."""
     from transformers.pytorch_utils import Conv1D
 
     of_blocks: dict[str, set[str]] = {}
@@ -171,14 +171,14 @@ def lora_targets(model: nn.Module) -> list[str] | str:
             of_blocks.setdefault(inside[1], set()).add(linear[name])
     found: set[str] = set()
     for names in of_blocks.values():
-        found |= names & set(_ATTENTION) or names - {"out_proj"}  # PEFT refuses that of Mamba
+        found |= names & set(_ATTENTION) or names - {"out_proj"}  # PEFT refuses Mamba's
     others = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name not in linear}
-    if found & others:  # what bears such a name elsewhere may be nothing that PEFT can adapt
+    if found & others:  # PEFT may not support other modules with such a name
         return [name for name, last in linear.items() if last in found]
     return sorted(found) or "all-linear"
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """What people train beside the adapters: the classifier, which is new."""
+    """Names of the new classifier, which is trained with the adapters."""
     new = ("classifier", "score", "classification_head", "qa_outputs", "pre_classifier", "seq_relationship", "cls_head")
     return [name for name, _ in model.named_children() if name in new]

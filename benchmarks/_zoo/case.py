@@ -1,4 +1,4 @@
-"""What is trained, and how its rows become a batch."""
+"""A model with its rows, and how rows become a batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 VOCABULARY = 96
-FIRST_WORD = 48  # below it are the special tokens, each with an id of its own
+FIRST_WORD = 48  # ids below are special tokens
 PAD, BOS, EOS, MASK = 0, 1, 2, 3
 ROWS = 12
 IMAGE, PATCH = 32, 8
@@ -20,20 +20,20 @@ Row = dict[str, Any]
 
 
 class NotRunnable(Exception):
-    """The family cannot be built tiny, or gives no loss: nothing of adafreeze was tried."""
+    """The family cannot be built tiny or returns no loss; adafreeze was not tried."""
 
 
 @dataclass
 class Case:
-    """What is trained.
+    """A model and its rows.
 
     Attributes:
         model: without adapters, or with (``adapted``).
         rows: the samples.
         together: names whose tensors are concatenated along dimension 0, not stacked (image patches of Qwen-VL).
-        targets: names of modules for LoRA; None: found by ``lora_targets``.
-        adapt: puts the adapters into the model, if it does that in a way of its own.
-        trainer: makes what trains, from the model, callbacks, and a list for the losses; None: transformers' Trainer.
+        targets: names of modules for LoRA; None: chosen by ``lora_targets``.
+        adapt: adds the adapters, if not by LoRA on ``targets``.
+        trainer: makes a trainer from the model, callbacks, and a list for the losses; None: transformers' Trainer.
     """
 
     model: nn.Module
@@ -49,10 +49,10 @@ class Family:
     """One row of the table.
 
     Attributes:
-        name: of the architecture, as transformers' ``model_type`` where it has one.
-        head: what it is trained for.
-        build: makes a ``Case``; called once an arm, after the seed is set.
-        needs: the optional package that it is made with.
+        name: transformers' ``model_type``, if it has one.
+        head: the task of the head.
+        build: makes a ``Case``; called once per arm, after seeding.
+        needs: the optional package it needs.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Family:
 
 
 def first_line(error: BaseException) -> str:
-    """``ValueError: what it says first``, without paths of this machine."""
+    """``ValueError: first lines of the message``, without paths of this machine."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = re.sub(r"(/[\w.\-]+){2,}", "...", " ".join(lines[:3]) if lines else "")
     return f"{type(error).__name__}: {text[:200]}"
@@ -76,10 +76,10 @@ _FILL = {"labels": -100, "input_ids": PAD, "decoder_input_ids": PAD}
 
 
 def collate(rows: Sequence[Row], together: Sequence[str] = ()) -> dict[str, Any]:
-    """Rows as one batch: each tensor padded to the largest of the batch in every dimension; ``together`` joined."""
+    """One batch: each tensor padded to the largest in every dimension; those in ``together`` concatenated."""
     batch: dict[str, Any] = {}
     for name in rows[0]:
-        if isinstance(rows[0][name], bool):  # a setting of the model
+        if isinstance(rows[0][name], bool):  # a model option
             batch[name] = rows[0][name]
             continue
         values = [torch.as_tensor(row[name]) for row in rows]

@@ -1,4 +1,4 @@
-"""Tiny configs: small numbers by the attribute's name, and exceptions by family."""
+"""Tiny configs: small numbers by attribute name, and exceptions by family."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .case import BOS, EOS, FIRST_WORD, HALF, HEADS, IMAGE, LAYERS, MASK, PAD, PATCH, VOCABULARY, WIDTH
 from .exceptions import EXCEPTIONS
 
-# Sizes by the attribute's name; what is not listed stays as the library sets it.
+# Sizes by attribute name; others keep the library's default.
 _SIZES: dict[str, Any] = {
     # depth
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"), LAYERS),
@@ -202,7 +202,7 @@ _SIZES: dict[str, Any] = {
         128,
     ),
     **dict.fromkeys(("sliding_window", "local_attention", "attention_window_size", "window_size_"), 8),
-    # Mamba and its relatives
+    # Mamba and relatives
     **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size"), 8),
     "time_step_rank": 4,
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 8),
@@ -221,7 +221,7 @@ _SIZES: dict[str, Any] = {
     "num_conv_pos_embedding_groups": 2,
     "classifier_proj_size": WIDTH,
     "num_codevectors_per_group": 16,
-    # so that what a row holds shows in the loss
+    # so that the content of a row affects the loss
     "initializer_range": 0.2,
     "init_std": 0.2,
 }
@@ -252,7 +252,7 @@ _LISTS: dict[str, Callable[[int], list[int]]] = {
 
 
 def sized(config_class: type[PreTrainedConfig], forced: Mapping[str, Any] | None = None) -> PreTrainedConfig:
-    """A config of ``config_class`` with small numbers; ``forced`` has the last word, sub-configs as dictionaries."""
+    """A config of ``config_class`` with small numbers; ``forced`` overrides, sub-configs as dictionaries."""
     forced = dict(forced or {})
     default = config_class()
     accepted = _accepted(config_class)
@@ -302,7 +302,7 @@ def _accepted(config_class: type) -> set[str]:
 def config_of(
     kind: str, head: str, config_class: type[PreTrainedConfig], forced: Mapping[str, Any] | None = None
 ) -> PreTrainedConfig:
-    """The tiny config of an architecture, as its exceptions say."""
+    """The tiny config of an architecture, with its exceptions."""
     given = dict(EXCEPTIONS.get(kind, {}))
     given |= EXCEPTIONS.get(f"{kind} | {head}", {})
     given |= forced or {}

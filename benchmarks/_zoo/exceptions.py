@@ -1,4 +1,4 @@
-"""What a family's config needs beside small numbers by name."""
+"""Config values that tiny models need beyond small numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All families, in the order in which they are run."""
+"""All families, in running order."""
 
 from .build import of_transformers
 from .case import Family
@@ -6,5 +6,5 @@ from .shapes import of_own_shape
 
 
 def families() -> list[Family]:
-    """Those with a shape of their own, and one for each architecture and head in transformers' mappings."""
+    """Models with an unusual shape, then one for each architecture and head in transformers' mappings."""
     return [*of_own_shape(), *of_transformers()]

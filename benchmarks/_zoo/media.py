@@ -1,4 +1,4 @@
-"""Rows of text with a picture or a sound in it: how many tokens stand for it is found by trying."""
+"""Rows of text with a picture or a sound; the number of its tokens is found by trying."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import nn
 from .case import ROWS, Row
 from .rows import LENGTHS, Draw, image_size, sound
 
-# Tokens that one picture or sound may take in the text.
+# Candidate numbers of tokens for a picture or sound.
 TOKENS = (16, 4, 1, 5, 17, 8, 9, 2, 3, 6, 12, 13, 18, 20, 24, 25, 32, 34, 36, 40, 48, 64, 65, 80, 96, 100, 128, 256)
 Made = tuple[list[Row], tuple[str, ...]]
 
 
 def pictures(model: nn.Module, names: set[str]) -> Iterator[Made]:
-    """One picture before each text: patches with a grid, or whole pictures in one of the orders that are known."""
+    """One picture before each text: patches with a grid, or whole pictures in a known order."""
     if "image_grid_thw" in names:
         yield from _grids(model, names)
     token = _token(model, "image_token_id", "image_token_index")
@@ -110,7 +110,7 @@ def pixels(model: nn.Module, names: set[str]) -> Iterator[list[Row]]:
 
 
 def _grids(model: nn.Module, names: set[str]) -> Iterator[Made]:
-    """Patches of all pictures of a batch one after the other, and a line of (frames, height, width) for each."""
+    """Concatenated patches of all pictures of a batch, and (frames, height, width) of each."""
     vision = model.config.vision_config
     merge = getattr(vision, "spatial_merge_size", None) or getattr(vision, "merge_size", None) or 2
     merge = merge if isinstance(merge, int) else merge[0]

@@ -1,7 +1,8 @@
-"""docs/families.md, made from the rows of benchmarks/families.py."""
+"""Renders docs/families.md from the rows of benchmarks/families.py."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -10,21 +11,19 @@ HEAD = """# Model families
 
 <!-- Written by `python benchmarks/families.py` from benchmarks/results/families.json. -->
 
-Every architecture that transformers can build tiny from its configuration class, for a head that returns a loss, and
-some that have a shape of their own. Each is a random model with LoRA, trained four times for three epochs from the
+Every architecture that transformers can build tiny from its configuration class, with every head that returns a loss,
+plus some models with an unusual shape. Each is a random model with LoRA, trained four times for three epochs from the
 same weights: without adafreeze, with `SafeConfig(freeze_at_start=0)`, with `SafeConfig()`, and with
-`SafeConfig(cache="off")`. Made with {versions}, by `python benchmarks/families.py`.
+`SafeConfig(cache="off")`. Made by `python benchmarks/families.py` with {versions}.
 
-- **served**: the lowest blocks are frozen, and a sample that comes again starts above them.
-- **prefix without cache**: the lowest blocks are frozen and keep no activations, but run in each step.
+- **served**: the lowest blocks are frozen, and a repeated sample starts above them.
+- **prefix without cache**: the lowest blocks are frozen and keep no activations, but run in every step.
 - **frozen without prefix**: adapters freeze, and all blocks run as before.
-- **refused**: adafreeze says before the first step why it does nothing.
-- **FAULT**: a crash or a loss that the run without adafreeze does not have, or a missing benefit that no message
-  explains.
+- **refused**: an error or warning before the first step gives the reason.
+- **FAULT**: a crash, a different loss than without adafreeze, or a missing benefit without a message.
 
-The first difference is the largest relative difference of losses between `freeze_at_start=0` and the run without
-adafreeze, up to its first freeze: it must be 0. The second is that between the cache on and off, over all steps:
-rounding alone is allowed.
+"Until first freeze" is the largest relative difference of losses between `freeze_at_start=0` and no adafreeze: it must
+be 0. "Cache on, off" is the same between cache on and off, over all steps: only rounding is allowed.
 
 """
 ORDER = ("served", "prefix without cache", "frozen without prefix", "refused", "FAULT")
@@ -32,7 +31,7 @@ ASIDE = ("not runnable", "not installed")
 
 
 def page(content: Mapping[str, Any]) -> str:
-    """The page as Markdown, from what the JSON file holds."""
+    """The page as Markdown, from the content of the JSON file."""
     rows, found = content["rows"], content["environment"]
     versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "peft"))
     counts = Counter(row["verdict"] for row in rows)
@@ -50,9 +49,7 @@ def page(content: Mapping[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |\n")
     aside = sorted((row for row in rows if row["verdict"] in ASIDE), key=_place)
     if aside:
-        lines.append(
-            "\n## What could not be run\n\nThe run without adafreeze fails, or the model cannot be built tiny.\n\n"
-        )
+        lines.append("\n## Not run\n\nThe run without adafreeze fails, or the model cannot be built tiny.\n\n")
         lines.append("| architecture | head | reason |\n|---|---|---|\n")
         lines += [f"| {row['name']} | {row['head']} | {_text(row['reason'])} |\n" for row in aside]
     return "".join(lines)
@@ -69,4 +66,5 @@ def _number(value: Any) -> str:
 
 
 def _text(text: str) -> str:
+    text = re.split(r" (?:Cause|Fix): ", text)[0]  # the fact of an error
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")[:240]

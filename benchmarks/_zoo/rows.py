@@ -1,4 +1,4 @@
-"""Rows for a tiny model: made from the names that its forward pass takes, with and without padding."""
+"""Rows for a tiny model, made from the argument names of its forward pass, with and without padding."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch import nn
 from .case import BOS, EOS, FIRST_WORD, IMAGE, MASK, ROWS, VOCABULARY, Row
 
 CHOICES = 3
-# Lengths of the texts, special tokens included: three batches of four rows have padding, whatever their order.
+# Text lengths including special tokens: in any order, three batches of four rows have padding.
 LENGTHS = (9, 12, 10, 12, 8, 12, 11, 12, 7, 12, 10, 9)
 FIXED = 16
 
 
 def candidates(model: nn.Module, head: str) -> Iterator[tuple[list[Row], tuple[str, ...]]]:
-    """Rows to try, the ones nearest to real data first."""
+    """Candidate rows, most realistic first."""
     names = set(inspect.signature(model.forward).parameters)
     maker = _MAKERS[head]
     yield from maker(model, names)
 
 
 class Draw:
-    """Random values from a generator of its own."""
+    """Random values from its own generator."""
 
     def __init__(self, seed: int = 0) -> None:
         self.generator = torch.Generator().manual_seed(seed)
 
     def words(self, length: int) -> torch.Tensor:
-        """Token ids that begin with BOS and end with EOS."""
+        """Token ids from BOS to EOS."""
         ids = torch.randint(FIRST_WORD, VOCABULARY, (length,), generator=self.generator)
         ids[0], ids[-1] = BOS, EOS
         return ids
@@ -178,7 +178,7 @@ def _video(model: nn.Module, names: set[str]) -> Iterator[tuple[list[Row], tuple
 
 
 def sound(draw: Draw, model: nn.Module, names: set[str], kind: int, index: int) -> Row:
-    """Waveforms of two lengths, or spectrograms in the order that the model wants."""
+    """Waveforms of two lengths, or spectrograms in the model's order."""
     config = (
         getattr(model.config, "audio_config", None) or getattr(model.config, "encoder_config", None) or model.config
     )
@@ -230,7 +230,7 @@ def _image_and_text(model: nn.Module, names: set[str]) -> Iterator[tuple[list[Ro
 
 
 def _pairs(model: nn.Module, names: set[str]) -> Iterator[tuple[list[Row], tuple[str, ...]]]:
-    """A picture and its text; each is told from those of the rest of the batch."""
+    """Pairs of picture and text for a contrastive loss."""
     from .media import pixels
 
     for images in pixels(model, names):

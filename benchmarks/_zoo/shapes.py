@@ -1,4 +1,4 @@
-"""Families with a shape of their own: own modules around an encoder, other libraries' trainers, variants."""
+"""Models with an unusual shape: own modules around an encoder, other libraries' trainers, variants."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLOCKS = 6
 
 
 class Classifier(nn.Module):
-    """torch's own encoder with a loss, in either order of dimensions."""
+    """torch's encoder with a loss, batch first or second."""
 
     def __init__(self, batch_first: bool) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Classifier(nn.Module):
 
 
 class TwoCalls(nn.Module):
-    """A bi-encoder: anchors and positives go through the same encoder, one after the other; the loss is in-batch."""
+    """A bi-encoder: anchors, then positives through the same encoder; in-batch loss."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def _mean(output: Any, mask: Tensor) -> Tensor:
 
 
 def _in_batch(first: Tensor, second: Tensor) -> dict[str, Tensor]:
-    """Each row's own partner against those of all others, temperature 0.05."""
+    """In-batch contrastive loss, temperature 0.05."""
     first, second = nn.functional.normalize(first, dim=-1), nn.functional.normalize(second, dim=-1)
     return _with_loss(first @ second.T / 0.05, torch.arange(len(first), device=first.device))
 
@@ -273,14 +273,14 @@ def _with_layer_drop() -> Case:
 
 
 def _language_model_only(kind: str) -> Case:
-    """LoRA in the language model alone, as most recipes have it."""
+    """LoRA in the language model only, as in most recipes."""
     case = build(kind, "image-text-to-text", names_of("image-text-to-text")[kind])
     case.targets = r".*(language_model|text_model|text_encoder)\..*\.(q_proj|k_proj|v_proj)"
     return case
 
 
 def _mixed(kind: str) -> Case:
-    """Every third row is text alone, the first one among them."""
+    """Every third row is text only, including the first."""
     case = build(kind, "image-text-to-text", names_of("image-text-to-text")[kind])
     token = case.model.config.image_token_id
     rows = []
@@ -297,7 +297,7 @@ def _mixed(kind: str) -> Case:
 
 
 def _luke(head: str) -> Case:
-    """Words and entities: blocks hand on two streams."""
+    """Words and entities: blocks pass on two streams."""
     config = transformers.LukeConfig(
         vocab_size=VOCABULARY, entity_vocab_size=8, hidden_size=WIDTH, entity_emb_size=WIDTH, num_hidden_layers=BLOCKS,
         num_attention_heads=4, intermediate_size=2 * WIDTH, num_labels=2, max_position_embeddings=64, pad_token_id=PAD,
@@ -316,7 +316,7 @@ def _luke(head: str) -> Case:
 
 
 def of_own_shape() -> Iterator[Family]:
-    """All of them."""
+    """All models with an unusual shape."""
     yield Family("nn.TransformerEncoder, batch first", "own module", lambda: _torch_encoder(True))
     yield Family("nn.TransformerEncoder, sequence first", "own module", lambda: _torch_encoder(False))
     yield Family("bi-encoder, two calls", "own module", _two_calls)

@@ -1,4 +1,4 @@
-"""How every arm is trained, whatever trains it."""
+"""Training shared by all arms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BATCH, EPOCHS, RATE = 4, 3, 1e-3
 
 
 def recording(kind: type[Trainer], losses: list[float]) -> type[Trainer]:
-    """A Trainer that writes down the loss of each micro-batch beside what it does."""
+    """A Trainer that also records the loss of each micro-batch."""
 
     class Recording(kind):  # type: ignore[misc, valid-type]
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -24,7 +24,7 @@ def recording(kind: type[Trainer], losses: list[float]) -> type[Trainer]:
 
 
 def arguments(kind: type[TrainingArguments] = TrainingArguments, **more: Any) -> TrainingArguments:
-    """Those of every arm."""
+    """The arguments of every arm."""
     return kind(
         os.path.join(tempfile.gettempdir(), "families-unused"),
         per_device_train_batch_size=BATCH,

@@ -4,11 +4,11 @@ from ._version import __version__
 from .config import SafeConfig
 from .errors import AdafreezeError, AdafreezeWarning, ConfigError, DataError, ModelError, ProbeError, RunError
 from .integrations.checkpoints import last_checkpoint
+from .integrations.export import Export, export_config
 from .integrations.transformers import SafeCallback
 from .journal import Journal, read_journal
 from .loop.safe import Safe
 from .memory.plan import Plan, plan
-from .train.export import Export, export_config
 
 __all__ = [
     # In a script: a callback for Trainer and TRL, or an object for a loop of your own.

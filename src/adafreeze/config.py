@@ -12,27 +12,27 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .decide.policy import POLICIES
-from .decide.scores import SCORES
+from .decide.scores import SCORES, Score
 from .errors import ConfigError
 from .sizes import parse_size
 
 __all__ = ["AS_PUBLISHED", "AT_START", "PAPER", "SafeConfig"]
 
-# The share of the blocks that is frozen before step 0, unless something else is said.
+# The default share of the blocks that is frozen before step 0.
 AT_START = 1 / 3
-# What we have added to when and how units freeze, switched off: for methods as others published them.
+# Our additions to the published methods, switched off.
 AS_PUBLISHED: dict[str, Any] = {"freeze_at_start": 0.0, "lr_scale": 1.0, "wait_for_loss": False}
-# What the published method has other than our defaults; it leaves the warm-up's length open, and this is our reading.
+# Son et al. 2025, where it differs from our defaults. The length of the warm-up is our reading: the paper leaves it
+# open.
 PAPER: dict[str, Any] = {"policy": "threshold", "warmup": 0.3, "ramp_end": 0.5, **AS_PUBLISHED}
 
 _T = TypeVar("_T")
 
 
-def _knows_what_was_given(cls: type[_T]) -> type[_T]:
-    """Let a frozen dataclass keep the names of the arguments that it was made with.
+def _remember_given(cls: type[_T]) -> type[_T]:
+    """Let a frozen dataclass remember the names of the arguments that were given to it.
 
-    Around ``__init__``, and not in ``__new__``, which copies and pickles call without arguments, and which would hide
-    the signature.
+    By wrapping ``__init__``: copies and pickles call ``__new__`` without arguments, and it would hide the signature.
     """
     make: Any = cls.__init__
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
@@ -46,7 +46,7 @@ def _knows_what_was_given(cls: type[_T]) -> type[_T]:
     return cls
 
 
-@_knows_what_was_given
+@_remember_given
 @dataclass(frozen=True)
 class SafeConfig:
     """Settings of selective adapter freezing. The defaults need no tuning.
@@ -54,54 +54,55 @@ class SafeConfig:
     Shares of the run are fractions of ``total_steps``, between 0 and 1.
 
     Args:
-        policy: which units freeze next. ``"share"`` (default) freezes the longest prefix whose scores sum to at
-            most ``freeze_share`` of the total; ``"threshold"`` every unit whose score is below τ(t), the paper's rule
-            (with the rest of its settings: ``SafeConfig.paper()``); ``"bottom_up"`` freezes ``freeze_share`` of the
-            blocks with adapters, from the bottom; or a function of a ``PolicyInput`` that returns unit names.
-        score: how a unit's importance is measured: ``"cka"`` (default), ``"cka_debiased"``, ``"local_cka"``,
-            ``"grad_norm"``, ``"weight_change"``, ``"random"``, or a function of two tensors of shape
-            (tokens, features): the unit's representation before (pre-trained) and now.
-        granularity: ``"block"``: all adapters of a transformer block are one unit; ``"site"``: each adapted layer
-            is its own.
+        policy: **How much to freeze.** Which units freeze next. ``"share"`` (default): the longest prefix whose scores
+            sum to at most ``freeze_share`` of the total. ``"threshold"``: every unit whose score is below τ(t), the
+            paper's rule (``SafeConfig.paper()`` has the rest of its settings). ``"bottom_up"``: the lowest
+            ``freeze_share`` of the blocks with adapters. Or a function of a ``PolicyInput`` that returns unit names;
+            decorate it with ``adafreeze.decide.prefix_only`` if it freezes only prefixes.
         freeze_share: the part of the total score that may be frozen by the end of the ramp.
         threshold: τ_T of the paper, the score below which units freeze at the end of the ramp.
-        warmup: the share of the run before the first freeze by score; it ends sooner once the scores have settled.
-        wait_for_loss: let the warm-up go on, at most to ``ramp_end``, while the training loss falls faster than it has
-            on average: what has not moved yet may still be about to. Needs a model that returns its loss.
+        freeze_at_start: the share of the blocks with adapters, rounded down, frozen before step 0 from the bottom,
+            regardless of score: the peak falls from the first step on, and the cache fills in the first epoch. None
+            (default) is a third; or 0 if ``freeze`` is given, with another policy than "share", with
+            ``freeze_share=0``, or for AdaLoRA, whose ranks could then never move.
+        freeze: names of units to freeze before step 0.
+        min_live_blocks: blocks of each stack that always keep training.
+        score: how a unit's importance is measured: ``"cka"`` (default), ``"cka_debiased"``, ``"local_cka"``,
+            ``"grad_norm"``, ``"weight_change"``, ``"random"``; a function of two tensors of shape (tokens, features),
+            the unit's representation as training began and now; or an ``adafreeze.decide.Score``.
+        granularity: ``"block"``: all adapters of a transformer block are one unit. ``"site"``: each adapted layer is.
+        warmup: **When to freeze.** The share of the run before the first freeze by score. It ends sooner once the
+            scores have settled.
         ramp_end: the share of the run at which the threshold stops rising (t_f).
-        settle_patience: scores have settled when the policy's choice has not changed over this many measurements.
+        wait_for_loss: postpone freezing, to ``ramp_end`` at most, while the training loss drops faster than on average.
+            Needs a model that returns its loss.
+        settle_patience: scores have settled when the policy's choice did not change over this many measurements ...
         settle_tolerance: ... and no score moved by more than this fraction of the largest.
-        min_live_blocks: blocks that always keep training.
-        probe_tokens: tokens on which scores are measured. More is steadier and costs more; shrunk automatically
-            if ``min_measurements`` of them would cost more than ``overhead``.
-        normalize_rows: scale each token's vector to unit length before CKA, so that a few huge tokens (attention
-            sinks of decoders) cannot drown all others.
-        min_measurements: measurements between the start and ``ramp_end``, at least.
-        overhead: the share of the run's FLOPs that measuring may cost.
-        cache: where the outputs of the frozen prefix are kept, so that a sample that comes again starts above it:
-            ``"auto"`` (default) in memory, then on disk if ``cache_dir`` is given, and nowhere if it cannot pay;
-            ``"ram"``, ``"disk"``, or ``"off"``.
-        cache_budget: the most that the cache holds in memory, and the most that it holds on disk: bytes, or a text
-            such as ``"4GiB"``. Of memory it never takes more than half of what is free.
-        cache_dir: folder of the disk tier; of this machine, since a network file system is no place for it. For
-            ``cache="disk"`` the default is ``adafreeze`` in the user's cache folder.
-        cache_dtype: ``"bfloat16"`` keeps cached outputs in half the bytes, rounded; None as the blocks give them.
-        prefix_dropout: keep the model's dropout in the frozen prefix. Its outputs are then random, and the cache is
+        cache: **Where states go.** The outputs of the frozen prefix are stored, so that a sample seen before starts
+            above it. ``"auto"`` (default): in memory, then on disk if ``cache_dir`` is given, and off if it cannot pay.
+            ``"ram"``, ``"disk"`` or ``"off"``.
+        cache_budget: the most that the cache takes in memory, and the most that it takes on disk: bytes, or a text
+            such as ``"4GiB"``. It never takes more than half of the free memory.
+        cache_dir: folder of the disk tier, on a local disk. Default for ``cache="disk"``: ``adafreeze`` in the user's
+            cache folder.
+        cache_dtype: ``"bfloat16"`` stores states in half the bytes, rounded; None as the blocks return them.
+        prefix_dropout: keep the model's dropout on in the frozen prefix. Its outputs are then random, and the cache is
             off.
-        lr_scale: what the learning rates are multiplied by, while the optimizer steps, once units have frozen.
-            ``"sqrt"`` (default): √(units / live units), at most 3, which keeps a step of Adam's as long as it was
-            with all of them; a number; 1 leaves them alone. Units that were frozen before step 0 do not count.
-        memory_budget: the most that a training step may hold on the device, weights included, from the first step
-            on: bytes, a text such as ``"6GiB"``, a share of the device such as 0.5, or ``"auto"`` for what is free.
-            Blocks above the prefix recompute their activations as far as that takes. None (default): the peak of
-            the run is that of its first steps.
-        dry_run: log what would freeze, freeze nothing.
-        freeze_at_start: the share of the blocks with adapters, rounded down, that is frozen before step 0, from the
-            bottom, whatever would become of their scores: the peak falls from the first step on, and the cache fills in
-            the first epoch. None (default): a third; none if ``freeze`` or another policy than "share" says what
-            freezes, if ``freeze_share`` is 0, or for AdaLoRA, whose ranks could then never move.
-        freeze: unit names to freeze by hand, at once.
-        seed: of the probe's own random generator; the run's random state is never advanced.
+        memory_budget: **Memory.** The most that a training step may take on the device, weights included, from the
+            first step on: bytes, a text such as ``"6GiB"``, a share of the device such as 0.5, or ``"auto"`` for what
+            is free. As many blocks above the prefix as needed use activation checkpointing. None (default): the first
+            steps have the peak of the run.
+        lr_scale: **Expert.** Factor on the learning rates once units have frozen. ``"sqrt"`` (default): √(units / live
+            units), at most 3, which keeps the length of an Adam step. A number; 1 disables it. Units frozen before step
+            0 do not count.
+        probe_tokens: tokens on which scores are measured. More is steadier and costs more; reduced automatically if
+            ``min_measurements`` of them would cost more than ``overhead``.
+        normalize_rows: scale each token's vector to unit length before CKA, so that a few huge tokens (attention sinks
+            of decoders) do not dominate it.
+        min_measurements: the least number of measurements between the start and ``ramp_end``.
+        overhead: the share of the run's FLOPs that measuring may cost.
+        dry_run: log what would freeze, and freeze nothing.
+        seed: of the probe's own random generator. The run's random state never advances.
 
     Raises:
         ConfigError: a value is out of range or a name unknown.
@@ -164,21 +165,18 @@ class SafeConfig:
             _memory_budget(self.memory_budget)
         if self.cache_dir is not None and not isinstance(self.cache_dir, (str, os.PathLike)):
             raise ConfigError(
-                f"SafeConfig.cache_dir is {self.cache_dir!r}.",
-                cause="It must be the path of a folder.",
+                f"SafeConfig.cache_dir is {self.cache_dir!r}, but must be the path of a folder.",
                 fix='SafeConfig(cache_dir="cache")',
             )
         if self.cache_dir is not None and self.cache in ("ram", "off"):
             raise ConfigError(
-                f"SafeConfig.cache_dir is given, and cache is {self.cache!r}.",
-                cause="Nothing would be written to that folder.",
+                f"SafeConfig.cache_dir is given, but cache is {self.cache!r}, which writes nothing to it.",
                 fix='SafeConfig(cache="disk", cache_dir=...), or cache="auto" for memory first',
             )
         for name in ("wait_for_loss", "normalize_rows", "prefix_dropout", "dry_run"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(
-                    f"SafeConfig.{name} is {getattr(self, name)!r}.",
-                    cause="It must be True or False.",
+                    f"SafeConfig.{name} is {getattr(self, name)!r}, but must be True or False.",
                     fix=f"SafeConfig({name}={getattr(type(self), name)})",
                 )
         for name, least, most in (
@@ -191,23 +189,22 @@ class SafeConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 raise ConfigError(
-                    f"SafeConfig.{name} is {value!r}.",
-                    cause=f"It must be a whole number, at least {least}"
+                    f"SafeConfig.{name} is {value!r}, but must be a whole number, at least {least}"
                     + ("." if most == math.inf else f" and at most {most}."),
                     fix=f"SafeConfig({name}={max(least, getattr(type(self), name))})",
                 )
         if self.ramp_end < self.warmup:
             raise ConfigError(
-                f"SafeConfig.ramp_end ({self.ramp_end}) is before warmup ({self.warmup}).",
-                cause="The threshold rises from the end of the warm-up to ramp_end.",
+                f"SafeConfig.ramp_end ({self.ramp_end}) is before warmup ({self.warmup}), from which the threshold "
+                "rises.",
                 fix=f"SafeConfig(warmup={max(0.0, self.ramp_end - 0.2):g}, ramp_end={self.ramp_end})",
             )
 
     @property
     def given(self) -> frozenset[str]:
-        """Names of the fields that were given, to the class, ``from_dict`` or as flags; the others are defaults.
+        """Names of the fields that were given; the others are defaults.
 
-        A resumed run takes these from here and the others from its checkpoint.
+        A resumed run takes the given ones from here and the others from its checkpoint.
 
         >>> sorted(SafeConfig(freeze_share=0.6, seed=1).given)
         ['freeze_share', 'seed']
@@ -216,9 +213,7 @@ class SafeConfig:
         return given
 
     def changed(self, **fields: Any) -> SafeConfig:
-        """A copy with other values of some fields, by adafreeze itself: what was given stays what it was.
-
-        ``dataclasses.replace`` gives every field.
+        """A copy with other values of some fields, and the same ``given`` (``dataclasses.replace`` gives all).
 
         >>> SafeConfig(seed=1).changed(cache="off").given
         frozenset({'seed'})
@@ -229,7 +224,7 @@ class SafeConfig:
 
     @property
     def share_at_start(self) -> float:
-        """``freeze_at_start``, and what None stands for."""
+        """``freeze_at_start``, with None resolved."""
         if self.freeze_at_start is not None:
             return self.freeze_at_start
         return AT_START if self.policy == "share" and self.freeze_share > 0 and not self.freeze else 0.0
@@ -246,18 +241,17 @@ class SafeConfig:
 
     @classmethod
     def paper(cls, **overrides: Any) -> SafeConfig:
-        """The method as published: the cubic threshold on raw scores, units frozen wherever they stand."""
+        """The method as published: the cubic threshold on raw scores, for units in any block."""
         return cls.from_dict({**PAPER, **overrides})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SafeConfig:
-        """Build from a mapping, naming any field that does not exist."""
+        """Build from a mapping; raises a ConfigError for an unknown field."""
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
                 raise ConfigError(
-                    f"SafeConfig has no field {name!r}.",
-                    cause=f"Its fields are: {', '.join(known)}.",
+                    f"SafeConfig has no field {name!r}; its fields are {', '.join(known)}.",
                     fix=f"Remove {name!r}, or correct its spelling.",
                 )
         return cls(**dict(values))
@@ -266,7 +260,9 @@ class SafeConfig:
         """Plain values for the journal; functions by their name."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in ("policy", "score"):
-            if callable(values[name]):
+            if isinstance(values[name], Score):
+                values[name] = values[name].name
+            elif callable(values[name]):
                 values[name] = getattr(values[name], "__qualname__", repr(values[name]))
         if values["cache_dir"] is not None:
             values["cache_dir"] = os.fspath(values["cache_dir"])
@@ -288,30 +284,29 @@ def _memory_budget(value: Any) -> int | float | str:
 def _named(name: str, value: Any, known: tuple[str | None, ...]) -> None:
     if not (value is None or isinstance(value, str)) or value not in known:
         raise ConfigError(
-            f"SafeConfig.{name} is {value!r}.",
-            cause=f"It must be one of {', '.join(map(repr, known))}.",
+            f"SafeConfig.{name} is {value!r}, but must be one of {', '.join(map(repr, known))}.",
             fix=f"SafeConfig({name}={getattr(SafeConfig, name)!r})",
         )
 
 
 def _one_of(name: str, value: Any, known: Any) -> None:
-    if (callable(value) and name != "granularity") or (isinstance(value, str) and value in known):
+    own = name != "granularity" and (callable(value) or isinstance(value, Score))
+    if own or (isinstance(value, str) and value in known):
         return
     raise ConfigError(
-        f"SafeConfig.{name} is {value!r}.",
-        cause=f"It must be one of {', '.join(sorted(known))}" + ("." if name == "granularity" else ", or a function."),
+        f"SafeConfig.{name} is {value!r}, but must be one of {', '.join(sorted(known))}"
+        + ("." if name == "granularity" else ", or a function."),
         fix=f'SafeConfig({name}="{getattr(SafeConfig, name)}")',
     )
 
 
 def _names(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, Iterable) and not isinstance(value, str):  # which is iterable too, letter by letter
+    if isinstance(value, Iterable) and not isinstance(value, str):
         names = tuple(value)
         if all(isinstance(one, str) for one in names):
             return tuple(dict.fromkeys(names))
     raise ConfigError(
-        f"SafeConfig.{name} is {value!r}.",
-        cause="It must be a list of unit names.",
+        f"SafeConfig.{name} is {value!r}, but must be a list of unit names.",
         fix=f"SafeConfig({name}=[{value if isinstance(value, str) else '...'!r}])",
     )
 
@@ -320,7 +315,6 @@ def _within(name: str, value: Any, low: float, high: float, also: str = "") -> N
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not low <= value <= high:
         raise ConfigError(
-            f"SafeConfig.{name} is {value!r}.",
-            cause=f"It must be a number between {low} and {high}{also}.",
+            f"SafeConfig.{name} is {value!r}, but must be a number between {low} and {high}{also}.",
             fix=f"SafeConfig({name}={getattr(SafeConfig, name)!r})",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from importlib import metadata
 
 import torch
@@ -18,25 +19,16 @@ _PACKAGES = (
 
 
 def environment() -> dict[str, str]:
-    """Versions of adafreeze, of Python, of the packages that matter and are installed, and the device.
-
-    Imports none of those packages but torch.
+    """Versions of adafreeze, Python and the installed packages that matter, and the device; imports only torch.
 
     >>> list(environment())[:4]
     ['adafreeze', 'python', 'platform', 'torch']
     """
-    found = {
-        "adafreeze": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(terse=True),
-    }
+    found = {"adafreeze": __version__, "python": platform.python_version(), "platform": platform.platform(terse=True)}
     for package in _PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return found
+    return found | {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 
 
 if __name__ == "__main__":

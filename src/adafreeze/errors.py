@@ -14,6 +14,7 @@ __all__ = [
     "ModelError",
     "ProbeError",
     "RunError",
+    "WarnOnce",
     "note",
     "warn",
 ]
@@ -31,8 +32,7 @@ class AdafreezeError(Exception):
       Fix: get_peft_model(...)
     """
 
-    def __init__(self, fact: str, *, fix: str, cause: str | None = None) -> None:
-        fact = fact if cause is None else f"{fact} {cause}"
+    def __init__(self, fact: str, *, fix: str) -> None:
         super().__init__(fact)
         self.fact, self.fix = fact, fix
 
@@ -71,10 +71,24 @@ class AdafreezeWarning(UserWarning):
     """Something that costs the user memory, time or accuracy, but does not stop the run."""
 
 
-def warn(fact: str, *, fix: str, cause: str | None = None, stacklevel: int = 3) -> None:
+def warn(fact: str, *, fix: str, stacklevel: int = 3) -> None:
     """Issue an ``AdafreezeWarning`` in the same two parts as an error."""
-    message = str(AdafreezeError(fact, fix=fix, cause=cause))
-    warnings.warn(message, AdafreezeWarning, stacklevel=stacklevel)
+    warnings.warn(str(AdafreezeError(fact, fix=fix)), AdafreezeWarning, stacklevel=stacklevel)
+
+
+class WarnOnce:
+    """Warns once for each key."""
+
+    def __init__(self) -> None:
+        self._keys: set[str] = set()
+
+    def __call__(self, key: str, fact: str, *, fix: str) -> bool:
+        """Warn, unless that key was used before; True if it warned."""
+        first = key not in self._keys
+        self._keys.add(key)
+        if first:
+            warn(fact, fix=fix, stacklevel=5)
+        return first
 
 
 def note(text: str) -> None:

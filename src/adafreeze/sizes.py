@@ -9,21 +9,23 @@ from .errors import ConfigError
 
 __all__ = ["parse_size", "readable"]
 
-_UNITS = {"": 1, "b": 1, **{f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)}}
+_UNITS = {"": 1, "b": 1} | {f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)}
 _UNITS |= {f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)}
 
 
 def parse_size(name: str, value: Any, example: str = "4GiB", also: str = "") -> int:
-    """Bytes: a whole number, or a text with a unit.
+    """Bytes from a whole number, or from a text with an optional unit.
+
+    By hand: ``accelerate.utils.convert_file_size_to_int`` reads no TiB and no plain digits, and "4gb" as gigabits.
 
     Args:
         name: of the setting, for the error.
-        value: what was given.
-        example: what would be right.
-        also: what else the setting takes, for the error.
+        value: as given by the user.
+        example: a good value, for the error.
+        also: other values that the setting accepts, for the error.
 
     Raises:
-        ConfigError: it is neither, or less than one byte.
+        ConfigError: it is not a size of at least one byte.
 
     >>> parse_size("size", "1.5KiB"), parse_size("size", "2 GB"), parse_size("size", 7)
     (1536, 2000000000, 7)
@@ -33,18 +35,16 @@ def parse_size(name: str, value: Any, example: str = "4GiB", also: str = "") -> 
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value) if isinstance(value, str) else None
     size = float(found[1]) * _UNITS.get(found[2].lower(), 0) if found is not None else 0.0
     if not 1 <= size < float("inf"):
-        setting = re.fullmatch(r"(\w+)\.(\w+)", name)
+        setting, _, field = name.rpartition(".")
         raise ConfigError(
-            f"{name} is {value!r}.",
-            cause="It must be a number of bytes, or a text with one of the units KiB, MiB, GiB, TiB, KB, MB, GB, TB"
-            f"{also}.",
-            fix=f"{setting[1]}({setting[2]}={example!r})" if setting else f"{name} {example}",
+            f"{name} is {value!r}; expected bytes, or a text in KiB, MiB, GiB, TiB, KB, MB, GB or TB{also}.",
+            fix=f"{setting}({field}={example!r})" if setting else f"{name} {example}",
         )
     return int(size)
 
 
 def readable(nbytes: float) -> str:
-    """Bytes with three digits or so, and a unit.
+    """Bytes in the largest fitting unit, with about three digits.
 
     >>> readable(6 * 2**30), readable(300.5 * 2**20), readable(2000)
     ('6.00 GiB', '300 MiB', '1.95 KiB')

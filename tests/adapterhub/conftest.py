@@ -1,3 +1,3 @@
-"""The models need a library that is not there in the main environment."""
+"""The models need a library that is not in the main environment."""
 
 collect_ignore = ["hub_cases.py"]

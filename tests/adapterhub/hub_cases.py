@@ -1,4 +1,4 @@
-"""The tiny models of cases.py with adapters of AdapterHub in them."""
+"""The tiny models of cases.py with adapters of AdapterHub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HOUSLBY, PFEIFFER = "double_seq_bn", "seq_bn"
 
 
 def hub_model(family: str, config: object = HOUSLBY, blocks: int = 4, dropout: float | None = None) -> torch.nn.Module:
-    """``cases.base_model`` with an active adapter named "task" that trains and is not zero."""
+    """``cases.base_model`` with an active trainable adapter "task" that is not zero."""
     model = cases.base_model(family, blocks, dropout)
     adapters.init(model)
     torch.manual_seed(1)
@@ -22,7 +22,7 @@ def hub_model(family: str, config: object = HOUSLBY, blocks: int = 4, dropout: f
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of all that the library calls the adapter."""
+    """Copies of all adapter weights."""
     return {
         f"{layer}.{location}.{name}": parameter.detach().clone()
         for layer, sites in model.get_adapter("task").items()

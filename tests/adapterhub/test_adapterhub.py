@@ -43,7 +43,7 @@ def test_a_houlsby_block_is_one_unit_or_two(family):
 
 
 @each_family
-def test_each_site_is_scored_on_its_own_output(family):
+def test_each_adapted_layer_is_scored_on_its_own_output(family):
     model = hub_model(family, dropout=0.0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -75,11 +75,11 @@ def test_each_site_is_scored_on_its_own_output(family):
 
 @each_family
 @each_config
-def test_a_freeze_cuts_the_graph_and_leaves_gradients_above_it_alone(family, config):
+def test_a_freeze_cuts_the_graph_and_does_not_change_gradients_above_it(family, config):
     model = hub_model(family, config, dropout=0.0)
     twin = copy.deepcopy(model)
     safe = new_safe(model, family, cache="off")
-    safe._freeze(list(safe.units)[:2], by="hand")
+    safe.freeze(list(safe.units)[:2])
     assert sum(safe.prefixes.values()) == 2
     with SavedBytes(model) as mine:
         loss = model(**cases.batch(family)).loss
@@ -100,7 +100,7 @@ def test_a_freeze_cuts_the_graph_and_leaves_gradients_above_it_alone(family, con
 
 @each_family
 @each_config
-def test_with_the_cache_a_run_is_the_same_to_the_bit(family, config):
+def test_the_cache_does_not_change_a_bit(family, config):
     batches = list(cached_run.epochs(family))
     runs = [
         cached_run.train(family, cached_run.config({3: 1, 6: 3}, cache), batches, model=hub_model(family, config))
@@ -112,22 +112,22 @@ def test_with_the_cache_a_run_is_the_same_to_the_bit(family, config):
 
 
 @each_config
-def test_half_of_a_houlsby_block_makes_no_prefix(config):
+def test_half_of_a_houlsby_block_is_not_a_prefix(config):
     safe = new_safe(hub_model("bert", config), "bert", granularity="site")
     first, second, *_ = safe.units
-    safe._freeze([first], by="hand")
+    safe.freeze([first])
     assert sum(safe.prefixes.values()) == (0 if config == HOUSLBY else 1)
-    safe._freeze([second], by="hand")
+    safe.freeze([second])
     assert sum(safe.prefixes.values()) == (1 if config == HOUSLBY else 2)
 
 
-def test_frozen_adapters_do_not_move_though_train_adapter_is_called():
+def test_train_adapter_does_not_unfreeze_adapters():
     model = hub_model("bert")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     batches = [cases.batch("bert")] * 8
     safe = Safe(model, SafeConfig(), optimizer=optimizer, probe=batches, total_steps=8)
     first, second, *_ = safe.units
-    safe._freeze([first, second], by="hand")
+    safe.freeze([first, second])
     before = weights(model)
     with pytest.warns(AdafreezeWarning, match="trainable again"):
         for batch in batches:
@@ -141,7 +141,7 @@ def test_frozen_adapters_do_not_move_though_train_adapter_is_called():
 
 @each_family
 @each_config
-def test_a_resumed_run_is_that_which_was_never_stopped(family, config, tmp_path):
+def test_a_resumed_run_equals_one_that_never_stopped(family, config, tmp_path):
     def run(folder, resume=None, steps=24):
         model = hub_model(family, config)
         callback = SafeCallback(SafeConfig(freeze_at_start=0, warmup=0.3, ramp_end=0.5))
@@ -167,7 +167,7 @@ def test_a_resumed_run_is_that_which_was_never_stopped(family, config, tmp_path)
 
 @each_family
 @each_config
-def test_the_saved_adapter_gives_the_same_logits_elsewhere(family, config, tmp_path):
+def test_the_saved_adapter_gives_the_same_logits_in_a_fresh_model(family, config, tmp_path):
     model = hub_model(family, config)
     batches = [cases.batch(family)] * 8
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -195,7 +195,7 @@ def test_the_saved_adapter_gives_the_same_logits_elsewhere(family, config, tmp_p
 @pytest.mark.parametrize(
     "config", ["par_bn", "lora", "ia3", "loreft", "compacter++[reduction_factor=4]", "dora", "vera"]
 )
-def test_other_methods_with_parts_in_each_block_freeze_too(config):
+def test_other_methods_with_weights_in_each_block_freeze(config):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AdafreezeWarning)  # Compacter shares a rule between its blocks
         model = hub_model("bert", config)
@@ -203,7 +203,7 @@ def test_other_methods_with_parts_in_each_block_freeze_too(config):
         batches = [cases.batch("bert")] * 4
         safe = Safe(model, SafeConfig(), optimizer=optimizer, probe=batches, total_steps=4)
         names = list(safe.units)[:2]
-        safe._freeze(names, by="hand")
+        safe.freeze(names)
         held = [p for name in names for p in safe.units[name].parameters()]
         before = [p.detach().clone() for p in held]
         live = [p.detach().clone() for name in list(safe.units)[2:] for p in safe.units[name].parameters()]
@@ -218,12 +218,12 @@ def test_other_methods_with_parts_in_each_block_freeze_too(config):
 
 
 @pytest.mark.parametrize("config", ["prefix_tuning", "prompt_tuning", "mam", "unipelt"])
-def test_what_is_not_there_block_by_block_is_refused(config):
+def test_methods_without_weights_per_block_are_refused(config):
     with pytest.raises(ModelError, match=r"has a P(refix|rompt)TuningConfig"):
         new_safe(hub_model("bert", config), "bert")
 
 
-def test_an_invertible_adapter_below_the_blocks_is_said_to_keep_the_graph():
+def test_an_invertible_adapter_below_the_blocks_causes_a_warning():
     with pytest.warns(AdafreezeWarning, match="below the blocks"):
         new_safe(hub_model("bert", "seq_bn_inv"), "bert")
 
@@ -235,13 +235,13 @@ def test_no_active_adapter_is_refused():
         new_safe(model, "bert")
 
 
-def test_close_leaves_the_model_as_it_was():
+def test_close_restores_the_model():
     model = hub_model("bert")
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     forwards = [name for name, module in model.named_modules() if "forward" in vars(module)]
     hooks = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}
     safe = new_safe(model, "bert")
-    safe._freeze(list(safe.units)[:3], by="hand")
+    safe.freeze(list(safe.units)[:3])
     model(**cases.batch("bert")).loss.backward()
     safe.close()
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags

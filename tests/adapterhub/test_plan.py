@@ -1,4 +1,4 @@
-"""A plan of a model with AdapterHub's adapters is what its run measures."""
+"""The plan of a model with AdapterHub's adapters equals a measured run."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def measured(model: torch.nn.Module, inputs: dict[str, torch.Tensor], depth: int
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "llama"])
-def test_saved_bytes_and_flops_are_those_of_a_real_step(family):
+def test_planned_bytes_and_flops_equal_a_real_step(family):
     model = hub_model(family, dropout=0.0)
     inputs = cases.batch(family, length=None)
     assert not inputs["attention_mask"].all()
     with warnings.catch_warnings():
-        warnings.simplefilter("error", AdafreezeWarning)  # that it could only be planned by running it
+        warnings.simplefilter("error", AdafreezeWarning)  # for example that a step had to be run
         planned = plan(model, inputs=inputs, target="cpu")
     assert [step.prefix for step in planned.steps] == [0, 1, 2, 3]
     for step in planned.steps:
         assert (step.saved, step.flops) == measured(model, inputs, step.prefix), step.prefix
 
 
-def test_without_a_mask_one_step_is_run_on_the_rows_that_were_given():
+def test_without_a_mask_one_real_step_is_run():
     model, inputs = hub_model("bert", dropout=0.0), cases.batch("bert", rows=2)
     del inputs["attention_mask"]  # so that transformers 4 looks for padding in the tokens
     with pytest.warns(AdafreezeWarning, match="cannot be built or run without data"):

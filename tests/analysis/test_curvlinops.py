@@ -1,4 +1,4 @@
-"""Against curvlinops, in an environment of its own: ``nox -s curvlinops``."""
+"""Agreement with curvlinops, in a separate environment: ``nox -s curvlinops``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cases import batch, lora_model
 curvlinops = pytest.importorskip("curvlinops")
 
 
-def test_products_and_the_top_eigenvalue_are_those_of_curvlinops():
+def test_products_and_top_eigenvalue_agree_with_curvlinops():
     model = lora_model("bert", 2, r=1, init_lora_weights=False).double().eval()
     model.base_model.model.set_attn_implementation("eager")
     loss = Loss(model, [batch("bert", 3), batch("bert", 1, 9)], adapter_parameters(model))

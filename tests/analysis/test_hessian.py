@@ -1,4 +1,4 @@
-"""Products, spectrum and trace, against closed forms and torch's own Hessian."""
+"""Products, spectrum and trace agree with closed forms and torch's own Hessian."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_outermost_eigenvalues_of_a_known_spectrum_are_found():
 
 
 @pytest.mark.parametrize("size", [64, 8])
-def test_the_largest_eigenvalue_is_given_even_where_it_is_small(size):
+def test_the_largest_eigenvalue_is_found_even_if_its_magnitude_is_small(size):
     hessian = Hessian(quadratic(with_spectrum([-9.0, -8.0, -7.0, *np.linspace(0.1, 1, size - 3)])))
     assert eigenvalues(hessian, 3, tolerance=1e-8) == pytest.approx([2, -16, -18], rel=1e-6)
 
@@ -31,7 +31,7 @@ def test_few_parameters_have_all_their_eigenvalues():
     assert eigenvalues(hessian, 99) == pytest.approx([6, 2, 1, 0.8, 0.6, 0.4, -4])
 
 
-def test_the_trace_lies_within_its_standard_error_which_is_that_of_the_formula():
+def test_the_trace_has_the_standard_error_of_the_formula():
     matrix = with_spectrum(list(np.linspace(-1, 3, 40)))
     mean, error = trace(Hessian(quadratic(matrix)), 800)
     off = matrix - torch.diag(torch.diagonal(matrix))
@@ -44,7 +44,7 @@ def test_the_trace_of_a_diagonal_is_exact_from_one_vector():
 
 
 @pytest.mark.parametrize("head", [False, True])
-def test_products_are_those_of_torch_over_all_adapters_frozen_ones_too(head):
+def test_products_agree_with_torch_for_all_adapters_including_frozen_ones(head):
     loss = bert(head=head)
     frozen = next(iter(loss.parameters.values()))
     frozen.requires_grad_(False)
@@ -68,7 +68,7 @@ def test_products_are_those_of_torch_over_all_adapters_frozen_ones_too(head):
     assert not frozen.requires_grad and loss.model.training and all(p.grad is None for p in loss.parameters.values())
 
 
-def test_the_whole_hessian_of_a_small_part_is_that_of_torch():
+def test_a_whole_hessian_agrees_with_torch():
     loss = bert()
     name, part = next((n, p) for n, p in loss.parameters.items() if p.numel() == 32)
     small = Loss(loss.model, [batch("bert", 3)], {name: part})

@@ -1,4 +1,4 @@
-"""Slices, sharpness and norms: closed forms, hand-written oracles, and weights that stay as they are."""
+"""Slices, sharpness and norms agree with closed forms and leave the weights unchanged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from analysis_cases import bert, quadratic, with_spectrum
 from cases import batch, lora_model
 
 
-def test_a_direction_has_the_norm_of_the_weights_in_each_row_and_a_vector_is_one_row():
+def test_a_direction_has_the_row_norms_of_the_weights():
     loss = quadratic(torch.eye(10).double())
     with torch.no_grad():
         loss.parameters["a"].copy_(torch.tensor([[3.0, 0, 4], [0, 0, 0]]))
@@ -59,7 +59,7 @@ def test_sharpness_of_a_quadratic_in_closed_form():
     assert sharpness(loss, 0.5, adaptive=True) == pytest.approx(float(g @ e + e @ matrix @ e))
 
 
-def test_where_the_gradient_is_zero_there_is_no_ascent():
+def test_sharpness_is_zero_for_a_zero_gradient():
     loss = quadratic(torch.eye(8).double())
     with torch.no_grad():
         for parameter in loss.parameters.values():
@@ -67,7 +67,7 @@ def test_where_the_gradient_is_zero_there_is_no_ascent():
     assert sharpness(loss) == sharpness(loss, adaptive=True) == 0
 
 
-def test_norms_are_those_of_each_block_and_of_what_lies_outside():
+def test_norms_are_per_block_and_for_the_rest():
     model = lora_model("bert", 3, target_modules=["query", "pooler.dense"], layers_to_transform=None)
     loss = Loss(model, [], adapter_parameters(model))
     found = block_norms(loss)
@@ -78,7 +78,7 @@ def test_norms_are_those_of_each_block_and_of_what_lies_outside():
     )
 
 
-def test_all_is_repeatable_and_leaves_the_model_to_the_bit():
+def test_measuring_is_repeatable_and_leaves_the_model_bit_identical():
     loss = bert(torch.float32)
     loss.model.train()
     before = copy.deepcopy(loss.model.state_dict())
@@ -92,7 +92,7 @@ def test_all_is_repeatable_and_leaves_the_model_to_the_bit():
     assert len(found.line) == 5 and [len(row) for row in found.plane] == [3, 3, 3]
 
 
-def test_batches_count_by_what_they_predict():
+def test_batches_are_weighted_by_their_predictions():
     model = lora_model("gpt2", 1, dropout=0.0)
     batches = [batch("gpt2", 2, 8), batch("gpt2", 1, 12)]
     batches[1]["labels"][:, :5] = -100
@@ -101,7 +101,7 @@ def test_batches_count_by_what_they_predict():
     assert loss.value() == pytest.approx((14 * losses[0] + 7 * losses[1]) / 21)
 
 
-def test_weights_come_back_when_a_pass_fails():
+def test_weights_are_restored_when_a_pass_fails():
     loss = quadratic(torch.eye(8).double())
     loss._loss = lambda model, scale: 1 / 0
     with pytest.raises(ZeroDivisionError):

@@ -1,7 +1,6 @@
-"""Training with the prefix cache is training without it: exactness, and who is sent past it."""
+"""Training with the prefix cache equals training without it, and some passes bypass it."""
 
 import contextlib
-import dataclasses
 import itertools
 
 import pytest
@@ -11,19 +10,16 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 from adafreeze import Safe, SafeCallback
 from adafreeze.costs import Meter, expected_ratios
-from cached_run import BLOCKS, COUNT, ROWS, assert_same, config, counts, epochs, pad_to, train
+from cached_run import BLOCKS, COUNT, ROWS, config, counts, epochs, frozen, pad_to, same_without, train
 from cases import FAMILIES, TARGETS, Samples, base_model, batch, collate, lora_model, sample
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tier", ["ram", "disk"])
 def test_bit_identical_at_fixed_padding(family, tier, tmp_path):
-    batches = list(epochs(family))
-    folder = {"cache_dir": tmp_path} if tier == "disk" else {}
-    without, cached = train(family, config(cache="off"), batches), train(family, config(cache=tier, **folder), batches)
-    assert_same(cached, without)
+    safe = same_without(family, depths={2: 2}, cache=tier, folder=tmp_path)
     # Frozen from the third step on: six samples of the first epoch, the other eight of the second, are computed.
-    assert counts(cached[2]) == (6 + 14, 0, 6 + 8)
+    assert counts(safe) == (6 + 14, 0, 6 + 8)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -56,42 +52,31 @@ def test_at_dynamic_padding_each_step_agrees_from_equal_weights(family, tier, tm
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 @pytest.mark.parametrize("tier", ["ram", "disk"])
-def test_a_prefix_that_grows_twice_in_mid_epoch_advances_what_is_held(family, tier, tmp_path):
-    folder = {"cache_dir": tmp_path} if tier == "disk" else {}
-    batches, depths = list(epochs(family, epochs=4)), {1: 1, 5: 2, 10: 3}
-    if family == "t5":
-        depths = {1: 1, 5: 3, 10: 6}  # the third reaches into the decoder
-    cached = train(family, config(depths, cache=tier, **folder), batches)
-    assert_same(cached, train(family, config(depths, cache="off"), batches))
-    assert [event["prefixes"] for event in cached[2].journal.events if event["event"] == "freeze"][-1] == (
-        {"encoder.block": 4, "decoder.block": 2} if family == "t5" else dict.fromkeys(cached[2].prefixes, 3)
+def test_a_prefix_that_grows_twice_mid_epoch_advances_its_entries(family, tier, tmp_path):
+    depths = {1: 1, 5: 3, 10: 6} if family == "t5" else {1: 1, 5: 2, 10: 3}  # T5's third reaches into the decoder
+    safe = same_without(family, epochs(family, epochs=4), depths, cache=tier, folder=tmp_path)
+    assert [event["prefixes"] for event in safe.journal.events if event["event"] == "freeze"][-1] == (
+        {"encoder.block": 4, "decoder.block": 2} if family == "t5" else dict.fromkeys(safe.prefixes, 3)
     )
-    hits, advanced, misses = counts(cached[2])
+    hits, advanced, misses = counts(safe)
     assert misses == COUNT  # each sample goes through the embeddings once
     # Second growth: the 6 samples used at depth 1 and again at depth 1 before it are advanced, and so on.
     assert advanced >= 2 * COUNT - ROWS and hits
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "vit"])
-def test_partial_hits_when_the_budget_holds_half_of_the_samples(family):
-    batches = list(epochs(family))
-    width = 17 if family == "vit" else 12
-    settings = config(cache_budget=7 * width * 32 * 4)
-    cached = train(family, settings, batches)
-    assert_same(cached, train(family, config(cache="off"), batches))
-    hits, _, misses = counts(cached[2])
+def test_partial_hits_when_half_of_the_samples_fit_in_the_budget(family):
+    budget = 7 * (17 if family == "vit" else 12) * 32 * 4
+    safe = same_without(family, depths={2: 2}, cache_budget=budget)
+    hits, _, misses = counts(safe)
     assert 0 < hits < 20 and misses > 14
-    full = [event for event in cached[2].journal.events if event["event"] == "cache_full"]
-    assert len(full) == 1 and full[0]["tier"] == "memory" and full[0]["nbytes"] <= settings.cache_bytes
+    full = [event for event in safe.journal.events if event["event"] == "cache_full"]
+    assert len(full) == 1 and full[0]["tier"] == "memory" and full[0]["nbytes"] <= budget
 
 
 def test_gradient_accumulation():
-    batches = list(epochs("bert", count=16))
-    for settings in (config({1: 2}), config({1: 1, 3: 3})):
-        cached = train("bert", settings, batches, accumulate=2, count=16)
-        without = train("bert", dataclasses.replace(settings, cache="off"), batches, accumulate=2, count=16)
-        assert_same(cached, without)
-        assert counts(cached[2])[0]
+    for depths in ({1: 2}, {1: 1, 3: 3}):
+        assert counts(same_without("bert", epochs("bert", count=16), depths, accumulate=2, count=16))[0]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -104,21 +89,15 @@ def test_checkpointing_above_the_prefix(family, reentrant):
             made.enable_input_require_grads()
         return made
 
-    batches = list(epochs(family))
-    cached = train(family, config(), batches, model=model())
-    assert_same(cached, train(family, config(cache="off"), batches, model=model()))
-    assert counts(cached[2]) == (20, 0, 14)
+    assert counts(same_without(family, depths={2: 2}, model=model)) == (20, 0, 14)
 
 
 def test_duplicates_in_one_batch():
     rows = [sample("bert", index % 3, 12) for index in range(8)]
-    batches = [pad_to(16)(rows) for _ in range(8)]
-    cached = train("bert", config({1: 2}), batches, count=8)
-    assert_same(cached, train("bert", config({1: 2}, cache="off"), batches, count=8))
-    assert counts(cached[2]) == (6 * 8, 0, 8)
+    assert counts(same_without("bert", [pad_to(16)(rows) for _ in range(8)], count=8)) == (6 * 8, 0, 8)
 
 
-def test_bfloat16_holds_half_the_bytes_and_rounds():
+def test_bfloat16_takes_half_the_bytes_and_rounds():
     batches = list(epochs("bert"))
     exact, rounded = train("bert", config(), batches), train("bert", config(cache_dtype="bfloat16"), batches)
     sizes = [
@@ -129,11 +108,8 @@ def test_bfloat16_holds_half_the_bytes_and_rounds():
     assert rounded[0] != exact[0]
 
 
-def test_under_autocast_and_outside_it_a_sample_has_two_values():
-    model = lora_model("bert", BLOCKS, dropout=0.0)
-    inputs = batch("bert")
-    safe = Safe(model, config(), probe=inputs, total_steps=100, samples_per_epoch=40)
-    safe._freeze(list(safe.units)[:2], by="hand")
+def test_a_sample_has_one_entry_under_autocast_and_one_outside():
+    model, inputs, safe = frozen("bert")
     contexts = [contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)] * 2
     contexts = [contexts[n] for n in (0, 1, 0, 1, 1, 0, 0)]
 
@@ -145,13 +121,13 @@ def test_under_autocast_and_outside_it_a_sample_has_two_values():
         return found
 
     cached = losses()
-    safe.prefix.look_up = None
+    safe.prefix.server = None
     assert cached == losses() and len(set(cached)) == 2
     safe.close()
     assert counts(safe) == (5 * 4, 0, 2 * 4)
 
 
-def test_the_tables_of_trainer_and_callback(tmp_path):
+def test_trainer_logs_with_the_callback(tmp_path):
     def run(cache):
         torch.manual_seed(0)
         callback = SafeCallback(config({3: 2}, cache=cache))
@@ -183,7 +159,7 @@ def test_the_tables_of_trainer_and_callback(tmp_path):
 
 
 @pytest.mark.parametrize("depths", [{1: 4}, {10: 3, 40: 4}])
-def test_counted_flops_are_those_of_the_arithmetic(depths):
+def test_counted_flops_match_the_theory(depths):
     torch.manual_seed(0)
     shape = BertConfig(vocab_size=64, hidden_size=96, num_hidden_layers=6, num_attention_heads=2, intermediate_size=384)
     network = get_peft_model(BertForSequenceClassification(shape), LoraConfig(r=1, target_modules=["query", "value"]))
@@ -212,7 +188,7 @@ def test_counted_flops_are_those_of_the_arithmetic(depths):
     assert counted < 0.9 * expected_ratios(6, prefix)[1]
 
 
-def test_workers_that_fork_while_the_store_is_open(tmp_path):
+def test_workers_fork_while_the_store_is_open(tmp_path):
     callback = SafeCallback(config({1: 2}, cache="disk", cache_dir=tmp_path / "cache"))
     arguments = TrainingArguments(
         output_dir=tmp_path, num_train_epochs=4, per_device_train_batch_size=ROWS, report_to=[], save_strategy="no",
@@ -223,11 +199,8 @@ def test_workers_that_fork_while_the_store_is_open(tmp_path):
     assert counts(callback.safe)[0] >= 2 * COUNT and counts(callback.safe)[2] <= COUNT
 
 
-def test_a_model_called_with_positional_arguments():
-    model = lora_model("bert", BLOCKS, dropout=0.0)
-    inputs = batch("bert")
-    safe = Safe(model, config(), probe=inputs, total_steps=100, samples_per_epoch=40)
-    safe._freeze(list(safe.units)[:2], by="hand")
+def test_positional_arguments_are_looked_up():
+    model, inputs, safe = frozen("bert")
     expected = model(**inputs).loss.item()
     for _ in range(2):
         assert model(inputs["input_ids"], inputs["attention_mask"], labels=inputs["labels"]).loss.item() == expected
@@ -238,12 +211,9 @@ def test_a_model_called_with_positional_arguments():
 # Who is sent past it.
 
 
-def cached_and_filled(family, **lora):
-    """A model without dropout whose cache holds ``batch(family)`` at depth 2."""
-    model = lora_model(family, BLOCKS, dropout=0.0, **lora)
-    inputs = batch(family)
-    safe = Safe(model, config(), probe=inputs, total_steps=100, samples_per_epoch=40)
-    safe._freeze(list(safe.units)[:2], by="hand")
+def cached_and_filled(family):
+    """A model without dropout whose cache stores ``batch(family)`` at depth 2."""
+    model, inputs, safe = frozen(family)
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -272,7 +242,7 @@ def test_a_reference_pass_gives_the_pretrained_logits(family):
 
 
 @pytest.mark.parametrize("with_gradients", [False, True])
-def test_the_reference_pass_of_trl_between_steps_gives_the_pretrained_logits(with_gradients):
+def test_trl_reference_passes_between_steps_give_the_pretrained_logits(with_gradients):
     use_adapter = pytest.importorskip("trl.trainer.utils").use_adapter
     model, inputs, safe = cached_and_filled("llama")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -288,7 +258,7 @@ def test_the_reference_pass_of_trl_between_steps_gives_the_pretrained_logits(wit
     safe.close()
 
 
-def test_another_adapter_is_not_served_what_the_trained_one_gave():
+def test_another_adapter_is_not_served_from_entries_of_the_trained_one():
     model, inputs, safe = cached_and_filled("bert")
     model.add_adapter("other", LoraConfig(target_modules=TARGETS["bert"], r=2, init_lora_weights=False))
     now = counts_now(safe)
@@ -329,14 +299,14 @@ def test_an_inner_model_called_between_steps_is_not_served_the_last_batch():
     safe.close()
 
 
-def test_weights_that_change_are_hashed_again():
+def test_changed_weights_are_hashed_again():
     model, inputs, safe = cached_and_filled("bert")
     before = model(**inputs).logits
     with torch.no_grad():
         safe.stacks[0].blocks[0].output.dense.weight.mul_(1.5)
-    safe.prefix.look_up, look_up = None, safe.prefix.look_up
+    safe.prefix.server, server = None, safe.prefix.server
     expected = model(**inputs).logits
-    safe.prefix.look_up = look_up
+    safe.prefix.server = server
     assert not torch.allclose(expected, before)
     now = counts_now(safe)
     assert torch.equal(model(**inputs).logits, expected) and counts_now(safe) == (now[0], now[1] + 4)
@@ -349,7 +319,7 @@ def test_weights_that_change_are_hashed_again():
     safe.close()
 
 
-def test_after_close_the_model_is_as_it_was():
+def test_close_restores_the_model():
     model, _, safe = cached_and_filled("llama")
     safe.close()
     model.train()

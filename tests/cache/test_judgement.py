@@ -1,4 +1,4 @@
-"""Where the prefix cache cannot pay or would be wrong, it is off or takes whole rows, and one line says why."""
+"""Where the prefix cache cannot help or would be wrong, it is off or stores whole rows, with one line that says why."""
 
 import logging
 
@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from adafreeze import Safe, SafeCallback, SafeConfig
-from adafreeze.cache.run import outlook
+from adafreeze.cache.run import expected_savings
 from adafreeze.cache.stats import LEAST_TIMED, CacheStats, Repeats
 from adafreeze.measure.draw import varies
-from cached_run import BLOCKS, COUNT, assert_same, config, counts, epochs, pad_to, train
+from cached_run import BLOCKS, COUNT, config, counts, epochs, pad_to, same_without, train
 from cases import TEXT, Samples, batch, collate, loader, lora_model, sample
 
 
@@ -30,14 +30,14 @@ def off_reason(safe):
 
 def freeze_two(model, inputs, **arguments):
     safe = Safe(model, config(), probe=inputs, total_steps=100, samples_per_epoch=40, **arguments)
-    safe._freeze(list(safe.units)[:2], by="hand")
+    safe.freeze(list(safe.units)[:2])
     return safe
 
 
 # Before step 0.
 
 
-def test_one_line_before_training_says_what_to_expect(caplog):
+def test_one_line_before_training_predicts_the_savings(caplog):
     caplog.set_level(logging.INFO, "adafreeze")
     data = loader("bert", count=40, rows=4)
     Safe(lora_model("bert", 6), SafeConfig(), probe=data, total_steps=60, samples_per_step=4)
@@ -45,29 +45,29 @@ def test_one_line_before_training_says_what_to_expect(caplog):
     # 3 of 6, two of them from the start: of 11.75 for a plain step, backward 2 less in all 60 steps and 1 more in 24;
     # of the six epochs the second to fifth find 2, 2, 2 and 2.4 blocks looked up, the last 3. So 11.75 − 2.4 − 1.9. Of
     # a block's 12 products of d × d, the lowest that trains does without three in its backward.
-    assert line.startswith("Prefix cache on: 6 epochs;")
-    assert "if 2 blocks are frozen from the start and by 60% of the run 3 of 6 blocks" in line
-    assert "3 of 6 blocks 63% (80% without the cache)" in line and "4 of 6 blocks 58% (76% without" in line
+    assert line.startswith("Prefix cache on: 6 epochs.")
+    assert "63% (80% without cache) with 3 of 6 blocks frozen, 58% (76% without cache) with 4 of 6 blocks" in line
+    assert line.endswith("by 60% of the run and 2 from the start.")
 
 
-def test_the_outlook_of_a_run_in_which_nothing_is_frozen_at_the_start():
-    line = outlook(6, 10, 60, 0.4)
+def test_expected_savings_if_nothing_is_frozen_at_the_start():
+    line = expected_savings(6, 10, 60, 0.4)
     # 3 of 6: of 60 steps 24 are plain, 6 freeze and fill (8.75 of 11.75), 10 find six tenths of the samples (6.95), 20
     # find all (5.75).
-    assert "3 of 6 blocks 74% (85% without the cache)" in line and "4 of 6 blocks 65% (80% without" in line
+    assert "74% (85% without cache) with 3 of 6" in line and "65% (80% without cache) with 4 of 6 blocks" in line
 
 
 @pytest.mark.parametrize("steps", [3, 10])
-def test_for_one_epoch_it_says_that_it_will_not_help(steps, caplog):
+def test_the_cache_is_off_for_one_epoch(steps, caplog):
     caplog.set_level(logging.INFO, "adafreeze")
     data = loader("bert", count=40, rows=4)
     safe = Safe(lora_model("bert", BLOCKS), config(), probe=data, total_steps=steps, samples_per_step=4)
     assert "Prefix cache off: no sample comes twice in one epoch." in caplog.text
-    safe._freeze(list(safe.units)[:2], by="hand")
-    assert safe.cache.prefix_cache is None and safe.prefix.look_up is None
+    safe.freeze(list(safe.units)[:2])
+    assert safe.cache.prefix_cache is None and safe.prefix.server is None
 
 
-def test_the_length_of_the_run_is_judged_after_the_first_step_where_the_batch_size_is_not_known_before():
+def test_if_the_batch_size_is_not_known_the_run_length_is_judged_after_the_first_step():
     batches = list(epochs("bert", epochs=1))
     _, _, safe = train("bert", config(), batches)
     (event,) = [e for e in safe.journal.events if e["event"] == "cache_outlook"]
@@ -85,11 +85,11 @@ def test_switched_off_by_the_user(settings, reason):
     assert event["off"].startswith(reason) and safe.cache.prefix_cache is None
 
 
-def test_prefix_dropout_stays_on_where_the_user_wants_it():
+def test_prefix_dropout_keeps_dropout_on():
     model = lora_model("bert", BLOCKS, dropout=0.5)
     inputs = batch("bert")
     safe = Safe(model, config(prefix_dropout=True), probe=inputs, total_steps=100)
-    safe._freeze(list(safe.units)[:2], by="hand")
+    safe.freeze(list(safe.units)[:2])
     seen = []
     safe.stacks[0].blocks[1].register_forward_hook(lambda _m, _i, output: seen.append(output))
     model(**inputs)
@@ -114,7 +114,7 @@ class Augmented(Samples):
         return one | {"pixel_values": one["pixel_values"] + 0.1 * torch.randn(3, 16, 16)}
 
 
-def test_masking_and_augmentation_are_seen_before_the_run_and_use_up_no_random_state():
+def test_masking_and_augmentation_are_detected_without_changing_random_state():
     texts = Samples("bert", 16, length=12)
     plain = torch.utils.data.DataLoader(texts, collate_fn=collate)
     masked = torch.utils.data.DataLoader(
@@ -126,7 +126,7 @@ def test_masking_and_augmentation_are_seen_before_the_run_and_use_up_no_random_s
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_augmentation_in_a_trainer(tmp_path):
+def test_augmentation_in_a_trainer_disables_the_cache(tmp_path):
     callback = SafeCallback(config({1: 2}, cache="auto"))
     arguments = TrainingArguments(
         output_dir=tmp_path, num_train_epochs=3, per_device_train_batch_size=4, report_to=[], save_strategy="no",
@@ -144,21 +144,18 @@ def test_augmentation_in_a_trainer(tmp_path):
 # While it runs.
 
 
-def test_when_nothing_repeats_it_ends_after_an_epoch():
+def test_the_cache_ends_after_an_epoch_without_repeats():
     generator = torch.Generator().manual_seed(0)
 
     def never_the_same():
         for one in epochs("bert"):
             yield one | {"input_ids": torch.randint(3, 64, one["input_ids"].shape, generator=generator)}
 
-    batches = list(never_the_same())
-    cached = train("bert", config({1: 2}), batches)
-    assert_same(cached, train("bert", config({1: 2}, cache="off"), batches))
-    assert "came a second time" in off_reason(cached[2])
+    assert "came a second time" in off_reason(same_without("bert", never_the_same()))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_packed_rows_that_flatten_a_batch(family):
+def test_the_cache_ends_for_packed_rows(family):
     """What TRL's padding-free collator gives: one row of several documents, its positions starting anew."""
     documents = [sample(family, n, 6)["input_ids"] for n in range(COUNT)]
     generator, batches = torch.Generator().manual_seed(0), []
@@ -166,19 +163,17 @@ def test_packed_rows_that_flatten_a_batch(family):
         ids = torch.cat([documents[n] for n in torch.randperm(COUNT, generator=generator)[:4]])[None]
         positions = torch.arange(6).repeat(4)[None]
         batches.append({"input_ids": ids, "position_ids": positions, "labels": ids})
-    cached = train(family, config({1: 2}), batches, count=4)
-    assert_same(cached, train(family, config({1: 2}, cache="off"), batches, count=4))
-    assert "packed rows" in off_reason(cached[2])
+    assert "packed rows" in off_reason(same_without(family, batches, count=4))
 
 
-def test_inputs_that_cannot_be_told_apart_by_sample():
+def test_inputs_that_are_not_by_sample_end_the_cache():
     model, inputs = lora_model("llama", BLOCKS), batch("llama", rows=2, length=8)
     safe = freeze_two(model, inputs)
     model(**inputs, cu_seq_lens_q=torch.tensor([0, 4, 8, 16]))
     assert "cu_seq_lens_q" in off_reason(safe)
 
 
-def test_blocks_that_are_left_out_by_chance():
+def test_layer_drop_ends_the_cache():
     model, inputs = lora_model("bert", BLOCKS), batch("bert")
     model.config.encoder_layerdrop = 0.1
     safe = freeze_two(model, inputs)
@@ -186,14 +181,14 @@ def test_blocks_that_are_left_out_by_chance():
     assert "layer drop leaves out blocks" in off_reason(safe)
 
 
-def test_text_with_patches_of_all_images_in_one_is_not_taken_apart():
+def test_patches_of_all_images_in_one_tensor_end_the_cache():
     model, inputs = lora_model("llama", BLOCKS), batch("llama", rows=2, length=8)
     safe = freeze_two(model, inputs)
     model(**inputs, pixel_values=torch.zeros(32, 16))
     assert "pixel_values has the shape (32, 16), which is not one entry per sample" in off_reason(safe)
 
 
-def test_a_decoder_whose_batch_alone_is_padded_says_nothing_of_the_encoder():
+def test_padding_in_the_decoder_shows_nothing_about_the_encoder():
     def sizes(target):
         def made(samples):
             text = collate([{**one, "input_ids": one["input_ids"][:8]} for one in samples])
@@ -208,10 +203,10 @@ def test_a_decoder_whose_batch_alone_is_padded_says_nothing_of_the_encoder():
     cached = train("t5", config({1: 5}), first + later)
     without = train("t5", config({1: 5}, cache="off"), first + later)
     torch.testing.assert_close(cached[0], without[0], rtol=1e-5, atol=0)  # the width changes: not to the last bit
-    assert cached[2].cache.prefix_cache.safety.padding_known == {0, 1}
+    assert cached[2].cache.prefix_cache.padding.known == {0, 1}
 
 
-def test_neftune_noise(tmp_path):
+def test_neftune_noise_ends_the_cache(tmp_path):
     def run(cache):
         torch.manual_seed(0)
         model = lora_model("bert", BLOCKS)
@@ -232,7 +227,7 @@ def test_neftune_noise(tmp_path):
 
 
 @pytest.mark.parametrize("cycle", ["merge_adapter", "one_site"])
-def test_adapters_merged_and_unmerged_between_steps(cycle):
+def test_merging_adapters_between_steps_ends_the_cache(cycle):
     model, inputs = lora_model("llama", BLOCKS), batch("llama")
     safe = freeze_two(model, inputs)
     model(**inputs)
@@ -248,7 +243,7 @@ def test_adapters_merged_and_unmerged_between_steps(cycle):
     safe.close()
 
 
-def test_what_reads_more_than_the_boundary():
+def test_router_logits_of_lower_blocks_run_the_prefix():
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
     small = MixtralConfig(
@@ -265,17 +260,12 @@ def test_what_reads_more_than_the_boundary():
     assert "records what the blocks of model.layers return" in waits["reason"]
 
 
-def test_labels_on_padding_are_seen_by_their_gradient_and_whole_rows_are_held(caplog):
+def test_the_gradient_shows_labels_on_padding_and_whole_rows_are_stored(caplog):
     caplog.set_level(logging.INFO, "adafreeze")
 
-    def labels_everywhere():
-        for one in epochs("gpt2"):
-            yield one | {"labels": one["input_ids"].clone()}
-
-    batches = list(labels_everywhere())
-    cached = train("gpt2", config(), batches)
-    assert_same(cached, train("gpt2", config(cache="off"), batches))
-    assert "Whole rows are held" in caplog.text and counts(cached[2])[0] >= COUNT
+    batches = [one | {"labels": one["input_ids"].clone()} for one in epochs("gpt2")]
+    safe = same_without("gpt2", batches, {2: 2})
+    assert "stored as whole rows" in caplog.text and counts(safe)[0] >= COUNT
 
 
 def padded_on_the_left(samples):
@@ -290,10 +280,9 @@ def padded_on_the_left(samples):
 def test_left_padding_matters_with_absolute_positions_only(family, whole):
     batches = list(epochs(family, collator=padded_on_the_left))
     assert not batches[0]["attention_mask"][:, 0].all() and batches[0]["attention_mask"][:, -1].all()
-    cached = train(family, config(), batches)
-    assert_same(cached, train(family, config(cache="off"), batches))
-    assert cached[2].cache.prefix_cache.safety.whole_rows is whole
-    assert counts(cached[2])[0] >= COUNT
+    safe = same_without(family, batches, {2: 2})
+    assert safe.cache.prefix_cache.padding.whole_rows is whole
+    assert counts(safe)[0] >= COUNT
 
 
 def longformer():
@@ -305,27 +294,26 @@ def longformer():
 
 
 @pytest.mark.parametrize("widths", [(16, 24, 20), (20, 16, 24)])
-def test_a_model_that_pads_to_a_window_of_its_own_holds_whole_rows(widths):
+def test_whole_rows_are_stored_for_a_model_that_pads_to_a_window(widths):
     epoch = [pad_to(width)([sample("bert", 4 * n + row, 12) for row in range(4)]) for n, width in enumerate(widths)]
-    cached = train("longformer", config({1: 2}), epoch * 3, model=longformer(), count=12)
-    assert_same(cached, train("longformer", config({1: 2}, cache="off"), epoch * 3, model=longformer(), count=12))
-    assert cached[2].cache.prefix_cache.safety.whole_rows and counts(cached[2]) == (8 + 12, 0, 12)
+    safe = same_without("longformer", epoch * 3, model=longformer, count=12)
+    assert safe.cache.prefix_cache.padding.whole_rows and counts(safe) == (8 + 12, 0, 12)
 
 
-def test_a_width_that_the_model_pads_is_seen_before_anything_held_is_served_at_it():
+def test_a_width_that_the_model_pads_is_noticed_before_entries_are_served_at_it():
     """Samples that were all held at a multiple of the window come again at a width that is none."""
     model, rows = longformer(), [sample("bert", row, 8) for row in range(4)]
     safe = freeze_two(model, pad_to(16)(rows))
     for width in (16, 16, 12, 12, 12):
         model(**pad_to(width)(rows)).loss.backward()
     cache = safe.cache.prefix_cache
-    assert cache.off is None and cache.safety.padding_known == {0} and cache.safety.whole_rows
+    assert cache.off is None and cache.padding.known == {0} and cache.padding.whole_rows
     # Held at 16, found at 16; at 12 what is found is compared and of no use, then the rows are held, then found.
     assert (cache.stats.hits, cache.stats.misses) == (4 + 4 + 4, 4 + 4)
     safe.close()
 
 
-def test_without_the_length_of_an_epoch_nothing_is_held_before_samples_come_again():
+def test_without_the_length_of_an_epoch_nothing_is_stored_before_samples_repeat():
     generator = torch.Generator().manual_seed(0)
     fresh = [
         one | {"input_ids": torch.randint(3, 64, one["input_ids"].shape, generator=generator)}
@@ -338,48 +326,44 @@ def test_without_the_length_of_an_epoch_nothing_is_held_before_samples_come_agai
         if safe.cache.prefix_cache is not None and safe.cache.prefix_cache.off is None:
             written.append((safe.steps, safe.cache.prefix_cache.store.nbytes["memory"]))
 
-    cached = train("bert", config({1: 2}), batches, after=look, count=None)
-    assert_same(cached, train("bert", config({1: 2}, cache="off"), batches, count=None))
+    safe = same_without("bert", batches, after=look, count=None)
     assert len(fresh) == 8 and all(held == 0 for step, held in written if step <= 8 + 4)  # an epoch shows nothing
-    assert off_reason(cached[2]) is None and counts(cached[2])[0] >= COUNT
+    assert off_reason(safe) is None and counts(safe)[0] >= COUNT
 
 
-def test_a_sample_that_comes_twice_by_chance_makes_nothing_be_held():
+def test_one_accidental_repeat_is_no_reason_to_store_samples():
     repeats = Repeats()
     keys = [bytes([n]) * 16 for n in range(200)]
     assert not repeats.see(keys[:100]) and not repeats.see([keys[0], *keys[100:]])
     assert repeats.see(keys[:3])
 
 
-def test_reading_slower_than_computing_ends_it():
+def test_reading_slower_than_computing_ends_the_cache():
     worth = CacheStats(torch.device("cpu"))
     worth.hits = 100
     worth.compute.seconds, worth.compute.work, worth.compute.passes = 1.0, 10_000, LEAST_TIMED
     worth.read.seconds, worth.read.work, worth.read.passes = 1.0, 1_000, LEAST_TIMED
     assert worth.verdict(blocks=11, epoch=100, run=500) is None
-    assert "looking a position up takes 1000.0 µs, and computing its 9 blocks 900.0" in worth.verdict(9, 100, 500)
+    assert "looking up a position takes 1000.0 µs, and computing its 9 blocks 900.0" in worth.verdict(9, 100, 500)
     worth.read.passes -= 1  # too few to say
     assert worth.verdict(9, 100, 500) is None
 
 
-def test_a_failure_of_the_cache_ends_the_cache_and_not_the_run(monkeypatch):
-    batches = list(epochs("bert"))
-    without = train("bert", config(cache="off"), batches)
-
+def test_a_failure_ends_the_cache_but_not_the_run(monkeypatch):
     def breaks(safe, _model):
-        if safe.steps == 6:
+        if safe.steps == 6 and safe.cache.prefix_cache is not None:
             monkeypatch.setattr(safe.cache.prefix_cache.store, "read", lambda *_: 1 / 0)
 
-    cached = train("bert", config(), batches, after=breaks)
-    assert_same(cached, without)
-    assert "ZeroDivisionError" in off_reason(cached[2])
+    assert "ZeroDivisionError" in off_reason(same_without("bert", after=breaks))
 
 
-def test_a_budget_below_one_sample():
+def test_a_budget_below_one_sample_ends_the_cache():
     _, _, safe = train("bert", config(cache_budget=1000), epochs("bert"))
     assert off_reason(safe) == "its budget is 1,000 bytes, and one sample takes 1,024"
 
 
-def test_outlook_without_an_epoch_and_of_a_long_run():
-    assert outlook(6, None, 100, 0.3) == "Prefix cache on: a sample that comes again starts above the frozen prefix."
-    assert "4 of 6 blocks 58% (76% without" in outlook(6, 100_000, 600_000, 0.3)
+def test_expected_savings_without_an_epoch_and_of_a_long_run():
+    assert (
+        expected_savings(6, None, 100, 0.3) == "Prefix cache on: a sample seen before starts above the frozen prefix."
+    )
+    assert "58% (76% without cache) with 4 of 6 blocks" in expected_savings(6, 100_000, 600_000, 0.3)

@@ -1,4 +1,4 @@
-"""What no rule foresees is seen in the shadow of a real step: training goes on as without the cache, and it is said."""
+"""What no rule foresees shows in a check on the real batch; training then goes on as without the cache."""
 
 import pytest
 import torch
@@ -7,10 +7,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from adafreeze import Safe
 from adafreeze.cache import PrefixCache
-from cached_run import BLOCKS, COUNT, assert_same, by_step, config, counts, epochs, pad_to, train
-from cases import batch, lora_model, sample
+from cached_run import BLOCKS, COUNT, assert_same, by_step, config, counts, epochs, frozen, pad_to, same_without, train
+from cases import lora_model, sample
 
 
 def off_reason(safe):
@@ -33,6 +32,10 @@ def in_block(model, change, index=0):
     return model
 
 
+def embeddings_of(model):
+    return model.base_model.model.bert.embeddings
+
+
 # Planted faults: each run must be what it is without the cache, and the cache off with a reason.
 
 WORLD = {"factor": 1.0}
@@ -45,45 +48,41 @@ def of_the_epoch(safe, _model):
 FAULTS = {
     "reads a global": (
         lambda _, hidden: hidden + WORLD["factor"] * torch.linspace(-1, 1, hidden.shape[-1]),
-        "others than a pass of the model gives now",
+        "are not those of the model's own pass",
     ),
     "depends on the place in the batch": (
         lambda _, hidden: hidden + 0.3 * torch.arange(len(hidden)).view(-1, 1, 1),
         "its place in the batch",
     ),
-    "depends on the others in the batch": (lambda _, hidden: hidden - hidden.mean(0, keepdim=True), "the others in it"),
+    "depends on the others in the batch": (
+        lambda _, hidden: hidden - hidden.mean(0, keepdim=True),
+        "the other samples",
+    ),
     "draws noise": (lambda _, hidden: hidden + 0.1 * torch.randn_like(hidden), "another output each time"),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_block_that_does_what_no_cache_can_know_switches_it_off(name):
+def test_a_block_that_depends_on_more_than_its_sample_ends_the_cache(name):
     change, reason = FAULTS[name]
 
-    def run(cache):
+    def model():
         WORLD["factor"] = 1.0
-        model = in_block(lora_model("bert", BLOCKS), change)
-        after = of_the_epoch if name == "reads a global" else None
-        return train("bert", config({1: 2}, cache=cache), list(epochs("bert")), model=model, after=after)
+        return in_block(lora_model("bert", BLOCKS), change)
 
-    cached = run("ram")
-    assert_same(cached, run("off"))
-    assert reason in off_reason(cached[2])
+    after = of_the_epoch if name == "reads a global" else None
+    assert reason in off_reason(same_without("bert", model=model, after=after))
 
 
-def test_a_block_that_counts_its_passes_is_not_skipped_and_counts_right():
+def test_a_block_that_counts_its_passes_is_not_skipped():
     def counting(block, hidden):
         block.passes = getattr(block, "passes", 0) + 1
         return hidden
 
-    def run(cache):
-        model = in_block(lora_model("bert", BLOCKS), counting)
-        return model, train("bert", config({1: 2}, cache=cache), list(epochs("bert", epochs=2)), model=model)
-
-    (model, cached), (twin, without) = run("ram"), run("off")
-    assert_same(cached, without)
-    passes = [m.base_model.model.bert.encoder.layer[0].passes for m in (model, twin)]
-    assert passes[0] == passes[1] and "writes to" in off_reason(cached[2])
+    models = [in_block(lora_model("bert", BLOCKS), counting) for _ in range(2)]
+    safe = same_without("bert", epochs("bert", epochs=2), model=iter(models).__next__)
+    passes = [model.base_model.model.bert.encoder.layer[0].passes for model in models]
+    assert passes[0] == passes[1] and "writes to" in off_reason(safe)
 
 
 def test_buffers_below_the_prefix_are_written_once_a_pass():
@@ -98,32 +97,38 @@ def test_buffers_below_the_prefix_are_written_once_a_pass():
             self.seen += len(hidden)
             return hidden
 
-    def run(cache):
-        model = lora_model("bert", BLOCKS)
-        embeddings = model.base_model.model.bert.embeddings
-        embeddings.LayerNorm = nn.Sequential(embeddings.LayerNorm, Counted())
-        trained = train("bert", config({1: 2}, cache=cache), list(epochs("bert")), model=model)
-        return trained, float(embeddings.LayerNorm[1].seen)
+    counters = []
 
-    (cached, seen), (without, expected) = run("ram"), run("off")
-    assert_same(cached, without)
-    assert seen == expected and counts(cached[2])[0]
+    def model():
+        made = lora_model("bert", BLOCKS)
+        counters.append(Counted())
+        embeddings_of(made).LayerNorm = nn.Sequential(embeddings_of(made).LayerNorm, counters[-1])
+        return made
+
+    safe = same_without("bert", model=model)
+    assert counters[0].seen == counters[1].seen and counts(safe)[0]
 
 
-class PaddingHead(nn.Module):
+class Classifier(nn.Module):
+    """An encoder, and a head on what ``pooled`` returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.head = encoder(), nn.Linear(32, 2)
+        self.config = self.model.config
+
+    def forward(self, labels, **inputs):
+        logits = self.head(self.pooled(**inputs))
+        return _Output(F.cross_entropy(logits, labels), logits)
+
+
+class PaddingHead(Classifier):
     """Reads the hidden states where there is no text."""
 
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.head = model, nn.Linear(32, 2)
-        self.config = model.config
-
-    def forward(self, input_ids, attention_mask, labels):
+    def pooled(self, input_ids, attention_mask):
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         padding = (1 - attention_mask)[..., None].to(hidden.dtype)
-        logits = self.head((hidden * padding).sum(1) / padding.sum(1).clamp(min=1))
-        loss = F.cross_entropy(logits, labels)
-        return _Output(loss, logits)
+        return (hidden * padding).sum(1) / padding.sum(1).clamp(min=1)
 
 
 class _Output(dict):
@@ -140,14 +145,9 @@ def encoder(**more):
     return get_peft_model(bert, LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=True))
 
 
-def test_a_head_that_reads_the_padding():
-    def run(cache):
-        model = PaddingHead(encoder()).train()
-        return train("bert", config({1: 2}, cache=cache), list(epochs("bert")), model=model)
-
-    cached = run("ram")
-    assert_same(cached, run("off"))
-    assert cached[2].cache.prefix_cache.safety.whole_rows and counts(cached[2])[0]
+def test_whole_rows_are_stored_if_the_head_reads_padding():
+    safe = same_without("bert", model=lambda: PaddingHead().train())
+    assert safe.cache.prefix_cache.padding.whole_rows and counts(safe)[0]
 
 
 # Several calls of a stack in one pass.
@@ -186,28 +186,17 @@ def texts(calls, epochs=4, count=12, seed=3):
 
 
 @pytest.mark.parametrize("calls", [2, 3])
-def test_a_stack_that_is_called_several_times_is_served_each_call_its_own(calls):
-    def run(cache):
-        settings = config({1: 1, 5: 2}, cache=cache)
-        return train("bert", settings, texts(calls), model=Calls(calls).train(), count=12)
-
-    cached = run("ram")
-    assert_same(cached, run("off"))
-    hits, _, misses = counts(cached[2])
-    assert hits >= 12 and misses and off_reason(cached[2]) is None
+def test_a_stack_that_is_called_several_times_has_states_for_each_call(calls):
+    safe = same_without("bert", texts(calls), {1: 1, 5: 2}, model=lambda: Calls(calls).train(), count=12)
+    hits, _, misses = counts(safe)
+    assert hits >= 12 and misses and off_reason(safe) is None
 
 
-def test_a_third_call_that_differs_by_chance_is_seen():
+def test_a_random_third_call_ends_the_cache():
     def positions():
         return {"position_ids": torch.randint(0, 30, (1, 10))}
 
-    def run(cache):
-        torch.manual_seed(9)
-        return train("bert", config({1: 2}, cache=cache), texts(3), model=Calls(3, positions).train(), count=12)
-
-    cached = run("ram")
-    assert_same(cached, run("off"))
-    assert off_reason(cached[2])
+    assert off_reason(same_without("bert", texts(3), model=lambda: Calls(3, positions).train(), count=12))
 
 
 # Boundaries of other shapes.
@@ -233,15 +222,11 @@ def views(epochs=3):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_several_rows_of_a_sample_are_held_together(interleaved):
-    def run(cache):
-        return train("bert", config({1: 2}, cache=cache), views(), model=Flattened(interleaved).train(), count=12)
-
-    cached = run("ram")
-    assert_same(cached, run("off"))
-    (layout,) = next(iter(cached[2].cache.prefix_cache.safety.situations.values())).layouts.values()
+def test_several_rows_of_a_sample_are_stored_together(interleaved):
+    safe = same_without("bert", views(), model=lambda: Flattened(interleaved).train(), count=12)
+    (layout,) = next(iter(safe.cache.prefix_cache.kinds.known.values())).layouts.values()
     assert (layout.rows, layout.interleaved) == (2, interleaved)
-    assert counts(cached[2]) == (8 + 12, 0, 8 + 4)
+    assert counts(safe) == (8 + 12, 0, 8 + 4)
 
 
 class Block(nn.TransformerEncoderLayer):
@@ -267,47 +252,36 @@ class SequenceFirst(nn.Module):
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_a_stack_whose_samples_are_the_second_dimension(batch_first):
-    def run(cache):
-        model = get_peft_model(SequenceFirst(batch_first), LoraConfig(r=4, target_modules=["linear1", "linear2"]))
-        batches = [{n: one[n] for n in ("input_ids", "labels")} for one in epochs("bert", collator=pad_to(16))]
-        return train("bert", config({1: 2}, cache=cache), batches, model=model.train())
-
-    cached = run("ram")
-    assert_same(cached, run("off"))
-    assert counts(cached[2])[0] >= COUNT
+def test_samples_may_be_the_second_dimension(batch_first):
+    lora = LoraConfig(r=4, target_modules=["linear1", "linear2"])
+    batches = [{n: one[n] for n in ("input_ids", "labels")} for one in epochs("bert", collator=pad_to(16))]
+    safe = same_without("bert", batches, model=lambda: get_peft_model(SequenceFirst(batch_first), lora).train())
+    assert counts(safe)[0] >= COUNT
 
 
-def test_a_batch_of_one_and_a_last_batch_of_one():
+def test_batches_of_one():
     for rows in (1, 3):
         batches = [
             pad_to(16)([sample("bert", index) for index in range(start, min(start + rows, 7))])
             for _ in range(3)
             for start in range(0, 7, rows)
         ]
-        cached = train("bert", config({1: 2}), batches, count=7)
-        assert_same(cached, train("bert", config({1: 2}, cache="off"), batches, count=7))
-        assert counts(cached[2])[0] >= 7
+        assert counts(same_without("bert", batches, count=7))[0] >= 7
 
 
 # Keys.
 
 
-class Joined(nn.Module):
-    """Joins a text and a candidate label, whatever it is called."""
+class Joined(Classifier):
+    """Joins a text and a candidate label, under any name."""
 
-    def __init__(self, name):
-        super().__init__()
-        self.encoder, self.head, self.name = encoder(), nn.Linear(32, 2), name
-
-    def forward(self, input_ids, labels, **more):
-        hidden = self.encoder(input_ids=torch.cat([input_ids, more[self.name]], 1)).last_hidden_state
-        logits = self.head(hidden.mean(1))
-        return _Output(F.cross_entropy(logits, labels), logits)
+    def pooled(self, input_ids, **candidate):
+        ids = torch.cat([input_ids, *candidate.values()], 1)
+        return self.model(input_ids=ids).last_hidden_state.mean(1)
 
 
 @pytest.mark.parametrize("name", ["label_input_ids", "start_positions", "use_cache_ids", "labels_of_another_text"])
-def test_nothing_is_left_out_of_a_key_by_its_name(name):
+def test_no_input_is_left_out_of_a_key_by_its_name(name):
     generator, batches = torch.Generator().manual_seed(1), []
     for _ in range(4):
         for pairs in torch.randperm(12, generator=generator).split(4):
@@ -319,12 +293,7 @@ def test_nothing_is_left_out_of_a_key_by_its_name(name):
                 }
             )
 
-    def run(cache):
-        return train("bert", config({1: 2}, cache=cache), batches, model=Joined(name).train(), count=12)
-
-    cached = run("ram")
-    assert_same(cached, run("off"))
-    assert counts(cached[2])[0] >= 12
+    assert counts(same_without("bert", batches, model=lambda: Joined().train(), count=12))[0] >= 12
 
 
 class Wrapped(nn.Module):
@@ -353,37 +322,32 @@ def test_several_targets_of_one_source_in_a_wrapper_without_configuration(length
                 }
             )
 
-    def run(cache):
-        settings = config({1: BLOCKS + 2}, cache=cache)  # adapters are in the decoder alone
-        return train("t5", settings, batches, model=Wrapped().train(), count=12)
-
-    cached = run("ram")
-    assert_same(cached, run("off"))
-    assert counts(cached[2])[0] >= 12
+    depths = {1: BLOCKS + 2}  # only the decoder has adapters
+    assert counts(same_without("t5", batches, depths, model=lambda: Wrapped().train(), count=12))[0] >= 12
 
 
 # Who reads what would be skipped.
 
 
-def test_a_users_hook_on_a_block_of_the_prefix_sees_what_the_block_computes():
-    def run(cache):
-        model, seen = lora_model("bert", BLOCKS, dropout=0.0), []
-        block = model.base_model.model.bert.encoder.layer[0]
-        block.register_forward_hook(lambda _m, _i, output: seen.append(output[0].detach().clone()))
-        trained = train("bert", config({1: 2}, cache=cache), list(epochs("bert")), model=model)
-        return trained, seen
+def test_a_user_hook_on_a_prefix_block_sees_what_the_block_computes():
+    outputs = []
 
-    (cached, seen), (without, expected) = run("ram"), run("off")
-    assert_same(cached, without)
+    def model():
+        made, seen = lora_model("bert", BLOCKS, dropout=0.0), []
+        block = made.base_model.model.bert.encoder.layer[0]
+        block.register_forward_hook(lambda _m, _i, output: seen.append(output[0].detach().clone()))
+        outputs.append(seen)
+        return made
+
+    safe = same_without("bert", model=model)
+    seen, expected = outputs
     assert len(seen) == len(expected) and all(map(torch.equal, seen, expected))
-    (waits,) = [event for event in cached[2].journal.events if event["event"] == "cache_waits"]
+    (waits,) = [event for event in safe.journal.events if event["event"] == "cache_waits"]
     assert "a hook of yours reads BertLayer" in waits["reason"]
 
 
-def test_a_hook_that_is_there_in_some_passes_only_holds_up_those_alone():
-    model, inputs = lora_model("bert", BLOCKS, dropout=0.0), batch("bert")
-    safe = Safe(model, config(), probe=inputs, total_steps=100, samples_per_epoch=40)
-    safe._freeze(list(safe.units)[:2], by="hand")
+def test_a_temporary_user_hook_runs_the_prefix_only_while_it_is_there():
+    model, inputs, safe = frozen("bert")
     for _ in range(3):
         model(**inputs)
     hits = safe.cache.prefix_cache.stats.hits
@@ -397,22 +361,22 @@ def test_a_hook_that_is_there_in_some_passes_only_holds_up_those_alone():
     safe.close()
 
 
-def test_a_users_hook_elsewhere_is_called_once_a_pass():
-    def run(cache):
-        model, calls = lora_model("bert", BLOCKS), []
-        for module in (model.base_model.model.bert.embeddings, model.base_model.model.classifier):
+def test_a_user_hook_elsewhere_is_called_once_per_pass():
+    called = []
+
+    def model():
+        made, calls = lora_model("bert", BLOCKS), []
+        for module in (embeddings_of(made), made.base_model.model.classifier):
             module.register_forward_hook(lambda m, _i, _o: calls.append(type(m).__name__))
-        return train("bert", config({1: 2}, cache=cache), list(epochs("bert")), model=model), calls
+        called.append(calls)
+        return made
 
-    (cached, calls), (without, expected) = run("ram"), run("off")
-    assert_same(cached, without)
-    assert calls == expected and counts(cached[2])[0]
+    safe = same_without("bert", model=model)
+    assert called[0] == called[1] and counts(safe)[0]
 
 
-def test_the_inner_model_is_served_too_where_a_loss_function_calls_it():
-    model, inputs = lora_model("bert", BLOCKS, dropout=0.0), batch("bert")
-    safe = Safe(model, config(), probe=inputs, total_steps=100, samples_per_epoch=40)
-    safe._freeze(list(safe.units)[:2], by="hand")
+def test_calls_of_the_inner_model_are_served_too():
+    model, inputs, safe = frozen("bert")
     losses = [model.get_base_model()(**inputs).loss.item() for _ in range(4)]
     assert len(set(losses)) == 1 and safe.cache.prefix_cache.stats.hits == 12
     safe.close()
@@ -421,18 +385,16 @@ def test_the_inner_model_is_served_too_where_a_loss_function_calls_it():
 # What it costs.
 
 
-def test_looking_again_comes_at_times_that_follow_from_flops_and_costs_little():
+def test_shadow_checks_are_repeated_at_intervals_that_follow_from_flops():
     batches = list(epochs("bert", count=16, epochs=3))
     safe = train("bert", config({1: 2}), batches, count=16)[2]
-    (situation,) = [one for one in safe.cache.prefix_cache.safety.situations.values() if "held" in one.verified]
+    (kind,) = [one for one in safe.cache.prefix_cache.kinds.known.values() if "stored" in one.verified]
     # Two of four blocks: 1 + 1 forward passes of a half against three of a half in a step; at most 0.2 %.
-    assert situation.spot == pytest.approx(1 / 0.002 * 2 / 3, rel=0.2)
+    assert kind.interval == pytest.approx(1 / 0.002 * 2 / 3, rel=0.2)
 
 
-def test_a_part_of_the_model_that_is_called_in_its_place_is_said_to_be_looked_up_never(caplog):
-    model, inputs = lora_model("bert", BLOCKS, dropout=0.0), batch("bert")
-    safe = Safe(model, config(), probe=inputs, total_steps=100, samples_per_epoch=40)
-    safe._freeze(list(safe.units)[:2], by="hand")
+def test_calls_of_a_part_of_the_model_are_noted_once(caplog):
+    model, inputs, safe = frozen("bert")
     bert = model.get_base_model().bert
     with caplog.at_level("INFO", "adafreeze"):
         for _ in range(6):
@@ -441,7 +403,7 @@ def test_a_part_of_the_model_that_is_called_in_its_place_is_said_to_be_looked_up
     safe.close()
 
 
-def test_a_cache_that_went_off_before_its_line_is_not_said_to_be_on(caplog):
+def test_a_cache_that_is_off_early_is_not_announced_as_on(caplog):
     with caplog.at_level("INFO", "adafreeze"):
         model = in_block(lora_model("bert", BLOCKS), FAULTS["draws noise"][0])
         train("bert", config({1: 2}, freeze=("bert.encoder.layer.0",)), list(epochs("bert")), model=model)
@@ -452,26 +414,18 @@ def test_a_cache_that_went_off_before_its_line_is_not_said_to_be_on(caplog):
 # What changes below the boundary in mid-run, when samples are held already.
 
 
-def late(change, at=6, undo=None, depths=None):
-    """A run with the cache and one without, in both of which ``change(model)`` is made after step ``at``."""
+def late(change, at=6, undo=None):
+    """The Safe of a run in which ``change(model)`` is made after step ``at``, and for some steps if ``undo``."""
+    undone = {}
 
     def after(safe, model):
         if safe.steps == at:
-            after.undo = change(model)
+            undone["by"] = change(model)
         if undo is not None and safe.steps == at + undo:
-            after.undo()
+            undone["by"]()
 
-    def run(cache):
-        model = lora_model("bert", BLOCKS, dropout=0.0)
-        return train(
-            "bert", config(depths or {1: 2}, cache=cache), list(epochs("bert", epochs=4)), model=model, after=after
-        )
-
-    return run("ram"), run("off")
-
-
-def embeddings_of(model):
-    return model.base_model.model.bert.embeddings
+    batches = epochs("bert", epochs=4)
+    return same_without("bert", batches, model=lambda: lora_model("bert", BLOCKS, dropout=0.0), after=after)
 
 
 def written_to(model):
@@ -557,10 +511,8 @@ def patched_block(model):
         *(all_columns_but_the_first, scaled_attention, submodule_patched, weights_swapped),
     ],
 )
-def test_what_somebody_changes_below_the_boundary_counts_from_the_next_pass_on(change):
-    cached, without = late(change)
-    assert_same(cached, without)
-    assert counts(cached[2])[0]
+def test_a_change_below_the_boundary_counts_from_the_next_pass_on(change):
+    assert counts(late(change))[0]
 
 
 def one_row_written_to(model):
@@ -572,24 +524,22 @@ def one_row_written_to(model):
 
 
 @pytest.mark.parametrize("change", [one_row_written_to, hooked])
-def test_what_was_changed_for_some_passes_and_put_back_is_served_again(change):
-    cached, without = late(change, undo=2)
-    assert_same(cached, without)
-    (waits,) = [event for event in cached[2].journal.events if event["event"] == "cache_waits"]
+def test_passes_are_served_again_when_a_change_is_undone(change):
+    safe = late(change, undo=2)
+    (waits,) = [event for event in safe.journal.events if event["event"] == "cache_waits"]
     assert "what enters the frozen prefix" in waits["reason"]
-    assert off_reason(cached[2]) is None and counts(cached[2])[0] >= COUNT
+    assert off_reason(safe) is None and counts(safe)[0] >= COUNT
 
 
 @pytest.mark.parametrize("change", [written_to, block_written_to])
-def test_weights_that_are_written_to_and_put_back_give_what_they_then_give(change):
-    cached, without = late(change, undo=2)
-    assert_same(cached, without)
-    assert off_reason(cached[2]) is None and counts(cached[2])[0]
+def test_weights_that_change_and_change_back_are_followed(change):
+    safe = late(change, undo=2)
+    assert off_reason(safe) is None and counts(safe)[0]
 
 
 @pytest.mark.parametrize("cache", ["ram", "off"])
 @pytest.mark.parametrize("place", ["encoder.layer.1.output.dense", "embeddings.word_embeddings"])
-def test_what_is_unfrozen_in_mid_run_gets_its_gradient(place, cache, caplog):
+def test_a_parameter_unfrozen_mid_run_gets_its_gradient(place, cache, caplog):
     """Gradual unfreezing: base weights that the optimizer holds from the start train from some step on."""
 
     def gradient(depths):
@@ -648,30 +598,24 @@ class Gate(nn.Module):
 
 
 @pytest.mark.parametrize("reads", ["padding", "a lower block"])
-def test_what_is_read_behind_a_gate_that_begins_at_zero(reads):
-    def run(cache):
-        batches = list(epochs("bert", epochs=6))
-        return train("bert", config({1: 2}, cache=cache), batches, model=Gate(reads).train())
-
-    cached = run("ram")
-    assert_same(cached, run("off"))
-    whole_rows = cached[2].cache.prefix_cache.safety.whole_rows
-    assert whole_rows if reads == "padding" else "differs" in off_reason(cached[2])
+def test_reads_behind_a_gate_that_starts_at_zero(reads):
+    safe = same_without("bert", epochs("bert", epochs=6), model=lambda: Gate(reads).train())
+    assert safe.cache.prefix_cache.padding.whole_rows if reads == "padding" else "differs" in off_reason(safe)
 
 
-def test_a_head_that_begins_at_zero_shows_nothing_of_padding():
+def test_a_head_that_starts_at_zero_shows_nothing_about_padding():
     """With accumulation, its gradient is zero in several passes, and after them it reads padding."""
 
-    def run(cache):
-        model = PaddingHead(encoder()).train()
-        nn.init.zeros_(model.head.weight)
-        nn.init.zeros_(model.head.bias)
-        return train("bert", config({1: 2}, cache=cache), list(epochs("bert", epochs=8)), model=model, accumulate=4)
+    def model():
+        made = PaddingHead().train()
+        nn.init.zeros_(made.head.weight)
+        nn.init.zeros_(made.head.bias)
+        return made
 
-    assert_same(run("ram"), run("off"))
+    same_without("bert", epochs("bert", epochs=8), model=model, accumulate=4)
 
 
-def test_a_loss_outside_the_model_that_begins_to_read_padding_is_heard(caplog):
+def test_a_loss_outside_the_model_that_begins_to_read_padding_is_noticed(caplog):
     """Of a library's model: until then padding is left out, and from the next pass on it is not."""
 
     def run(cache):
@@ -689,7 +633,7 @@ def test_a_loss_outside_the_model_that_begins_to_read_padding_is_heard(caplog):
     with caplog.at_level("INFO", "adafreeze"):
         (losses, safe), (expected, _) = run("ram"), run("off")
     differ = [n for n, (a, b) in enumerate(zip(losses, expected, strict=True)) if a != pytest.approx(b, rel=1e-4)]
-    assert differ[:1] == [20] and safe.cache.prefix_cache.safety.whole_rows
+    assert differ[:1] == [20] and safe.cache.prefix_cache.padding.whole_rows
     assert "the loss has begun to read padding" in caplog.text
 
 
@@ -713,29 +657,26 @@ def test_position_embeddings_that_depend_on_the_length_of_the_batch(rope):
 
     cached, without = run("ram"), run("off")
     assert cached[0] == pytest.approx(without[0], rel=2e-5)
-    assert cached[2].cache.prefix_cache.safety.whole_rows if rope == "longrope" else "dynamic" in off_reason(cached[2])
+    assert cached[2].cache.prefix_cache.padding.whole_rows if rope == "longrope" else "dynamic" in off_reason(cached[2])
 
 
 @pytest.mark.parametrize("again", [1, 2])
-def test_a_block_that_treats_one_row_of_a_batch_differently(again):
+def test_a_block_that_treats_one_row_of_a_batch_differently_ends_the_cache(again):
     """Each batch may come several times running (PPO's inner epochs), which shows nothing of other places."""
 
     def special(_, hidden):
         mask = (torch.arange(len(hidden)) == 1).to(hidden.dtype).view(-1, 1, 1)
         return hidden + 0.5 * mask * torch.linspace(-1, 1, hidden.shape[-1])
 
-    def run(cache):
-        model = in_block(lora_model("bert", BLOCKS, dropout=0.0), special)
-        batches = [one for one in epochs("bert", epochs=4) for _ in range(again)]
-        return train("bert", config({1: 2}, cache=cache), batches, model=model)
+    def model():
+        return in_block(lora_model("bert", BLOCKS, dropout=0.0), special)
 
-    cached = run("ram")
-    assert_same(cached, run("off"))
-    assert off_reason(cached[2])
+    batches = [one for one in epochs("bert", epochs=4) for _ in range(again)]
+    assert off_reason(same_without("bert", batches, model=model))
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_a_weight_that_is_written_to_around_the_step_that_deepens_the_prefix(before):
+def test_a_weight_written_to_around_a_growth_step(before):
     def run(cache):
         model = lora_model("bert", BLOCKS, dropout=0.0)
         weight = model.base_model.model.bert.encoder.layer[0].output.dense.weight
@@ -760,7 +701,7 @@ def test_a_weight_that_is_written_to_around_the_step_that_deepens_the_prefix(bef
     assert counts(cached[2])[0]
 
 
-def test_a_block_that_trains_for_some_steps_and_comes_back_is_another_one():
+def test_a_block_that_trains_for_some_steps_is_hashed_again():
     def run(cache):
         model = lora_model("bert", BLOCKS, dropout=0.0)
         weight = model.base_model.model.bert.encoder.layer[1].output.dense.weight
@@ -771,7 +712,7 @@ def test_a_block_that_trains_for_some_steps_and_comes_back_is_another_one():
                 weight.requires_grad_(safe.steps == 5)
                 if safe.steps == 8:
                     safe.prefix.update()
-                    safe.cache.prefix_changed()
+                    safe.freezing.follow_prefix()
 
         settings = config({1: 3}, cache=cache)
         return train("bert", settings, batches, model=model, after=after)
@@ -780,76 +721,54 @@ def test_a_block_that_trains_for_some_steps_and_comes_back_is_another_one():
     assert cached[0] == pytest.approx(without[0], rel=1e-5)
 
 
-def test_hidden_states_that_are_asked_for_inside_from_some_step_on():
-    class Asks(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model, self.asks = encoder(), False
-            self.config = self.model.config
-            self.head = nn.Linear(32, 2)
+def test_hidden_states_requested_inside_the_model_from_some_step_on():
+    class Asks(Classifier):
+        asks = False
 
-        def forward(self, input_ids, attention_mask, labels):
-            output = self.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=self.asks)
-            hidden = output.hidden_states[1] if self.asks else output.last_hidden_state
-            logits = self.head(hidden[:, 0])
-            return _Output(F.cross_entropy(logits, labels), logits)
+        def pooled(self, **inputs):
+            output = self.model(**inputs, output_hidden_states=self.asks)
+            return (output.hidden_states[1] if self.asks else output.last_hidden_state)[:, 0]
 
-    def run(cache):
-        torch.manual_seed(4)
-        model = Asks().train()
+    def after(safe, model):
+        model.asks = safe.steps >= 8
 
-        def after(safe, _model):
-            model.asks = safe.steps >= 8
-
-        return train("bert", config({1: 2}, cache=cache), list(epochs("bert", epochs=4)), model=model, after=after)
-
-    cached, without = run("ram"), run("off")
-    assert_same(cached, without)
-    assert [len(hidden) for hidden in (cached[0], without[0])] == [16, 16]
-    (waits,) = [event for event in cached[2].journal.events if event["event"] == "cache_waits"]
+    safe = same_without("bert", epochs("bert", epochs=4), model=lambda: Asks().train(), after=after)
+    (waits,) = [event for event in safe.journal.events if event["event"] == "cache_waits"]
     assert "records what the blocks" in waits["reason"]
 
 
-class Masks(nn.Module):
+class Masks(Classifier):
     """Makes its own attention mask, and another one from some step on."""
 
     def __init__(self):
         super().__init__()
-        self.model, self.causal = encoder(), False
-        self.config, self.head = self.model.config, nn.Linear(32, 2)
+        self.causal = False
 
-    def forward(self, input_ids, attention_mask, labels):
+    def pooled(self, input_ids, attention_mask):
         count, width = input_ids.shape
         visible = torch.ones(width, width, dtype=torch.bool)
         visible = visible.tril() if self.causal else visible
         mask = visible.expand(count, 1, width, width) & attention_mask[:, None, None].bool()
-        hidden = self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
-        logits = self.head(hidden[:, 0])
-        return _Output(F.cross_entropy(logits, labels), logits)
+        return self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state[:, 0]
 
 
 @pytest.mark.parametrize("change", ["flag", "hook"])
-def test_what_enters_the_blocks_beside_hidden_states_may_change_in_mid_run(change):
-    def run(cache):
-        torch.manual_seed(4)
-        model = Masks().train() if change == "flag" else lora_model("llama", BLOCKS, dropout=0.0)
+def test_masks_and_rotary_tables_may_change_mid_run(change):
+    def model():
+        return Masks().train() if change == "flag" else lora_model("llama", BLOCKS, dropout=0.0)
 
-        def after(safe, _model):
-            if safe.steps == 8 and change == "flag":
-                model.causal = True
-            elif safe.steps == 8:
-                rotary = next(m for m in model.modules() if type(m).__name__ == "LlamaRotaryEmbedding")
-                rotary.register_forward_hook(lambda _m, _i, output: tuple(0.5 * one for one in output))
+    def after(safe, model):
+        if safe.steps == 8 and change == "flag":
+            model.causal = True
+        elif safe.steps == 8:
+            rotary = next(m for m in model.modules() if type(m).__name__ == "LlamaRotaryEmbedding")
+            rotary.register_forward_hook(lambda _m, _i, output: tuple(0.5 * one for one in output))
 
-        family = "bert" if change == "flag" else "llama"
-        return train(family, config({1: 2}, cache=cache), list(epochs(family, epochs=4)), model=model, after=after)
-
-    cached = run("ram")
-    assert_same(cached, run("off"))
-    assert counts(cached[2])[0]
+    family = "bert" if change == "flag" else "llama"
+    assert counts(same_without(family, epochs(family, epochs=4), model=model, after=after))[0]
 
 
-def test_passes_without_adapters_and_annealed_scales_make_nothing_be_looked_at_again(monkeypatch):
+def test_passes_without_adapters_and_annealed_scales_are_not_new_kinds(monkeypatch):
     """DPO's reference passes turn adapters off and on in each step; a wrapper may anneal a coefficient."""
 
     class Annealed(nn.Module):
@@ -880,4 +799,4 @@ def test_passes_without_adapters_and_annealed_scales_make_nothing_be_looked_at_a
     cached, without = run("ram"), run("off")
     assert all(map(torch.equal, cached[2].weights, without[2].weights))
     assert counts(cached[2])[0] >= COUNT and off_reason(cached[2]) is None
-    assert not hashed and len(cached[2].cache.prefix_cache.safety.situations) <= 4
+    assert not hashed and len(cached[2].cache.prefix_cache.kinds.known) <= 4

@@ -1,4 +1,4 @@
-"""The tiers and the identity: what is held survives kills, is never mistaken for another's, and is never wrong."""
+"""Tiers and identity: entries survive kills, are never read by another prefix, and damaged ones are never used."""
 
 import os
 import random
@@ -20,7 +20,7 @@ from adafreeze.cache.tiers import Entry, decode, encode
 from adafreeze.loop.state import sealed
 from adafreeze.model import find_stacks
 from adafreeze.model.backends import PeftBackend
-from cached_run import COUNT, assert_same, config, counts, epochs, train
+from cached_run import COUNT, config, counts, epochs, same_without, train
 from cases import lora_model
 
 MIB = 2**20
@@ -44,6 +44,20 @@ def same(one: Entry | None, other: Entry) -> bool:
     )
 
 
+def command(program, *arguments):
+    """Run ``program`` in another process, with the tests in its path; its arguments begin at ``sys.argv[1]``."""
+    tests = os.path.dirname(os.path.dirname(__file__))
+    path = f"import sys; sys.path[:0] = [{tests!r}, {tests + '/cache'!r}]\n"
+    return [sys.executable, "-c", path + textwrap.dedent(program), *map(str, arguments)]
+
+
+def run_apart(program, *arguments, **environment):
+    environment = {**os.environ, **environment}
+    done = subprocess.run(command(program, *arguments), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.returncode}: {done.stderr[-2000:]}"
+    return done.stdout
+
+
 @pytest.fixture(params=["memory", "disk"])
 def tier(request, tmp_path):
     made = RamTier(MIB) if request.param == "memory" else DiskTier(tmp_path / "store", MIB)
@@ -51,15 +65,15 @@ def tier(request, tmp_path):
     made.close()
 
 
-def test_a_tier_gives_back_what_it_was_given(tier):
+def test_a_tier_returns_its_entries(tier):
     items = [(key(n), entry(n, length=3 + n, depths=(4, n % 3))) for n in range(20)]
     assert tier.put(items) == []
     found = tier.get([key(n) for n in (*range(20), 99)])
     assert all(same(one, item) for one, (_, item) in zip(found, items, strict=False)) and found[-1] is None
-    assert sorted(tier.held()) == [k for k, _ in items]
+    assert sorted(tier.stored_keys()) == [k for k, _ in items]
 
 
-def test_a_key_takes_a_new_value_when_it_has_grown(tier):
+def test_a_key_takes_a_new_value(tier):
     tier.put([(key(1), entry(1, depths=(2,)))])
     before = tier.nbytes
     tier.put([(key(1), entry(2, depths=(3,), identity=b"j" * 16))])
@@ -67,7 +81,7 @@ def test_a_key_takes_a_new_value_when_it_has_grown(tier):
     assert tier.name == "disk" or tier.nbytes == before
 
 
-def test_a_full_tier_keeps_what_it_holds_and_replaces_but_takes_nothing_new(tier):
+def test_a_full_tier_keeps_and_replaces_entries_but_takes_no_new_ones(tier):
     size, refused, n = 32 * 32 * 4, [], 0
     while not refused:
         refused = tier.put([(key(n), entry(n, length=32))])
@@ -86,17 +100,17 @@ def test_memory_is_taken_as_it_fills():
         assert tier.nbytes <= tier._taken <= max(MIB, 2 * tier.nbytes)
 
 
-def test_memory_counts_its_bytes_and_a_resumed_run_holds_what_it_held():
+def test_memory_counts_its_bytes_and_can_be_restricted_to_keys():
     tier = RamTier(MIB)
     tier.put([(key(n), entry(n)) for n in range(5)])
     assert tier.nbytes == 5 * 8 * 32 * 4
     again = RamTier(MIB, only=frozenset(k[:8] for k in (b"a" * 16, b"b" * 16)))
     assert again.put([(b"a" * 16, entry(1)), (b"c" * 16, entry(2))])[0][0] == b"c" * 16
-    assert list(again.held()) == [b"a" * 16]
+    assert list(again.stored_keys()) == [b"a" * 16]
 
 
 @given(st.integers(0, 10_000), st.integers(1, 30), st.lists(st.integers(0, 9), min_size=1, max_size=3), st.randoms())
-def test_any_changed_byte_is_seen(number, length, depths, chance: random.Random):
+def test_any_changed_byte_is_detected(number, length, depths, chance: random.Random):
     if not any(depths):
         depths = [*depths, 1]
     held = entry(number, length, depths)
@@ -122,17 +136,14 @@ def flip_a_byte_of_each_value(folder):
     return flipped
 
 
-def test_a_flipped_byte_on_disk_is_dropped_and_recomputed(tmp_path):
-    batches = list(epochs("bert"))
-
+def test_entries_with_a_flipped_byte_are_computed_again(tmp_path):
     def flips(safe, _model):
-        if safe.steps == 8:
+        if safe.steps == 8 and safe.cache.prefix_cache is not None:
             (folder,) = tmp_path.glob("prefix-*")
             assert flip_a_byte_of_each_value(folder) >= COUNT
 
-    cached = train("bert", config(cache="disk", cache_dir=tmp_path), batches, after=flips)
-    assert_same(cached, train("bert", config(cache="off"), batches))
-    (event,) = [e for e in cached[2].journal.events if e["event"] == "cache"]
+    safe = same_without("bert", depths={2: 2}, cache="disk", folder=tmp_path, after=flips)
+    (event,) = [e for e in safe.journal.events if e["event"] == "cache"]
     assert event["damaged"] == COUNT and event["misses"] == 2 * COUNT
 
 
@@ -143,24 +154,13 @@ def identities(model, depths=(2,)):
     return Identity(model, find_stacks(model), PeftBackend(model)).of(depths)
 
 
-def test_the_identity_is_the_same_for_the_same_prefix_and_in_another_process():
+def test_the_identity_is_the_same_in_another_process():
     program = """
-        import sys; sys.path[:0] = sys.argv[1:]
         from cases import lora_model
-        from freeze.test_cache_store import identities
+        from test_store import identities
         print(identities(lora_model("bert")).hex())
     """
-    tests = os.path.dirname(os.path.dirname(__file__))
-    found = {
-        subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(program), tests],
-            env={**os.environ, "PYTHONHASHSEED": str(seed)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        for seed in (1, 2)
-    }
+    found = {run_apart(program, PYTHONHASHSEED=str(seed)).strip() for seed in (1, 2)}
     assert found == {identities(lora_model("bert")).hex()}
 
 
@@ -196,14 +196,14 @@ def change_epsilon(model):
     "change",
     [change_embeddings, change_block, change_adapter, change_scaling, change_dtype, change_attention, change_epsilon],
 )
-def test_the_identity_of_another_prefix_is_another(change):
+def test_the_identity_differs_for_another_prefix(change):
     model = lora_model("bert")
     before = identities(model)
     change(model)
     assert identities(model) != before
 
 
-def test_what_stands_above_the_prefix_does_not_matter():
+def test_blocks_above_the_prefix_do_not_change_its_identity():
     model = lora_model("bert")
     before, deeper = identities(model), identities(model, (3,))
     for name, parameter in model.named_parameters():
@@ -212,32 +212,41 @@ def test_what_stands_above_the_prefix_does_not_matter():
     assert identities(model) == before and identities(model, (3,)) == deeper != before
 
 
-def left_behind(tmp_path, model=None, settings=None):
+def on_disk(tmp_path, model, depth=2, folder=None, **more):
+    """A Safe with a frozen prefix and its cache in ``tmp_path``, or in the folder of an earlier run there."""
+    settings = config({1: depth}, cache="disk", cache_dir=tmp_path, **more)
+    safe = Safe(model, settings, probe=list(epochs("bert"))[:2], total_steps=100, samples_per_epoch=COUNT)
+    if folder is not None:
+        safe.cache.load_state_dict({"announced": True, "folder": folder.name.removeprefix("prefix-"), "cache": None})
+    safe.freeze(list(safe.units)[:depth])
+    return safe
+
+
+def leave_behind(safe):
+    """End the cache as a kill would: the store stays."""
+    safe.cache.prefix_cache.store.tiers[0]._environment.close()
+    safe.cache.prefix_cache.store.tiers = []
+
+
+def left_behind(tmp_path):
     """A store as a killed run leaves it: filled at depth 2 and not closed."""
-    model = model or lora_model("bert")
-    batches = list(epochs("bert"))
-    settings = settings or config({1: 2}, cache="disk", cache_dir=tmp_path)
-    safe = Safe(model, settings, probe=batches[:2], total_steps=100, samples_per_epoch=COUNT)
-    safe._freeze(list(safe.units)[:2], by="hand")
+    model, batches = lora_model("bert"), list(epochs("bert"))
+    safe = on_disk(tmp_path, model)
     for one in batches[:4]:
         model(**one)
     (folder,) = tmp_path.glob("prefix-*")
-    safe.cache.prefix_cache.store.tiers[0]._environment.close()
-    safe.cache.prefix_cache.store.tiers = []
+    leave_behind(safe)
     safe.close()
     return folder, batches
 
 
-def read_by(tmp_path, folder, batches, model, depth=2, settings=None):
-    """Start another run on that very folder, and say how many of its samples were found."""
-    settings = settings or config({1: depth}, cache="disk", cache_dir=tmp_path)
-    safe = Safe(model, settings, probe=batches[:2], total_steps=100, samples_per_epoch=COUNT)
-    safe.cache.load_state_dict({"folder": folder.name.removeprefix("prefix-"), "cache": None})
-    safe._freeze(list(safe.units)[:depth], by="hand")
-    safe.prefix.look_up, look_up = None, safe.prefix.look_up
+def read_by(tmp_path, folder, batches, model, depth=2, **more):
+    """Start another run on that folder; how many of its samples were hits, advanced and misses."""
+    safe = on_disk(tmp_path, model, depth, folder, **more)
+    safe.prefix.server, server = None, safe.prefix.server
     torch.manual_seed(9)
     expected = [model(**one).loss.item() for one in batches[:4]]
-    safe.prefix.look_up = look_up
+    safe.prefix.server = server
     torch.manual_seed(9)
     for one, loss in zip(batches, expected, strict=False):
         now = model(**one).loss
@@ -274,9 +283,8 @@ def test_a_store_of_another_depth_is_never_read(tmp_path):
 def test_a_store_of_another_dtype_is_never_read(tmp_path):
     folder, batches = left_behind(tmp_path)
     assert read_by(tmp_path, folder, batches, lora_model("bert").to(torch.bfloat16)) == (0, 0, 14)
-    rounded = config({1: 2}, cache="disk", cache_dir=tmp_path, cache_dtype="bfloat16")
     folder, batches = left_behind(tmp_path)
-    assert read_by(tmp_path, folder, batches, lora_model("bert"), settings=rounded)[2] == 14
+    assert read_by(tmp_path, folder, batches, lora_model("bert"), cache_dtype="bfloat16")[2] == 14
 
 
 def test_a_store_of_another_version_is_never_read(tmp_path, monkeypatch):
@@ -288,12 +296,10 @@ def test_a_store_of_another_version_is_never_read(tmp_path, monkeypatch):
 # Processes, kills, disks.
 
 WRITER = """
-    import sys, time
-    sys.path[:0] = [sys.argv[1], sys.argv[1] + "/freeze"]
     from pathlib import Path
-    from test_cache_store import DiskTier, entry, key
-    tier = DiskTier(Path(sys.argv[2]), 64 * 2**20)
-    first, count = int(sys.argv[3]), int(sys.argv[4])
+    from test_store import DiskTier, entry, key
+    tier = DiskTier(Path(sys.argv[1]), 64 * 2**20)
+    first, count = int(sys.argv[2]), int(sys.argv[3])
     print("open", flush=True)
     sys.stdin.readline()
     for n in range(first, first + count, 4):
@@ -304,10 +310,9 @@ WRITER = """
 """
 
 
-def writer(folder, first, count, **more):
-    tests = os.path.dirname(os.path.dirname(__file__))
-    arguments = [sys.executable, "-c", textwrap.dedent(WRITER), tests, str(folder), str(first), str(count)]
-    process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **more)
+def writer(folder, first, count):
+    started = command(WRITER, folder, first, count)
+    process = subprocess.Popen(started, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "open\n"
     return process
 
@@ -326,7 +331,7 @@ def test_two_processes_share_one_store_without_loss(tmp_path):
     tier.close()
 
 
-def test_killed_in_mid_write_it_loses_nothing_that_was_committed(tmp_path):
+def test_a_kill_mid_write_loses_nothing_committed(tmp_path):
     for attempt in range(3):
         process = writer(tmp_path / "store", 0, 100_000)
         process.stdin.write("go\n")
@@ -344,34 +349,24 @@ def test_killed_in_mid_write_it_loses_nothing_that_was_committed(tmp_path):
         tier._environment.close()
 
 
-def test_a_file_that_was_cut_off_is_begun_anew(tmp_path):
+def test_a_truncated_file_is_replaced(tmp_path):
     """Reading a page that is missing from a mapped file ends the process, so another one does it."""
     program = """
-        import os, sys
-        sys.path[:0] = [sys.argv[1], sys.argv[1] + "/freeze"]
+        import os
         from pathlib import Path
-        from test_cache_store import MIB, DiskTier, entry, key, same
-        folder = Path(sys.argv[2])
+        from test_store import MIB, DiskTier, entry, key, same
+        folder = Path(sys.argv[1])
         for pages in (0, 1, 2, 8):
             tier = DiskTier(folder, MIB)
             tier.put([(key(n), entry(n)) for n in range(20)])
             tier._environment.close()
             os.truncate(folder / "data.mdb", pages * os.sysconf("SC_PAGE_SIZE"))
             tier = DiskTier(folder, MIB)
-            assert not any(tier.get([key(n) for n in range(20)])) and not list(tier.held())
+            assert not any(tier.get([key(n) for n in range(20)])) and not list(tier.stored_keys())
             assert tier.put([(key(3), entry(3))]) == [] and same(tier.get([key(3)])[0], entry(3))
             tier._environment.close()
     """
     run_apart(program, tmp_path / "store")
-
-
-def run_apart(program, *arguments):
-    tests = os.path.dirname(os.path.dirname(__file__))
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), tests, *map(str, arguments)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"{done.returncode}: {done.stderr[-2000:]}"
-    return done.stdout
 
 
 @pytest.fixture
@@ -388,33 +383,29 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_disk_that_is_full_at_the_start_leaves_memory_alone(small_disk):
+def test_a_disk_that_is_full_at_the_start_leaves_only_memory(small_disk):
     """With no room for the lock, which is mapped, and with room for it alone."""
     program = """
-        import sys, warnings
-        sys.path[:0] = [sys.argv[1], sys.argv[1] + "/freeze"]
-        import os, shutil
+        import os, shutil, warnings
         from cached_run import config, counts, epochs, train
         for left in (0, 70_000):
-            with open(sys.argv[2] + "/fill", "wb") as fill:
-                fill.write(bytes(shutil.disk_usage(sys.argv[2]).free - left))
+            with open(sys.argv[1] + "/fill", "wb") as fill:
+                fill.write(bytes(shutil.disk_usage(sys.argv[1]).free - left))
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                _, _, safe = train("bert", config({1: 2}, cache="disk", cache_dir=sys.argv[2]), epochs("bert"))
+                _, _, safe = train("bert", config({1: 2}, cache="disk", cache_dir=sys.argv[1]), epochs("bert"))
             texts = [str(w.message) for w in caught if "cannot use the folder" in str(w.message)]
-            assert len(texts) == 1 and "Its disk is full." in texts[0], texts
-            assert counts(safe)[0] and os.listdir(sys.argv[2]) == ["fill"]
-            os.remove(sys.argv[2] + "/fill")
+            assert len(texts) == 1 and "isk is full" in texts[0], texts
+            assert counts(safe)[0] and os.listdir(sys.argv[1]) == ["fill"]
+            os.remove(sys.argv[1] + "/fill")
     """
     run_apart(program, small_disk)
 
 
-def test_a_disk_that_fills_up_ends_the_filling_with_one_warning(tmp_path):
+def test_a_disk_that_fills_up_gives_one_warning(tmp_path):
     """The kernel refuses to write on, as it does on a full disk (RLIMIT_FSIZE)."""
     program = """
-        import resource, signal, sys, warnings
-        sys.path[:0] = [sys.argv[1], sys.argv[1] + "/freeze"]
-        from pathlib import Path
+        import resource, signal, warnings
         from cached_run import assert_same, config, counts, epochs, train
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         batches = list(epochs("bert", count=60))
@@ -422,21 +413,17 @@ def test_a_disk_that_fills_up_ends_the_filling_with_one_warning(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            cached = train("bert", config({1: 2}, cache="disk", cache_dir=sys.argv[2]), batches, count=60)
+            cached = train("bert", config({1: 2}, cache="disk", cache_dir=sys.argv[1]), batches, count=60)
         assert_same(cached, without)
         hits, _, misses = counts(cached[2])
         texts = [str(w.message) for w in caught if "takes no more samples" in str(w.message)]
         print(len(texts), 0 < hits < 116, misses > 60)
     """
-    tests = os.path.dirname(os.path.dirname(__file__))
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), tests, str(tmp_path)], capture_output=True, text=True
-    )
-    assert done.stdout.split() == ["1", "True", "True"], done.stderr
+    assert run_apart(program, tmp_path).split() == ["1", "True", "True"]
 
 
 @pytest.mark.parametrize("mode", ["auto", "disk"])
-def test_a_folder_that_cannot_be_written_leaves_memory_alone(mode, tmp_path):
+def test_a_folder_that_cannot_be_written_leaves_only_memory(mode, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(AdafreezeWarning, match="cannot use the folder"):
         _, _, safe = train("bert", config(cache=mode, cache_dir=tmp_path / "file" / "below"), epochs("bert"))
@@ -445,34 +432,23 @@ def test_a_folder_that_cannot_be_written_leaves_memory_alone(mode, tmp_path):
 
 
 def test_a_second_run_of_this_process_in_the_same_store_uses_memory(tmp_path):
-    settings = config({1: 2}, cache="disk", cache_dir=tmp_path)
-
-    def start():
-        model, batches = lora_model("bert"), list(epochs("bert"))
-        safe = Safe(model, settings, probe=batches[:2], total_steps=100, samples_per_epoch=COUNT)
-        safe._freeze(list(safe.units)[:2], by="hand")
-        return safe
-
-    first = start()
+    first = on_disk(tmp_path, lora_model("bert"))
     with pytest.warns(AdafreezeWarning, match="open in this process already"):
-        second = start()
+        second = on_disk(tmp_path, lora_model("bert"))
     assert isinstance(second.cache.prefix_cache.store.tiers[0], RamTier)
     first.close()
     second.close()
 
 
 def test_memory_first_and_then_disk(tmp_path):
-    settings = config(cache="auto", cache_dir=tmp_path, cache_budget="8KiB")
-    batches = list(epochs("bert"))
-    cached = train("bert", settings, batches)
-    assert_same(cached, train("bert", config(cache="off"), batches))
-    (event,) = [e for e in cached[2].journal.events if e["event"] == "cache"]
+    safe = same_without("bert", depths={2: 2}, cache="auto", folder=tmp_path, cache_budget="8KiB")
+    (event,) = [e for e in safe.journal.events if e["event"] == "cache"]
     assert 0 < event["nbytes"]["memory"] <= 8 * 1024 and event["nbytes"]["disk"] > 0 and event["misses"] == COUNT
-    full = [e for e in cached[2].journal.events if e["event"] == "cache_full"]
+    full = [e for e in safe.journal.events if e["event"] == "cache_full"]
     assert full[0]["tier"] == "memory" and 0 < full[0]["samples"] < COUNT and len(full[0]["digest"]) == 32
 
 
-def test_a_run_that_ends_leaves_no_store_and_one_that_was_killed_long_ago_is_cleared(tmp_path):
+def test_a_finished_run_leaves_no_store_and_old_ones_are_deleted(tmp_path):
     old = tmp_path / "prefix-old"
     old.mkdir()
     (old / "data.mdb").write_bytes(b"x")
@@ -481,7 +457,7 @@ def test_a_run_that_ends_leaves_no_store_and_one_that_was_killed_long_ago_is_cle
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_resumed_run_finds_its_store_and_what_was_decided(tmp_path):
+def test_a_resumed_run_finds_its_store_and_decisions(tmp_path):
     settings = config({1: 2}, cache="disk", cache_dir=tmp_path)
     batches = list(epochs("bert"))
     kept = {}
@@ -489,9 +465,7 @@ def test_a_resumed_run_finds_its_store_and_what_was_decided(tmp_path):
     def keep(safe, model):
         if safe.steps == 6:
             kept.update(state=safe.state_dict(), weights={n: t.clone() for n, t in model.state_dict().items()})
-            # as a kill would: the store stays
-            safe.cache.prefix_cache.store.tiers[0]._environment.close()
-            safe.cache.prefix_cache.store.tiers = []
+            leave_behind(safe)
 
     train("bert", settings, batches, after=keep)
     model = lora_model("bert")
@@ -505,7 +479,7 @@ def test_a_resumed_run_finds_its_store_and_what_was_decided(tmp_path):
     again.close()
     decided = {**kept["state"]["cache"]["cache"], "off": "it was slow"}
     third = Safe(model, settings, probe=batches[:2], total_steps=12, samples_per_epoch=COUNT)
-    third.load_state_dict(sealed({**kept["state"], "cache": {"folder": None, "cache": decided}}))
+    third.load_state_dict(sealed({**kept["state"], "cache": {"announced": True, "folder": None, "cache": decided}}))
     assert third.cache.prefix_cache.off == "it was slow"
     third.close()
 
@@ -523,7 +497,7 @@ def test_a_resumed_run_finds_its_store_and_what_was_decided(tmp_path):
         ({"cache_budget": -5}, "SafeConfig.cache_budget is -5"),
         ({"cache_budget": 1.5}, "SafeConfig.cache_budget is 1.5"),
         ({"cache_dir": 7}, "must be the path of a folder"),
-        ({"cache": "ram", "cache_dir": "x"}, "Nothing would be written"),
+        ({"cache": "ram", "cache_dir": "x"}, "which writes nothing to it"),
         ({"cache_dtype": "int8"}, "'bfloat16'"),
         ({"prefix_dropout": "yes"}, "must be True or False"),
     ],

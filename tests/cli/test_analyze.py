@@ -15,8 +15,8 @@ QUICK = ("--samples", "4", "--trace_samples", "2", "--eigenvalues", "2", "--grid
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, bert, csv_file):
-    """Makes and keeps runs of two steps, by method and seed."""
+def runs(tmp_path_factory, bert, csv_file, quiet):
+    """``runs(method, seed, *flags)``: the folder of a run of two steps, trained once."""
     from adafreeze.cli.train import main as train
 
     top, made = tmp_path_factory.mktemp("runs"), {}
@@ -29,8 +29,8 @@ def runs(tmp_path_factory, bert, csv_file):
                 [
                     *("--task", "text-classification", "--model_name_or_path", bert, "--train_file", csv_file),
                     *("--output_dir", str(folder), "--method", method, "--seed", str(seed), "--max_steps", "2"),
-                    *("--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no"),
-                    *("--count_costs", "false", "--adapter_r", "2", "--per_device_train_batch_size", "2", *flags),
+                    *("--count_costs", "false", "--adapter_r", "2", "--per_device_train_batch_size", "2"),
+                    *(*quiet, *flags),
                 ]
             )
         return made[key]
@@ -44,7 +44,7 @@ def analyze(capsys, *words: object) -> tuple[int, str, str]:
     return code, *capsys.readouterr()
 
 
-def test_plain_and_safe_stand_side_by_side_and_stay_as_they_are(runs, capsys, tmp_path):
+def test_plain_and_safe_are_side_by_side_and_not_changed(runs, capsys, tmp_path):
     folders = [runs("none"), runs("safe")]
     before = {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
     code, text, _ = analyze(capsys, *folders, *QUICK, "-o", tmp_path / "out")
@@ -76,7 +76,7 @@ def test_seeds_of_one_method_are_a_group_and_the_same_seed_gives_the_same_number
     assert again == found["runs"]["none/seed-1"]
 
 
-def test_a_method_of_compare_is_told_by_the_journal(runs, capsys, tmp_path):
+def test_the_method_of_a_cell_of_compare_is_read_from_the_journal(runs, capsys, tmp_path):
     cell = tmp_path / "cell"
     shutil.copytree(runs("safe"), cell)
     journal = cell / "journal.jsonl"
@@ -86,7 +86,7 @@ def test_a_method_of_compare_is_told_by_the_journal(runs, capsys, tmp_path):
     assert len(found["groups"]) == 2 and found["runs"]["cell"]["method"] == "safe+lora-fa"
 
 
-def test_without_matplotlib_all_but_the_picture_comes(runs, capsys, tmp_path, monkeypatch):
+def test_without_matplotlib_only_the_figure_is_missing(runs, capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     code, text, error = analyze(capsys, runs("none"), *QUICK, "-o", tmp_path)
@@ -110,15 +110,13 @@ def test_what_is_refused(runs, capsys, tmp_path):
         ((run, runs("none", 0, "--adapter_r", "3")), "cannot be compared: adapter_r is 2 and 3"),
         ((run, runs("none", 0, "--max_train_samples", "6")), "cannot be compared: max_train_samples is None and 6"),
         ((run, run), "named twice"),
-        (("-o", run), "-o stands before the runs"),
+        (("-o", run), "required: RUN"),
         ((run, "--grid", "4"), "--grid 5"),
         ((run, "--samples", "0"), "--samples is 0"),
         ((run, "--radius", "nan"), "--radius is nan"),
         ((run, "-o", run / "journal.jsonl"), "cannot be written"),
     ):
-        code, out, error = (
-            analyze(capsys, *words, "-o", tmp_path / "out") if "-o" not in words else analyze(capsys, *words)
-        )
+        code, out, error = analyze(capsys, *words, *([] if "-o" in words else ["-o", tmp_path / "out"]))
         assert (code, out) == (2, ""), words
         assert re.search(text, error, re.DOTALL) and "Fix: " in error and "Traceback" not in error, error
 

@@ -1,4 +1,4 @@
-"""The live view, in a terminal of its own."""
+"""The live view, in a pseudo-terminal."""
 
 import io
 import os
@@ -15,7 +15,7 @@ from text_cases import reviews, write
 
 
 def in_terminal(*call, **environment):
-    """What a command shows where somebody watches."""
+    """Exit code and output of a command in an interactive terminal."""
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "CI": "", **environment}
     process = subprocess.Popen(call, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
@@ -33,7 +33,7 @@ def in_terminal(*call, **environment):
     return process.wait(), shown.decode(errors="replace")
 
 
-def test_a_run_that_is_watched_shows_its_stack_and_gives_the_terminal_back(bert, tmp_path):
+def test_a_run_in_a_terminal_shows_its_stack_and_restores_the_terminal(bert, tmp_path):
     data = write(tmp_path / "rows.csv", reviews(8))
     code, shown = in_terminal(
         sys.executable, "-m", "adafreeze.cli", "train", "--model_name_or_path", bert, "--task", "text-classification",
@@ -45,7 +45,7 @@ def test_a_run_that_is_watched_shows_its_stack_and_gives_the_terminal_back(bert,
     assert "░█" in shown.replace("\x1b[33m", "").replace("\x1b[36m", "").replace("\x1b[0m", "")
     assert "1 of 2 blocks frozen" in shown
     assert "loss" in shown
-    assert "it/s]" not in shown  # tqdm's bar would tear it
+    assert "it/s]" not in shown  # from tqdm's bar, which would break the view
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor is back
 
 
@@ -53,13 +53,13 @@ def test_a_run_that_is_watched_shows_its_stack_and_gives_the_terminal_back(bert,
     ("terminal", "environment", "watched"),
     [(True, {}, True), (True, {"CI": "true"}, False), (True, {"TERM": "dumb"}, False), (False, {}, False)],
 )
-def test_nobody_watches_a_pipe_or_ci(terminal, environment, watched, monkeypatch):
+def test_pipes_and_ci_get_no_live_view(terminal, environment, watched, monkeypatch):
     for name, value in {"CI": "", "TERM": "xterm", **environment}.items():
         monkeypatch.setenv(name, value)
     assert is_watched(Console(force_terminal=terminal)) == watched
 
 
-def test_it_gives_the_terminal_back_when_the_run_fails():
+def test_it_restores_the_terminal_when_the_run_fails():
     shown = io.StringIO()
     view = LiveView(lambda: None, Console(force_terminal=True, width=80, file=shown))
     view.on_train_begin(None, SimpleNamespace(global_step=0, max_steps=4, is_world_process_zero=True), None)

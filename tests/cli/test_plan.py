@@ -33,8 +33,8 @@ def plan(config, capsys):
 def test_two_tables_and_what_follows(plan):
     code, text, _ = plan("--device_memory", "RTX 4090", "--adapter_dropout", "0.1")
     assert code == 0
-    rows = re.findall(r"^│ (\d of \d|0, all recomputed) +│(.*)│$", text, re.MULTILINE)
-    assert [name for name, _ in rows] == [*(f"{depth} of 2" for depth in (0, 1)), "0, all recomputed"] * 2
+    rows = re.findall(r"^│ (\d of \d|all checkpointed) +│(.*)│$", text, re.MULTILINE)
+    assert [name for name, _ in rows] == [*(f"{depth} of 2" for depth in (0, 1)), "all checkpointed"] * 2
     assert "peak = weights + adapters + optimizer + saved + transient" in text
     said = "Of RTX 4090, 23.0 GiB can be used. Micro-batches that fit: "
     fits = re.search(rf"{re.escape(said)}(\d+) plain, (\d+) with SafeConfig\(\), up to (\d+)", " ".join(text.split()))

@@ -4,14 +4,13 @@ import pytest
 
 from adafreeze.cli.main import main
 from report_cases import write_run
-from text_cases import reviews, write
 
 
-def test_the_command_writes_where_it_is_told(tmp_path, capsys, monkeypatch):
+def test_the_command_writes_the_page_it_names(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = write_run(tmp_path / "run")
     assert main(["report", str(run)]) == 0
-    assert "The page is report.html." in capsys.readouterr().out
+    assert "Report: report.html" in capsys.readouterr().out
     assert main(["report", str(run), str(run), "-o", "deep/er/page.html"]) == 0
     text = (tmp_path / "deep" / "er" / "page.html").read_text()
     assert "run (2)" in text
@@ -25,27 +24,20 @@ def test_bad_places(place, tmp_path, capsys):
     assert not (tmp_path / "page.html").exists()
 
 
-def test_a_run_leaves_a_page_with_its_costs_over_time(bert, tmp_path, capsys):
-    data = write(tmp_path / "rows.csv", reviews(8))
-    call = ["train", "--model_name_or_path", bert, "--task", "text-classification", "--train_file", data,
-            "--validation_file", data, "--max_steps", "12", "--per_device_train_batch_size", "4", "--use_cpu",
-            "--logging_steps", "2", "--eval_strategy", "steps", "--eval_steps", "4", "--report_to", "none",
-            "--disable_tqdm", "true", "--output_dir"]  # fmt: skip
-    assert main([*call, str(tmp_path / "safe")]) == 0
-    page = (tmp_path / "safe" / "report.html").read_text()
-    for chart in ("scores-safe", "stack-safe", "loss", "saved-bytes", "flops", "seconds", "eval-accuracy"):
+def test_a_run_leaves_a_page_with_its_costs_over_time(train, bert, csv_file, tmp_path, capsys):
+    flags = ("text-classification", bert, csv_file, "--validation_file", csv_file, "--max_steps", "12")
+    flags += ("--eval_strategy", "steps", "--eval_steps", "4", "--logging_steps", "2", "--count_costs", "true")
+    safe = train(*flags, "--method", "safe").rename(tmp_path / "safe")
+    page = (safe / "report.html").read_text()
+    for chart in ("scores-run", "stack-run", "loss", "saved-bytes", "flops", "seconds", "eval-accuracy"):
         assert f'<figure id="{chart}">' in page
-    assert main([*call, str(tmp_path / "plain"), "--method", "none"]) == 0
-    capsys.readouterr()
-    assert main(["report", str(tmp_path / "safe"), str(tmp_path / "plain"), "-o", str(tmp_path / "both.html")]) == 0
-    assert "against plain, mean saved bytes" in (tmp_path / "both.html").read_text()
+    plain = train(*flags).rename(tmp_path / "plain")
+    assert main(["report", str(safe), str(plain), "-o", str(tmp_path / "both.html")]) == 0
+    assert "compared with plain: mean saved bytes" in (tmp_path / "both.html").read_text()
 
 
-def test_a_page_that_fails_ends_no_run(bert, tmp_path, monkeypatch):
-    data = write(tmp_path / "rows.csv", reviews(4))
+def test_a_page_that_fails_does_not_end_the_run(train, bert, csv_file, monkeypatch):
     monkeypatch.setattr("adafreeze.report.page.headline", lambda *_: 1 / 0)
-    with pytest.warns(match="There is no page about this run"):
-        assert main(["train", "--model_name_or_path", bert, "--task", "text-classification", "--train_file", data,
-                     "--max_steps", "1", "--use_cpu", "--report_to", "none", "--disable_tqdm", "true",
-                     "--output_dir", str(tmp_path / "run")]) == 0  # fmt: skip
-    assert (tmp_path / "run" / "adapter_config.json").exists()
+    with pytest.warns(match="The report of this run failed"):
+        folder = train("text-classification", bert, csv_file)
+    assert (folder / "adapter_config.json").exists()

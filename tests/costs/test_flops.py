@@ -1,4 +1,4 @@
-"""FLOPs against closed forms."""
+"""FLOPs compared with closed forms."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import cases
 from adafreeze.costs import CountFlops
 
 
-def test_a_linear_layer_is_two_flops_a_weight_a_row():
+def test_a_linear_layer_costs_two_flops_per_weight_and_row():
     layer = nn.Linear(8, 4, bias=False)
     x = torch.randn(16, 8, requires_grad=True)
     with CountFlops() as count:
@@ -43,13 +43,13 @@ def test_attention_on_the_cpu_counts_as_its_products(queries, keys, masked):
     settings = {"attn_mask": torch.zeros(queries, keys)} if masked else {}
     math = count_attention(SDPBackend.MATH, queries=queries, keys=keys, **settings)
     fused = count_attention(SDPBackend.FLASH_ATTENTION, queries=queries, keys=keys, **settings)
-    # Forward: QKᵀ and PV, on either path. Backward: the gradients of Q, K, P and V; the fused kernel, which kept no
-    # P, computes QKᵀ once more. But for that one product the two paths count the same.
+    # Forward: QKᵀ and PV, on either path. Backward: the gradients of Q, K, P and V; the fused kernel, which saved no
+    # P, computes QKᵀ once more. Otherwise the two paths count the same.
     assert math == (2 * product, 4 * product)
     assert fused == (2 * product, 4 * product + product)
 
 
-def test_attention_whose_heads_share_keys_counts_every_head_of_the_queries():
+def test_grouped_query_attention_counts_every_query_head():
     q = torch.randn(2, 4, 16, 8)
     k, v = torch.randn(2, 2, 2, 16, 8)
     with CountFlops() as count:
@@ -58,7 +58,7 @@ def test_attention_whose_heads_share_keys_counts_every_head_of_the_queries():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_pays_the_forward_pass_twice(reentrant):
+def test_checkpointing_counts_the_forward_pass_twice(reentrant):
     layer = nn.Sequential(nn.Linear(8, 4, bias=False), nn.Tanh(), nn.Linear(4, 8, bias=False))
     x = torch.randn(16, 8, requires_grad=True)
     product = 2 * 16 * 8 * 4
@@ -66,13 +66,13 @@ def test_checkpointing_pays_the_forward_pass_twice(reentrant):
         out = checkpoint(layer, x, use_reentrant=reentrant)
         assert count.total == 2 * product
         out.sum().backward()
-    recomputed = count.total - 2 * product - 4 * product  # a backward pass is two products a layer
-    # Non-reentrant stops early, when the last saved tensor is there: the second layer's output is none.
+    recomputed = count.total - 2 * product - 4 * product  # a backward pass has two products per layer
+    # Non-reentrant stops at the last saved tensor, which the second layer's output is not.
     assert recomputed == (2 * product if reentrant else product)
 
 
 @pytest.mark.parametrize(("bias", "weight", "products"), [(True, True, 3), (False, False, 2)])
-def test_what_does_not_train_costs_no_gradient(bias, weight, products):
+def test_frozen_parameters_cost_no_gradient(bias, weight, products):
     layer = nn.Linear(8, 4, bias=bias).requires_grad_(weight)
     with CountFlops() as count:
         layer(torch.randn(16, 8, requires_grad=True)).sum().backward()
@@ -90,14 +90,14 @@ def test_batched_and_nested_products():
 
 def test_convolution_and_embedding():
     with CountFlops() as count:
-        nn.Embedding(10, 8)(torch.arange(5))  # a look-up multiplies nothing
+        nn.Embedding(10, 8)(torch.arange(5))  # a look-up has no products
         assert count.total == 0
         nn.Conv2d(3, 4, kernel_size=2, stride=2)(torch.randn(1, 3, 8, 8))
     assert count.total == 2 * (4 * 4 * 4) * (3 * 2 * 2)  # outputs · inputs of each
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_bert_is_its_closed_form(attention):
+def test_a_bert_costs_its_closed_form(attention):
     # per block: 4 projections h², 2 of the feed-forward part h·f, 2 attention products of length²·h
     model = cases.base_model("bert", blocks=3, dropout=0.0).eval()
     model.set_attn_implementation(attention)

@@ -1,4 +1,4 @@
-"""Saved bytes, and all that is alive, against hand-computed ones."""
+"""Saved and live bytes against hand-computed ones."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_a_linear_layer_saves_its_input_and_no_parameter():
     assert saved.total == 16 * 8 * 4  # the input, for the weight's gradient; the weight itself does not count
 
 
-def test_a_storage_counts_once_however_many_views_are_saved():
+def test_a_storage_with_many_saved_views_counts_once():
     x = torch.randn(16, 8, requires_grad=True)
     with SavedBytes(nn.Identity()) as saved:
         _ = x[:8] * x[8:], x.t() * x.t()
@@ -51,7 +51,7 @@ def test_a_small_network_by_hand():
     with SavedBytes(network) as saved:
         network(torch.randn(16, 8)).sum()
     assert saved.total == 4 * (16 * 8 + 16 * 64 + 16 * 64) == 8704
-    # The first layer frozen: neither it nor GELU has anything to hand back, only the second layer's input stays.
+    # With the first layer frozen neither it nor GELU has a gradient: only the second layer's input is saved.
     network[0].requires_grad_(False)
     with SavedBytes(network) as saved:
         network(torch.randn(16, 8)).sum()
@@ -64,7 +64,7 @@ def test_buffers_and_views_of_parameters_do_not_count():
     model.register_buffer("scale", torch.randn(8, 8))
     x = torch.randn(8, 8, requires_grad=True)
 
-    def products():  # each keeps both its factors, or views of them
+    def products():  # each saves both factors, or views of them
         return x[:4] * model.weight.t()[:4], x[:4] * model.scale[:4]
 
     with SavedBytes(model) as saved:
@@ -72,7 +72,7 @@ def test_buffers_and_views_of_parameters_do_not_count():
     assert saved.total == 8 * 8 * 4  # x alone, once
     with SavedBytes(nn.Identity()) as saved:
         products()
-    assert saved.total == 3 * 8 * 8 * 4  # those of another model count
+    assert saved.total == 3 * 8 * 8 * 4  # weights of another model count
 
 
 def test_a_saved_view_keeps_its_whole_base():
@@ -82,7 +82,7 @@ def test_a_saved_view_keeps_its_whole_base():
     assert saved.total == 16 * 8 * 4
 
 
-def test_dropout_counts_its_mask_and_the_parts_of_a_batch_do_not_share():
+def test_dropout_counts_its_mask_each_time():
     x = torch.randn(16, 8, requires_grad=True)
     with SavedBytes(nn.Identity()) as one:
         nn.functional.dropout(x, 0.5)
@@ -92,7 +92,7 @@ def test_dropout_counts_its_mask_and_the_parts_of_a_batch_do_not_share():
     assert 16 * 8 <= one.total <= 16 * 8 * 4 and two.total == 2 * one.total
 
 
-def test_blocks_of_two_models_each_leave_out_their_own():
+def test_counters_of_two_models_each_ignore_their_own_weights():
     one, two = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
     x = torch.randn(16, 8, requires_grad=True)
     with SavedBytes(one) as of_one, SavedBytes(two) as of_two:
@@ -100,7 +100,7 @@ def test_blocks_of_two_models_each_leave_out_their_own():
     assert of_one.total == of_two.total == 512 + 512 + 256
 
 
-def test_an_error_within_leaves_no_counter_behind():
+def test_an_error_removes_the_counter():
     x = torch.randn(16, 8, requires_grad=True)
     broken = SavedBytes(nn.Identity())
     with pytest.raises(KeyError), broken:
@@ -111,7 +111,7 @@ def test_an_error_within_leaves_no_counter_behind():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_keeps_its_input_and_recomputing_in_the_backward_pass_adds_nothing(reentrant):
+def test_checkpointing_saves_its_input_and_recomputed_tensors_do_not_count(reentrant):
     layers = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8))
     x = torch.randn(16, 8, requires_grad=True)
     with SavedBytes(layers) as saved:
@@ -149,16 +149,16 @@ def test_the_tracker_counts_what_is_alive_and_its_peak():
         tracker.reset_peak()
         assert tracker.peak == 1024
         tracker.hold(a, a[1:], torch.ones(1))
-    assert tracker.now == 1024  # the one element is gone again
+    assert tracker.now == 1024  # the one element is freed again
 
 
-def test_the_tracker_rounds_as_the_allocator_does():
+def test_the_tracker_rounds_like_the_allocator():
     with StorageTracker(rounding=512) as tracker:
         kept = [torch.ones(1), torch.ones(129)]
         assert tracker.now == 512 + 1024 and len(kept) == 2
 
 
-def test_an_address_that_comes_again_is_counted_again():
+def test_a_reused_address_is_counted_again():
     with StorageTracker() as tracker:
         for _ in range(20):
             one = torch.ones(1024)
@@ -168,7 +168,7 @@ def test_an_address_that_comes_again_is_counted_again():
     assert tracker.peak == 4096
 
 
-def test_the_tracker_sees_what_checkpointing_recomputes_and_saved_bytes_does_not():
+def test_the_tracker_counts_recomputed_tensors_and_saved_bytes_does_not():
     family = "bert"
     peaks, saved = [], []
     for checkpointing in (False, True):

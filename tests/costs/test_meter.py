@@ -1,4 +1,4 @@
-"""The meter against counting every step."""
+"""The meter compared with counting every step."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from adafreeze.costs import CountFlops, Meter, SavedBytes
 
 
 @pytest.mark.parametrize("family", cases.FAMILIES)
-def test_counting_changes_no_loss_and_no_gradient_by_a_bit(family):
+def test_counting_changes_no_bit_of_loss_and_gradients(family):
     def run(counted):
         model = cases.lora_model(family)
         torch.manual_seed(3)
@@ -29,7 +29,7 @@ def test_counting_changes_no_loss_and_no_gradient_by_a_bit(family):
     assert all(torch.equal(a, b) for a, b in zip(grads, other_grads, strict=True))
 
 
-def test_the_meter_adds_up_to_what_counting_every_step_gives():
+def test_the_meter_equals_counting_every_step():
     model = cases.lora_model("bert")
     batches = [cases.batch("bert", rows, length) for rows, length in ((4, 12), (4, 12), (2, 12), (4, 9), (4, None))]
     padded = {**batches[0], "attention_mask": batches[0]["attention_mask"].clone()}
@@ -52,7 +52,7 @@ def test_the_meter_adds_up_to_what_counting_every_step_gives():
     assert [cost.saved_bytes for cost in meter.series()] == saved_bytes
 
 
-def test_the_meter_counts_anew_when_the_state_changes():
+def test_the_meter_counts_again_when_the_state_changes():
     model, state = cases.lora_model("bert"), [0]
     meter = Meter(model, lambda: state[0])
     for state[0] in (0, 0, 1, 1):
@@ -113,7 +113,7 @@ def test_a_step_that_fails_is_not_counted():
     assert meter.summary() == {"steps": 0, "flops": 0, "peak_saved_bytes": 0, "mean_saved_bytes": 0.0}
 
 
-def test_a_batch_may_hold_more_than_tensors():
+def test_a_batch_may_contain_more_than_tensors():
     model = cases.lora_model("vit")
     batch = default_collate([cases.sample("vit", index) for index in range(4)]) | {"names": ["a", "b"]}
     meter = Meter(model)

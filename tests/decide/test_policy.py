@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adafreeze import ConfigError
-from adafreeze.decide import POLICIES, PolicyInput, choose
+from adafreeze.decide import POLICIES, PolicyInput, choose, is_prefix_only, prefix_only
 
 
 def chain(*scores, prefix="u"):
@@ -132,7 +132,7 @@ def test_a_policy_that_returns_no_names_is_told_what_it_returned(answer):
     shown = answer[0] if isinstance(answer, list) else answer
     with pytest.raises(ConfigError) as caught:
         choose(mine, situation(chain(1, 2)))
-    assert caught.value.fact == f"The policy 'mine' returned {shown!r}."
+    assert caught.value.fact.startswith(f"The policy 'mine' returned {shown!r}, but ")
 
 
 def test_a_policy_may_return_any_iterable_in_any_order_with_repeats():
@@ -286,6 +286,25 @@ def test_a_later_ramp_never_freezes_less(scores, freeze_share, a, b):
         settings = {"freeze_share": freeze_share, "threshold": freeze_share}
         early, late = (set(choose(policy, situation(chain(*scores), ramp=ramp, **settings))) for ramp in sorted((a, b)))
         assert early <= late
+
+
+def test_a_policy_that_declares_itself_prefix_only_keeps_the_top_live():
+    scores = chain(9, 9, 1, 1)
+
+    def mine(given):
+        return ["u0", "u1", "u2", "u3"]
+
+    everything = situation(scores, min_live_blocks=2)
+    assert choose(mine, everything) == ["u2", "u3"]  # the highest scores stay live
+    assert choose(prefix_only(mine), everything) == ["u0", "u1"]
+
+    class Mine:
+        prefix_only = True
+
+        def __call__(self, given):
+            return ["u0", "u1", "u2", "u3"]
+
+    assert choose(Mine(), everything) == ["u0", "u1"] and is_prefix_only(Mine()) and not is_prefix_only("threshold")
 
 
 @pytest.mark.parametrize("policy", ["share", "bottom_up"])

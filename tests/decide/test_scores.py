@@ -8,7 +8,7 @@ from adafreeze.decide import SCORES, random_score, resolve_score
 
 def test_grad_norm_is_the_relative_change_of_the_norm():
     score = SCORES["grad_norm"]
-    assert score.needs == "gradients" and score.moving_reference
+    assert score.reads == "gradients" and score.reference == "previous"
     assert score.compare(torch.tensor(4.0), torch.tensor(3.0)) == pytest.approx(0.25)
     assert score.compare(torch.tensor(0.0), torch.tensor(3.0)) == float("inf")
 
@@ -19,17 +19,15 @@ def test_grad_norm_of_a_unit_that_had_no_gradient_decides_nothing():
 
 
 def test_every_score_says_what_it_needs_under_its_own_name():
-    needs = {name: score.needs for name, score in SCORES.items()}
-    assert needs == {
-        "cka": "outputs",
-        "cka_debiased": "outputs",
-        "local_cka": "local_outputs",
-        "grad_norm": "gradients",
-        "weight_change": "weights",
-        "random": "nothing",
+    assert {name: (score.reads, score.reference) for name, score in SCORES.items()} == {
+        "cka": ("outputs", "start"),
+        "cka_debiased": ("outputs", "start"),
+        "local_cka": ("outputs", None),
+        "grad_norm": ("gradients", "previous"),
+        "weight_change": ("weights", "previous"),
+        "random": ("nothing", None),
     }
     assert all(resolve_score(name) is score and score.name == name for name, score in SCORES.items())
-    assert {name for name, score in SCORES.items() if score.moving_reference} == {"grad_norm", "weight_change"}
 
 
 def test_weight_change_is_the_mean_absolute_change():
@@ -52,7 +50,7 @@ def test_random_scores_are_fixed_by_name_and_seed():
 
 def test_a_function_is_a_score_of_outputs():
     mine = resolve_score(lambda before, after: 0.5)
-    assert mine.needs == "outputs" and mine.compare(mine.prepare(torch.ones(2), True), torch.ones(2)) == 0.5
+    assert mine.reads == "outputs" and mine.compare(mine.prepare(torch.ones(2), True), torch.ones(2)) == 0.5
 
 
 def test_a_reference_is_prepared_once_and_compared_with_any_number_of_later_states():

@@ -1,4 +1,4 @@
-"""One rank of the Trainer runs that test_zero_trainer.py looks at: python _zero_trainer.py FOLDER RUNS."""
+"""One rank of the runs of test_zero_trainer.py: python _zero_trainer.py FOLDER RUNS."""
 
 from __future__ import annotations
 
@@ -9,33 +9,19 @@ import traceback
 from pathlib import Path
 
 import torch
-from _zero_worker import gathered
+from _zero_worker import gathered, gathered_lists
 from torch import distributed as dist
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from trainer_worker import HistoryCallback
+from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from worker import CONFIG
+from worker import CONFIG, History
 
 import cases
 from adafreeze import SafeCallback, SafeConfig
 
 
-class History(TrainerCallback):
-    """What is frozen after each step, and what of it moved since."""
-
-    def __init__(self, safe: SafeCallback) -> None:
-        self.callback, self.frozen, self.moved, self._before = safe, [], [], {}
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        safe = self.callback.safe
-        held, now = {id(p) for p in safe.freezer.parameters()}, gathered(model)
-        names = [name for name, p in model.named_parameters() if id(p) in held]
-        self.moved += [name for name in names if not torch.equal(now[name], self._before.get(name, now[name]))]
-        self._before = {name: now[name] for name in names}
-        self.frozen.append(sorted(safe.frozen))
-
-
 def train(folder, name, stage, resume=None, accumulate=1, in_pieces=False, optimizer=None, **config):
-    """A Trainer's whole run; or the rest of one, from the checkpoint ``resume``.
+    """A Trainer's run, or the rest of one from the checkpoint ``resume``.
 
     ``in_pieces``: the model is made after the arguments, so ZeRO-3 shards it, and draws other weights, as it is made.
     """
@@ -53,21 +39,21 @@ def train(folder, name, stage, resume=None, accumulate=1, in_pieces=False, optim
     )  # fmt: skip
     model = model or cases.lora_model("llama", dropout=0.0)
     safe = SafeCallback(SafeConfig(**CONFIG))
-    history = History(safe)
+    history = History(gathered_lists)
     trainer = Trainer(
         model=model, args=args, train_dataset=cases.Samples("llama", 24, length=12), data_collator=cases.collate,
-        callbacks=[safe, history],
+        callbacks=[safe, HistoryCallback(safe, history)],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=f"{folder}/{resume}" if resume else None)
     trainer.save_model(f"{folder}/{name}/saved")
-    told = {
+    found = {
         "history": history.frozen, "moved": history.moved, "weights": gathered(model),
         "parallel": safe.safe.parallel.name,
         "logged": [entry for entry in trainer.state.log_history if "safe/frozen_prefix" in entry],
     }  # fmt: skip
     trainer.model_wrapped.destroy()
     unset_hf_deepspeed_config()
-    return told
+    return found
 
 
 def main(folder, runs):

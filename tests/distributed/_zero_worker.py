@@ -1,4 +1,4 @@
-"""One rank of the DeepSpeed runs that test_deepspeed.py looks at: python _zero_worker.py FOLDER RUNS."""
+"""One rank of the runs of test_deepspeed.py: python _zero_worker.py FOLDER RUNS."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from adafreeze.model import find_stacks, find_units, trace_flow
 from adafreeze.model.backends import PeftBackend
 from adafreeze.parallel.deepspeed import DeepSpeedZero, engine_of
 
-# DeepSpeed would compile kernels for shared memory first; without them it sends by gloo.
+# Without this DeepSpeed compiles kernels for shared memory; with it, it uses gloo.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-# Every CPU computes in fp16, if slowly; DeepSpeed allows it only where that is fast.
+# Every CPU computes in fp16, but DeepSpeed allows it only where that is fast.
 deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
 
 ROWS, MICRO, STEPS, FREEZE_AT = 2, 2, 6, 3  # rows of a micro-batch, micro-batches of a step on each rank
@@ -32,7 +32,7 @@ DECAY, LR, CLIP = 0.1, 2e-2, 0.05  # the norm of the gradients is above CLIP in 
 
 
 def micro_batch(family, step, number):
-    """Micro-batch ``number`` of all those of one step, on all ranks."""
+    """Micro-batch ``number`` of one step, counted over all ranks."""
     first = 16 * step + ROWS * number
     return cases.collate([cases.sample(family, (first + row) % 64, 12) for row in range(ROWS)])
 
@@ -42,7 +42,7 @@ def falling(step):
 
 
 class Sideways(torch.optim.SGD):
-    """Moves weights whatever the learning rate is."""
+    """Moves weights regardless of gradients and learning rate."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -52,7 +52,7 @@ class Sideways(torch.optim.SGD):
 
 
 class Run:
-    """A tiny model with everything that a freeze needs; by DeepSpeed, or without it if ``stage`` is None."""
+    """A tiny model with everything that a freeze needs; without DeepSpeed if ``stage`` is None."""
 
     def __init__(self, family, stage, precision="fp32", optimizer="AdamW", mixed=False, power=16, grads=None, **zero):
         self.family = family
@@ -63,7 +63,7 @@ class Run:
         flows = trace_flow(self.model, self.stacks, micro_batch(family, 0, 0))
         kind = Sideways if optimizer == "Sideways" else getattr(torch.optim, optimizer)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        # With several groups, each holds parameters of every unit.
+        # With several groups, each contains parameters of every unit.
         groups = [{"params": trainable[part::3]} for part in range(3)] if mixed else [{"params": trainable}]
         self.optimizer = kind(groups, lr=LR, weight_decay=DECAY)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, falling)
@@ -84,7 +84,7 @@ class Run:
             self.engine = deepspeed.initialize(
                 model=self.model, optimizer=self.optimizer, lr_scheduler=self.schedule, config=config
             )[0]
-            self.held = DeepSpeedZero(engine_of(self.model), None, self.units)
+            self.held = DeepSpeedZero(engine_of(self.model), self.units)
         self.freezer = Freezer(self.units, backend, self.engine.optimizer if self.engine else self.optimizer)
         self.prefix = Prefix(self.model, self.stacks, flows)
 
@@ -103,21 +103,21 @@ class Run:
         self.optimizer.zero_grad()
         self.schedule.step()
 
-    def freeze(self, tell=True):
+    def freeze(self, notify=True):
         self.freezer.freeze(self.names)
         self.prefix.update()
-        if self.held is not None and tell:
+        if self.held is not None and notify:
             self.held.after_freeze(self.names)
 
     def masters(self):
-        """The float32 copies that the optimizer steps, as far as they lie on this rank."""
+        """The float32 copies on this rank that the optimizer steps."""
         zero, found = self.engine.optimizer, {}
         named = [(name, p) for name, p in self.model.named_parameters() if "lora_" in name]
         if hasattr(zero, "fp32_groups_flat"):  # fp16 without ZeRO
             for flat, held in zip(zero.fp32_groups_flat, zero.fp16_groups, strict=True):
                 copies = torch._utils._unflatten_dense_tensors(flat, held)
                 found.update({id(p): copy for p, copy in zip(held, copies, strict=True)})
-        elif hasattr(zero, "fp32_groups"):  # the same, one by one
+        elif hasattr(zero, "fp32_groups"):  # the same for single parameters
             for copies, held in zip(zero.fp32_groups, zero.fp16_groups, strict=True):
                 found.update({id(p): copy for p, copy in zip(held, copies, strict=True)})
         elif hasattr(zero, "fp32_partitioned_groups_flat"):
@@ -133,26 +133,26 @@ class Run:
             self.engine.destroy()
 
 
-def train(family="llama", stage=2, tell=True, steps=STEPS, masters=False, **settings):
+def train(family="llama", stage=2, notify=True, steps=STEPS, masters=False, **settings):
     run = Run(family, stage, **settings)
-    told = {"weights": [], "masters": [], "lrs": [], "skipped": []}
+    found = {"weights": [], "masters": [], "lrs": [], "skipped": []}
     for step in range(steps):
         run.step(step)
-        told["weights"].append(gathered(run.model))
-        told["masters"].append(run.masters() if masters else {})
-        told["lrs"].append(sorted({group["lr"] for group in run.optimizer.param_groups}))
-        told["skipped"].append(run.engine.skipped_steps if run.engine else 0)
+        found["weights"].append(gathered(run.model))
+        found["masters"].append(run.masters() if masters else {})
+        found["lrs"].append(sorted({group["lr"] for group in run.optimizer.param_groups}))
+        found["skipped"].append(run.engine.skipped_steps if run.engine else 0)
         if step + 1 == FREEZE_AT:
-            run.freeze(tell)
+            run.freeze(notify)
     owned = {id(p) for name in run.names for p in run.units[name].parameters()}
-    told["optimizer"] = type(run.engine.optimizer if run.engine else run.optimizer).__name__
-    told["frozen"] = [name for name, p in run.model.named_parameters() if id(p) in owned]
+    found["optimizer"] = type(run.engine.optimizer if run.engine else run.optimizer).__name__
+    found["frozen"] = [name for name, p in run.model.named_parameters() if id(p) in owned]
     run.close()
-    return told
+    return found
 
 
 def refused(how=None, stage=2, **config):
-    """What a run raises that must not begin."""
+    """The error of an unsupported run; None without one."""
     run = Run("llama", stage)
     model = run.engine
     if how == "renamed":
@@ -172,7 +172,7 @@ def refused(how=None, stage=2, **config):
 
 
 def decide(model, optimizer, family="llama", **config):
-    """Safe as a script makes it."""
+    """Safe as a script creates it."""
     data = worker.Batches(family)
     return Safe(
         model, SafeConfig(**{**worker.CONFIG, **config}), optimizer=optimizer,
@@ -182,11 +182,11 @@ def decide(model, optimizer, family="llama", **config):
 
 
 def safely(stage, family="llama", stop=None, inside=False, **config):
-    """A whole run by scores, in a plain loop; with a stop after ``stop`` steps it goes on in a new engine.
+    """A whole run by scores in a plain loop; after ``stop`` steps it continues in a new engine.
 
     ``inside``: Safe gets the module inside the engine.
     """
-    told = {"history": [], "moved": []}
+    found, history = {}, worker.History(gathered_lists)
     folder = f"{sys.argv[1]}/safely{stage}{family}"
     data = worker.Batches(family)
     for part in ("first", "second") if stop else ("whole",):
@@ -200,42 +200,43 @@ def safely(stage, family="llama", stop=None, inside=False, **config):
             },
         )  # fmt: skip
         safe = decide(model if inside else engine, optimizer, family, **config)
+        history.forget()
         if part == "second":
             engine.load_checkpoint(folder, load_module_strict=False)
             safe.load_state_dict(json.loads(Path(f"{folder}/safe.json").read_text()))
-        before = {}
         for step in range(safe.steps, stop if part == "first" else worker.STEPS):
             engine.backward(engine(**data.batch(step, dist.get_rank(), 2)).loss)
             engine.step()
             safe.step()
-            told["history"].append(sorted(safe.frozen))
-            now, held = gathered(model), {id(p) for p in safe.freezer.parameters()}
-            frozen = [name for name, p in model.named_parameters() if id(p) in held]
-            told["moved"] += [name for name in frozen if not torch.equal(before.get(name, now[name]), now[name])]
-            before = {name: now[name] for name in frozen}
+            history.add(safe, model)
         if part == "first":
             engine.save_checkpoint(folder, exclude_frozen_parameters=True)
             if dist.get_rank() == 0:
                 Path(f"{folder}/safe.json").write_text(json.dumps(safe.state_dict()))
             dist.barrier()
-        told["parallel"], told["logs"] = safe.parallel.name, safe.logs()
-        told["weights"], told["scores"] = gathered(model), safe.scores
-        told["events"] = [event["event"] for event in safe.journal.events]
+        found["history"], found["moved"] = history.frozen, history.moved
+        found["parallel"], found["logs"] = safe.parallel.name, safe.logs()
+        found["weights"], found["scores"] = gathered(model), safe.scores
+        found["events"] = [event["event"] for event in safe.journal.events]
         safe.close()
         engine.destroy()
-    return told
+    return found
 
 
 def gathered(model):
-    """All adapter weights, whole."""
+    """All adapter weights, gathered."""
     found = {name: p for name, p in model.named_parameters() if "lora_" in name}
     sharded = any(hasattr(p, "ds_id") for p in found.values())
     with deepspeed.zero.GatheredParameters(list(found.values()), enabled=sharded):
         return {name: p.detach().clone() for name, p in found.items()}
 
 
+def gathered_lists(model):
+    return {name: value.tolist() for name, value in gathered(model).items()}
+
+
 def resumed(family="llama", stage=2, precision="fp32"):
-    """Stop after a freeze, resume in a new engine; checkpoints leave frozen parameters out, as Trainer's do."""
+    """Stop after a freeze, resume in a new engine; checkpoints exclude frozen parameters, as Trainer's do."""
     folder = f"{sys.argv[1]}/{family}{stage}{precision}"
     run = Run(family, stage, precision)
     for step in range(FREEZE_AT):
@@ -263,7 +264,7 @@ def resumed(family="llama", stage=2, precision="fp32"):
 
 
 def released(family="llama", stage=2):
-    """After release() all moves again, and nothing of adafreeze is left on engine and optimizer."""
+    """After release() all weights move again, and engine and optimizer have nothing of adafreeze."""
     run = Run(family, stage)
     for step in range(2):
         run.step(step)

@@ -1,4 +1,4 @@
-"""One rank of a loop on Accelerate: python accelerate_worker.py FOLDER NAME ... (what NAME holds: see RUNS)."""
+"""One rank of a loop with Accelerate: python accelerate_worker.py FOLDER NAME ... (see RUNS)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from launch import tell
 from torch import distributed as dist
-from worker import weights
+from worker import History, weights
 
 import cases
 from adafreeze import SafeConfig
@@ -33,8 +33,8 @@ def train(
     folder: Path, name: str, *, family="llama", rows=3, accumulate=1, dropout=0.0, split=False, resume=None,
     back=False, mixed_precision="no", save_at=8, config=None,
 ):  # fmt: skip
-    """A whole run, saved after so many optimizer steps; or resumed from the run ``resume``; or one that goes back."""
-    AcceleratorState._reset_state(reset_partial_state=False)  # or a second precision in one process is refused
+    """A run that is saved after ``save_at`` optimizer steps, resumed from ``resume``, or goes back."""
+    AcceleratorState._reset_state(reset_partial_state=False)  # otherwise a second precision in one process is refused
     set_seed(3)
     accelerator = Accelerator(
         cpu=True, gradient_accumulation_steps=accumulate, mixed_precision=mixed_precision,
@@ -50,7 +50,7 @@ def train(
     safe = AcceleratedSafe(accelerator, model, optimizer, data, settings, total_steps=steps * EPOCHS)
     if resume is not None:
         accelerator.load_state(str(folder / resume))
-    history, moved, before, epoch = [], [], {}, safe.steps // steps
+    history, epoch = History(), safe.steps // steps
     while epoch < EPOCHS:
         data.set_epoch(epoch)
         done = safe.steps - epoch * steps
@@ -63,24 +63,21 @@ def train(
                 safe.step()
             if not accelerator.sync_gradients:
                 continue
-            history.append(sorted(safe.frozen))
-            held = {id(p) for p in safe.freezer.parameters()}
-            named = accelerator.unwrap_model(model).named_parameters()
-            now = {name: p.detach().clone() for name, p in named if id(p) in held}
-            moved += [name for name, value in before.items() if not torch.equal(now[name], value)]
-            before = now
+            history.add(safe, accelerator.unwrap_model(model))
             if safe.steps == save_at and resume is None:
                 accelerator.save_state(str(folder / name))
         epoch += 1
         if back and epoch == EPOCHS:
-            back, before = False, {}
+            back = False
+            history.forget()
             accelerator.load_state(str(folder / name))
             epoch = safe.steps // steps
     made = {
-        "history": history, "moved": moved, "weights": weights(accelerator.unwrap_model(model)), "steps": safe.steps,
+        "history": history.frozen, "moved": history.moved, "weights": weights(accelerator.unwrap_model(model)),
+        "steps": safe.steps,
         "total": safe.total_steps, "events": [event["event"] for event in safe.journal.events],
         "kind": type(model).__name__, "logs": safe.logs(), "parallel": safe.parallel.name,
-        "seen": safe._observer.samples, "registered": len(accelerator._custom_objects),
+        "registered": len(accelerator._custom_objects),
     }  # fmt: skip
     safe.close()
     accelerator.free_memory()

@@ -1,3 +1,3 @@
-"""Workers are no modules of tests: some need a host that is not there."""
+"""Workers are not test modules: some need a library that is not installed."""
 
 collect_ignore_glob = ["*worker.py", "_zero_trainer.py"]

@@ -1,4 +1,4 @@
-"""Starts real processes with a gloo group between them, as torchrun does, and collects what each one found."""
+"""Start processes with a gloo group, as torchrun does, and collect their results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def free_port() -> int:
 
 
 def start(worker: str, ranks: int, folder: Path, *arguments: str, **environment: str) -> list[subprocess.Popen]:
-    """``python worker FOLDER *arguments`` on so many ranks; what they print goes to ``rank-N.log``."""
+    """Run ``python worker FOLDER *arguments`` on each rank; output goes to ``rank-N.log``."""
     folder.mkdir(parents=True, exist_ok=True)
     shared = os.environ | {
         "MASTER_ADDR": "127.0.0.1",
@@ -30,7 +30,7 @@ def start(worker: str, ranks: int, folder: Path, *arguments: str, **environment:
         "LOCAL_WORLD_SIZE": str(ranks),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), *filter(None, sys.path)]),
     }
     processes = []
     for rank in range(ranks):
@@ -47,7 +47,7 @@ def start(worker: str, ranks: int, folder: Path, *arguments: str, **environment:
 
 
 def wait(processes: list[subprocess.Popen], folder: Path, seconds: float = 300, fine: bool = True) -> list[str]:
-    """Wait for all; what each printed. As torchrun does, all are ended when one has failed."""
+    """Wait for all and return their logs; when one fails, the others are killed, as torchrun does."""
     end = time.monotonic() + seconds
     while any(process.poll() is None for process in processes):
         failed = any(process.poll() not in (None, 0) for process in processes)
@@ -63,10 +63,10 @@ def wait(processes: list[subprocess.Popen], folder: Path, seconds: float = 300, 
 
 
 def found(folder: Path, name: str, rank: int = 0) -> dict:
-    """What a worker wrote with ``tell``."""
+    """Read what a worker wrote with ``tell``."""
     return json.loads((folder / f"{name}-{rank}.json").read_text())
 
 
 def tell(folder: Path, name: str, rank: int, **values: object) -> None:
-    """For workers: write down what was found."""
+    """Write a worker's results."""
     (folder / f"{name}-{rank}.json").write_text(json.dumps(values))

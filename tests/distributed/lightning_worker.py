@@ -1,4 +1,4 @@
-"""One rank of a fit with Lightning: python lightning_worker.py FOLDER NAME ... (what NAME holds: see RUNS)."""
+"""One rank of a fit with Lightning: python lightning_worker.py FOLDER NAME ... (see RUNS)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launch import tell
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
-from worker import CONFIG, weights
+from worker import CONFIG, History, weights
 
 import cases
 from adafreeze import SafeConfig
@@ -24,7 +24,7 @@ RUNS = {"whole": {}, "resumed": {"resume": "whole"}, "accumulate": {"accumulate"
 
 
 class Module(LightningModule):
-    """A tiny model that trains as LightningModules do."""
+    """A tiny model as a LightningModule."""
 
     def __init__(self, family: str, dropout: float) -> None:
         super().__init__()
@@ -40,19 +40,14 @@ class Module(LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
-class History(Callback):
-    """What is frozen after each batch, and whether it moved since; what was logged."""
+class HistoryCallback(Callback):
+    """Adds to a ``History`` after each batch, and records a logged value."""
 
-    def __init__(self, freezing) -> None:
-        self.freezing, self.frozen, self.moved, self.logged, self._before = freezing, [], [], [], {}
+    def __init__(self, freezing, history) -> None:
+        self.freezing, self.history, self.logged = freezing, history, []
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        safe = self.freezing.safe
-        held = {id(p) for p in safe.freezer.parameters()}
-        now = {name: p.detach().clone() for name, p in pl_module.named_parameters() if id(p) in held}
-        self.moved += [name for name, value in self._before.items() if not torch.equal(now[name], value)]
-        self._before = now
-        self.frozen.append(sorted(safe.frozen))
+        self.history.add(self.freezing.safe, pl_module.model)
         self.logged.append(trainer.callback_metrics.get("safe/frozen_units"))
 
 
@@ -60,25 +55,26 @@ def fit(
     folder: Path, name: str, *, family="llama", dropout=0.0, rows=3, accumulate=1, resume=None, ranks=1, config=None,
     **settings,
 ):  # fmt: skip
-    """A whole fit, with a checkpoint after each epoch; or one resumed from the run ``resume``."""
+    """A fit with a checkpoint after each epoch, or one resumed from the run ``resume``."""
     seed_everything(3, verbose=False)
     module = Module(family, dropout)
     freezing = AdapterFreezing(SafeConfig(**{**CONFIG, **(config or {})}))
-    history = History(freezing)
+    history = History()
+    callback = HistoryCallback(freezing, history)
     keep = ModelCheckpoint(folder / name, save_top_k=-1, every_n_epochs=1)
     trainer = Trainer(
         accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", max_epochs=EPOCHS, logger=False,
-        callbacks=[freezing, history, keep], enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[freezing, callback, keep], enable_progress_bar=False, enable_model_summary=False,
         accumulate_grad_batches=accumulate, log_every_n_steps=1, num_sanity_val_steps=0, **settings,
     )  # fmt: skip
-    # Lightning keeps no random state, and draws for a shuffle before a callback can put one back.
+    # Lightning saves no random state, and shuffles before a callback can restore one.
     data = DataLoader(cases.Samples(family, 18, 12), rows, collate_fn=cases.collate, generator=torch.Generator())
     trainer.fit(module, data, ckpt_path=resume and folder / resume / f"epoch=2-step={9 * 2 // ranks}.ckpt")
     safe = freezing.safe
     return {
         "history": history.frozen, "moved": history.moved, "weights": weights(module.model), "steps": safe.steps,
         "global_step": trainer.global_step, "total": safe.total_steps, "parallel": safe.parallel.name,
-        "events": [event["event"] for event in safe.journal.events], "logged": float(history.logged[-1]),
+        "events": [event["event"] for event in safe.journal.events], "logged": float(callback.logged[-1]),
         "trainable": sum(p.requires_grad for p in module.parameters()),
     }  # fmt: skip
 
@@ -90,7 +86,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rank, ranks = os.environ["RANK"], os.environ["WORLD_SIZE"]
     for name in names:
-        os.environ["WORLD_SIZE"] = ranks  # Lightning takes it away when a fit ends
+        os.environ["WORLD_SIZE"] = ranks  # Lightning removes it when a fit ends
         tell(folder, name, int(rank), **fit(folder, name, ranks=int(ranks), **RUNS[name]))
 
 

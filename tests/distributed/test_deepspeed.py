@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO 0 to 3 on the CPU, two processes: what froze stands still, what lives learns as without DeepSpeed."""
+"""DeepSpeed ZeRO 0 to 3 on two CPU processes: frozen weights do not move, live ones train as without DeepSpeed."""
 
 import json
 
@@ -10,7 +10,7 @@ from launch import start, wait
 from adafreeze.parallel.deepspeed import _LAYOUTS
 
 pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.xdist_group("deepspeed")  # one start of the processes serves all
+pytestmark = pytest.mark.xdist_group("deepspeed")  # all tests share one start of the processes
 
 FREEZE_AT = 3
 STAGES = (0, 1, 2, 3)
@@ -21,7 +21,7 @@ HALF = {
     **{f"fp16 {stage}": {"precision": "fp16", "stage": stage} for stage in (0, 2)},
     "bf16, gradients in fp32": {"precision": "bf16", "stage": 1, "grads": "fp32"},
 }
-# Sums of four gradients in another order, through six AdamW steps of 2e-2 that divide by their root: measured 1e-6.
+# Four gradients are added in another order, through six AdamW steps of 2e-2: measured 1e-6.
 TOLERANCE = 1e-5
 LAYOUTS = {
     "mixed 1": {"stage": 1, "mixed": True},
@@ -30,7 +30,7 @@ LAYOUTS = {
     "offloaded 2": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
 }
 SCORES = [("grad_norm", 0), ("grad_norm", 1), ("weight_change", 2), ("weight_change", 3)]
-# By scores, in a plain loop: what Safe is given, and settings.
+# Runs by scores in a plain loop: settings of the run and of SafeConfig.
 SAFE = {
     **{f"safe {stage}": {"stage": stage} for stage in STAGES},
     "safe bert": {"stage": 2, "family": "bert"},
@@ -46,7 +46,7 @@ RUNS = {
     "plain llama": {"stage": None},
     "plain bert": {"stage": None, "family": "bert"},
     **{f"{family} {stage}": {"stage": stage, "family": family, "masters": stage > 0} for family, stage in FAMILIES},
-    **{f"untold {stage}": {"stage": stage, "tell": False} for stage in (0, 1, 2)},
+    **{f"not notified {stage}": {"stage": stage, "notify": False} for stage in (0, 1, 2)},
     **{name: {**settings, "masters": True} for name, settings in HALF.items()},
     "overflow": {"stage": 2, "precision": "fp16", "power": 24, "steps": 9},
     **LAYOUTS,
@@ -64,21 +64,21 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What both ranks tell of all runs."""
+    """The results of all runs on both ranks."""
     folder = tmp_path_factory.mktemp("zero")
     processes = start("_zero_worker.py", 2, folder, json.dumps(RUNS), DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     wait(processes, folder, seconds=900)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-def told(ranks, name):
+def results(ranks, name):
     for answers in ranks:
         assert not isinstance(answers[name], str), answers[name]
     return [answers[name] for answers in ranks]
 
 
 def moved(run, names, start=FREEZE_AT - 1):
-    """How far the farthest of ``names`` is after the run from where it was at the freeze."""
+    """The largest change of the weights ``names`` since the freeze."""
     first, last = run["weights"][start], run["weights"][-1]
     return max(float((last[name] - first[name]).abs().max()) for name in names)
 
@@ -95,9 +95,9 @@ def stands_still(run):
 
 
 @pytest.mark.parametrize(("family", "stage"), FAMILIES)
-def test_frozen_weights_do_not_move_by_one_bit_and_live_ones_learn_as_without_deepspeed(ranks, family, stage):
-    plain = told(ranks, f"plain {family}")[0]
-    for run in told(ranks, f"{family} {stage}"):
+def test_frozen_weights_do_not_move_and_live_ones_train_as_without_deepspeed(ranks, family, stage):
+    plain = results(ranks, f"plain {family}")[0]
+    for run in results(ranks, f"{family} {stage}"):
         assert len(run["frozen"]) == 8 and stands_still(run)
         for sharded, whole in zip(run["weights"], plain["weights"], strict=True):
             for name in whole:
@@ -106,64 +106,64 @@ def test_frozen_weights_do_not_move_by_one_bit_and_live_ones_learn_as_without_de
 
 
 def copies_stand_still(run):
-    """Those of what froze, and no others."""
+    """Only the copies of frozen weights do not move."""
     last, at_freeze = run["masters"][-1], run["masters"][FREEZE_AT - 1]
     assert {name for name in last if torch.equal(last[name], at_freeze[name])} == set(run["frozen"]) & set(last)
     return set(last)
 
 
 @pytest.mark.parametrize("stage", FLAT)
-def test_the_copies_that_are_stepped_stand_still_too(ranks, stage):
-    of_ranks = [copies_stand_still(run) for run in told(ranks, f"llama {stage}")]
-    assert set.union(*of_ranks) == set(told(ranks, f"llama {stage}")[0]["weights"][0])
+def test_the_flat_copies_do_not_move(ranks, stage):
+    of_ranks = [copies_stand_still(run) for run in results(ranks, f"llama {stage}")]
+    assert set.union(*of_ranks) == set(results(ranks, f"llama {stage}")[0]["weights"][0])
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_run_that_is_not_told_of_the_freeze_moves_what_froze(ranks, stage):
-    for run in told(ranks, f"untold {stage}"):
+def test_without_after_freeze_frozen_weights_move(ranks, stage):
+    for run in results(ranks, f"not notified {stage}"):
         assert moved(run, run["frozen"]) > 1e-2
 
 
-def test_without_flat_copies_a_freeze_holds_by_itself(ranks):
-    assert all(stands_still(run) for run in told(ranks, "untold 0"))
+def test_without_flat_copies_frozen_weights_do_not_move(ranks):
+    assert all(stands_still(run) for run in results(ranks, "not notified 0"))
 
 
 @pytest.mark.parametrize("name", HALF)
-def test_frozen_weights_and_their_float32_copies_stand_still_in_half_precision(ranks, name):
-    for run in told(ranks, name):
+def test_frozen_weights_and_their_float32_copies_do_not_move_in_half_precision(ranks, name):
+    for run in results(ranks, name):
         assert stands_still(run) and moved(run, live(run)) > 1e-3
         assert copies_stand_still(run)
 
 
-def test_deepspeeds_optimizers_but_the_one_for_fused_kernels_are_all_among_these_runs(ranks):
+def test_the_runs_cover_all_optimizers_but_the_fused_one(ranks):
     seen = {ranks[0][name]["optimizer"] for name in ("llama 2", "llama 3", *HALF)}
     assert seen == set(_LAYOUTS) - {"FP16_Optimizer"}
 
 
-def test_steps_that_overflow_after_the_freeze_are_skipped_as_ever(ranks):
-    for run in told(ranks, "overflow"):
+def test_steps_that_overflow_after_the_freeze_are_skipped(ranks):
+    for run in results(ranks, "overflow"):
         assert FREEZE_AT < run["skipped"][-1] < 9
         assert stands_still(run) and moved(run, live(run)) > 1e-3
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_frozen_weights_stand_still_in_other_layouts(ranks, name):
-    plain = told(ranks, "plain llama")[0]
-    for run in told(ranks, name):
+def test_frozen_weights_do_not_move_in_other_layouts(ranks, name):
+    plain = results(ranks, "plain llama")[0]
+    for run in results(ranks, name):
         assert stands_still(run)
         for key in live(run):
             torch.testing.assert_close(run["weights"][-1][key], plain["weights"][-1][key], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_schedulers_and_logs_see_nothing_of_the_freeze(ranks, stage):
-    for run in told(ranks, f"llama {stage}"):
+def test_schedulers_and_logs_are_unchanged(ranks, stage):
+    for run in results(ranks, f"llama {stage}"):
         assert run["lrs"] == [[pytest.approx(2e-2 * (1 - 0.08 * (step + 1)))] for step in range(6)]
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_an_optimizer_that_moves_weights_by_itself_does_not_move_what_froze(ranks, stage):
-    for run in told(ranks, f"sideways {stage}"):
+def test_an_optimizer_that_ignores_gradients_does_not_move_frozen_weights(ranks, stage):
+    for run in results(ranks, f"sideways {stage}"):
         assert stands_still(run) and moved(run, live(run)) > 1e-3
 
 
@@ -172,25 +172,25 @@ def test_an_optimizer_that_moves_weights_by_itself_does_not_move_what_froze(rank
     [
         ("renamed", "its optimizer is a Another"),
         ("by itself", "a DeepSpeedZeroOptimizer that steps by itself"),
-        ("another model", "by its DeepSpeedZeroOptimizer, another model"),
+        ("another model", "DeepSpeed's DeepSpeedZeroOptimizer, but the model is neither"),
         ("refused grad_norm 1", "ZeRO-1 takes gradients away"),
         ("refused weight_change 3", "ZeRO-3 keeps every weight in pieces"),
         ("refused budget", "cannot be rehearsed"),
     ],
 )
-def test_what_cannot_be_right_is_refused_before_the_first_step(ranks, name, message):
-    for kind, text in told(ranks, name):
+def test_unsupported_runs_are_refused_before_the_first_step(ranks, name, message):
+    for kind, text in results(ranks, name):
         assert kind == "RunError" and message in text and "Fix: " in text
 
 
 @pytest.mark.parametrize("name", ["refused grad_norm 0", "refused weight_change 2"])
-def test_scores_of_what_is_there_are_not_refused(ranks, name):
-    assert told(ranks, name) == [None, None]
+def test_supported_scores_are_accepted(ranks, name):
+    assert results(ranks, name) == [None, None]
 
 
 @pytest.mark.parametrize("name", [*(f"resumed {stage}" for stage in (0, 1, 2)), "resumed bf16"])
-def test_a_resumed_run_is_that_which_was_never_stopped(ranks, name):
-    for run in told(ranks, name):
+def test_a_resumed_run_equals_one_that_never_stopped(ranks, name):
+    for run in results(ranks, name):
         assert set(run["flags"]) == {False}
         assert len(run["adapter"]) == len(run["saved"])
         for key, saved in run["saved"].items():
@@ -198,14 +198,14 @@ def test_a_resumed_run_is_that_which_was_never_stopped(ranks, name):
             assert torch.equal(run["onward"][key], run["straight"][key])
 
 
-def test_release_takes_everything_back(ranks):
-    for run in told(ranks, "released"):
+def test_release_undoes_everything(ranks):
+    for run in results(ranks, "released"):
         assert run == {"moved": True, "left": [], "hooks": [0, 0]}
 
 
 @pytest.fixture(scope="module")
 def alone():
-    """``alone(family, **config)``: one process without DeepSpeed that takes the rows of two ranks."""
+    """``alone(family, **config)``: one process without DeepSpeed with the rows of two ranks."""
     kept = {}
 
     def run(family="llama", **config):
@@ -218,28 +218,28 @@ def alone():
 
 
 @pytest.mark.parametrize("name", SAFE)
-def test_safe_decides_and_trains_under_deepspeed_as_without_it(ranks, alone, name):
+def test_safe_decides_and_trains_as_without_deepspeed(ranks, alone, name):
     config = {key: value for key, value in SAFE[name].items() if key not in ("stage", "inside")}
-    plain, (first, second) = alone(**config), told(ranks, name)
+    plain, (first, second) = alone(**config), results(ranks, name)
     assert first["history"] == second["history"] == plain["history"] and first["history"][-1], "nothing froze"
     assert not first["moved"] and not second["moved"]
     assert first["scores"] == second["scores"]
     for key, value in first["weights"].items():
         assert torch.equal(value, second["weights"][key])
-        # Gradients are summed in another order: 1e-7, and what 24 steps of AdamW make of it.
+        # Gradients are added in another order: 1e-7, amplified by 24 steps of AdamW.
         torch.testing.assert_close(value.flatten(), torch.tensor(plain["weights"][key]), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_safe_is_told_which_stage_it_is_and_caches_the_prefix_below_zero_3(ranks, stage):
-    run = told(ranks, f"safe {stage}")[0]
+def test_safe_reports_the_stage_and_caches_the_prefix_below_zero_3(ranks, stage):
+    run = results(ranks, f"safe {stage}")[0]
     assert run["parallel"] == f"DeepSpeed ZeRO-{stage}"
     assert ("safe/cache_hit_rate" in run["logs"]) == (stage < 3)
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_safe_resumes_from_a_checkpoint_of_deepspeed_to_the_last_bit(ranks, stage):
-    for whole, parts in zip(told(ranks, f"safe {stage}"), told(ranks, f"safe stopped {stage}"), strict=True):
+def test_safe_resumes_bit_identically_from_a_deepspeed_checkpoint(ranks, stage):
+    for whole, parts in zip(results(ranks, f"safe {stage}"), results(ranks, f"safe stopped {stage}"), strict=True):
         assert parts["history"] == whole["history"] and whole["history"][9], "nothing was frozen at the stop"
         assert not parts["moved"]
         for name, value in whole["weights"].items():

@@ -1,4 +1,4 @@
-"""Two and three real processes: the same training as one process on the same global batch, and no frozen bit moves."""
+"""Two and three processes train like one process on the same global batch, and no frozen bit moves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FAMILY = {"bert": "bert", "t5": "t5", "fsdp2_bert": "bert", "fsdp2_t5": "t5"}
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """All scenarios on two ranks, one after the other, in one start."""
+    """All scenarios on two ranks, in one start of the processes."""
     folder = tmp_path_factory.mktemp("two")
     wait(start("worker.py", 2, folder, *ALL, CACHE_DIR=str(folder / "cache")), folder)
     return folder
@@ -25,7 +25,7 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone():
-    """``alone(family, **settings)``: one process that takes the rows of two ranks one after the other."""
+    """``alone(family, **settings)``: one process with the rows of two ranks."""
     kept = {}
 
     def run(family="llama", **settings):
@@ -57,7 +57,7 @@ def test_ranks_agree_at_every_step_and_nothing_frozen_moves(two, name):
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_ddp_is_one_process_to_the_last_bit(two, alone, name):
+def test_ddp_is_bit_identical_to_one_process(two, alone, name):
     one, many = alone(FAMILY.get(name, "llama")), found(two, name)
     assert many["history"] == one["history"]
     assert many["weights"] == one["weights"]
@@ -71,18 +71,18 @@ def test_frozen_by_hand_before_the_first_step(two, alone, name):
     assert many["weights"] == one["weights"]
 
 
-def test_accumulation_without_synchronisation_between(two, alone):
-    # Sums of the parts of a step associate in another way: 1e-7 of a gradient, and what AdamW makes of it.
+def test_accumulation_with_no_sync(two, alone):
+    # The parts of a step are added in another order: 1e-7 of a gradient, amplified by AdamW.
     assert largest_difference(found(two, "accumulate"), alone(accumulate=2)) < 1e-4
 
 
-def test_a_budget_holds_and_changes_nothing(two, alone):
+def test_a_budget_is_kept_and_changes_no_weight(two, alone):
     many = found(two, "budget")
     assert many["events"].count("recompute") > 1 and many["logs"]["safe/planned_peak_mib"] < worker.BUDGET / 2**20
     assert many["weights"] == alone()["weights"]
 
 
-def test_gradient_norms_are_those_of_the_averaged_gradients(two, alone):
+def test_gradient_norms_use_averaged_gradients(two, alone):
     assert found(two, "grad_norm")["weights"] == alone(config={"score": "grad_norm"})["weights"]
 
 
@@ -91,32 +91,32 @@ def test_fewer_bytes_are_sent_after_each_freeze(two, alone):
     assert many["weights"] == alone()["weights"]
     frozen = [len(names) for names in many["history"]]
     per_unit = many["bytes"][0] / 3  # one of four is frozen before the first step
-    # What froze after a step is not sent in the next.
+    # Units that freeze after a step are not sent in the next.
     assert many["bytes"][1:] == [per_unit * (4 - count) for count in frozen[:-1]]
 
 
-def test_half_precision_hooks_go_on_working(two, alone):
+def test_comm_hooks_still_work_after_a_freeze(two, alone):
     assert largest_difference(found(two, "fp16_hook"), alone()) < 0.05
     assert found(two, "power_sgd")["history"][-1]
 
 
-def test_one_decision_where_every_rank_has_its_own(two):
+def test_rank_0_decides_for_all_ranks(two):
     assert found(two, "own_minds")["history"][-1] == ["model.layers.0"]
 
 
-def test_a_sample_that_moves_to_another_rank_is_found_there(two):
+def test_ranks_share_a_cache_on_disk(two):
     for rank in (0, 1):
         cache = found(two, "wander", rank)["cache"]
-        # Of 24 samples each rank computes the 12 of its first epoch; five epochs more find all.
+        # Of 24 samples each rank computes the 12 of its first epoch; the next five epochs find all.
         assert cache["misses"] == 12 and cache["hits"] + cache["advanced"] == 5 * 12
 
 
 @pytest.mark.parametrize("name", FSDP)
-def test_fsdp2_is_one_process_within_rounding(two, alone, name):
+def test_fsdp2_equals_one_process_up_to_rounding(two, alone, name):
     settings = {"config": {"score": "local_cka"}} if name == "fsdp2_local" else {}
     one, many = alone(FAMILY.get(name, "llama"), **settings), found(two, name)
     assert many["history"] == one["history"]
-    # Reduce-scatter adds in another order than one process: 1e-7 of a gradient, and what AdamW makes of it.
+    # Reduce-scatter adds in another order: 1e-7 of a gradient, amplified by AdamW.
     assert largest_difference(many, one) < 1e-4
     assert "cache_hit_rate" not in str(many["logs"])
 
@@ -132,7 +132,7 @@ def test_three_ranks(tmp_path, alone):
         assert largest_difference(ranks[0], one) < 1e-4  # thirds round
 
 
-def test_a_rank_that_disagrees_stops_all_and_is_named(tmp_path):
+def test_a_rank_that_differs_stops_all_ranks_and_is_named(tmp_path):
     wait(start("worker.py", 3, tmp_path, "disagree"), tmp_path)
     for rank in range(3):
         error = found(tmp_path, "disagree", rank)["error"]

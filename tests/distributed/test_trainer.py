@@ -1,4 +1,4 @@
-"""Trainer on two ranks: DDP, and a rank that dies. (On CPUs accelerate does not do FSDP2: see test_ranks.)"""
+"""Trainer on two ranks: DDP, and a rank that dies. (accelerate has no FSDP2 on CPUs: see test_ranks.)"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def run(folder: Path, name: str, *flags: str, ranks: int = 2, fine: bool = True)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """With the runs that several tests look at."""
+    """The folder of the runs that several tests share."""
     folder = tmp_path_factory.mktemp("trainer")
     run(folder, "one", "--accumulate", "2", ranks=1)
     run(folder, "ddp")
@@ -31,7 +31,7 @@ def largest_difference(one: dict, other: dict) -> float:
 
 
 def checked(folder: Path, name: str) -> dict:
-    """Rank 0's run, after a look at what must hold of any."""
+    """Rank 0's results, after checks that apply to every run."""
     first, second = found(folder, name, 0), found(folder, name, 1)
     assert first["history"] == second["history"] and first["history"][-1]
     assert first["weights"] == second["weights"]
@@ -39,11 +39,11 @@ def checked(folder: Path, name: str) -> dict:
     return first
 
 
-def test_ddp_is_one_process_that_accumulates(folder):
+def test_ddp_equals_one_process_that_accumulates(folder):
     one, many = found(folder, "one"), checked(folder, "ddp")
     assert many["kind"] == "DistributedDataParallel" and many["parallel"] == "DDP"
     assert many["history"] == one["history"]
-    assert largest_difference(one, many) < 1e-5  # the loss of a step is summed in another order
+    assert largest_difference(one, many) < 1e-5  # the loss of a step is added in another order
 
 
 def test_one_rank_writes_the_journal(folder):
@@ -52,13 +52,13 @@ def test_one_rank_writes_the_journal(folder):
     assert len({json.dumps(line) for line in lines}) == len(lines)
 
 
-def test_unused_parameters_looked_for(folder):
+def test_find_unused_parameters_works(folder):
     run(folder, "unused", "--find_unused")
     assert checked(folder, "unused")["weights"] == found(folder, "ddp")["weights"]
 
 
 @pytest.mark.parametrize("step", [pytest.param(4, marks=pytest.mark.slow), 8, pytest.param(17, marks=pytest.mark.slow)])
-def test_a_rank_that_dies_leaves_a_run_that_can_be_resumed(folder, step):
+def test_a_run_can_be_resumed_after_a_rank_dies(folder, step):
     name = f"dying-{step}"
     run(folder, name, "--die", str(step), fine=False)
     assert not (folder / f"{name}-0.json").exists()

@@ -1,4 +1,4 @@
-"""Trainer with a DeepSpeed config, two processes: nothing to arrange, and what it saves is whole."""
+"""Trainer with a DeepSpeed config on two processes works without setup, and saves whole adapters."""
 
 import json
 
@@ -8,7 +8,7 @@ from launch import found, start, wait
 from safetensors.torch import load_file
 
 pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.xdist_group("deepspeed trainer")  # one start of the processes serves all
+pytestmark = pytest.mark.xdist_group("deepspeed trainer")  # all tests share one start of the processes
 
 ADAMW = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}}
 RUNS = {
@@ -24,7 +24,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """With all runs, and ``one``: a process without DeepSpeed that accumulates the same batches."""
+    """The folder of all runs, and of ``one``: a process without DeepSpeed that accumulates the same batches."""
     folder = tmp_path_factory.mktemp("trainer")
     wait(start("trainer_worker.py", 1, folder, "one", "--accumulate", "2"), folder)
     cpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -34,12 +34,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    """What both ranks tell of all runs."""
+    """The results of all runs on both ranks."""
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
 def checked(ranks, name):
-    """Rank 0's run, after a look at what must hold of any."""
+    """Rank 0's results, after checks that apply to every run."""
     for answers in ranks:
         assert not isinstance(answers[name], str), answers[name]
     first, second = (answers[name] for answers in ranks)
@@ -50,17 +50,17 @@ def checked(ranks, name):
 
 
 @pytest.mark.parametrize("name", ["2", "3", "accumulating", "optimizer of the config"])
-def test_a_run_is_that_of_one_process_without_deepspeed(folder, ranks, name):
+def test_a_run_equals_one_process_without_deepspeed(folder, ranks, name):
     one, run = found(folder, "one"), checked(ranks, name)
     assert run["parallel"] == f"DeepSpeed ZeRO-{RUNS[name]['stage']}"
     assert run["history"] == one["history"]
-    for key, value in run["weights"].items():  # gradients are summed in another order
+    for key, value in run["weights"].items():  # gradients are added in another order
         torch.testing.assert_close(value.flatten(), torch.tensor(one["weights"][key]), rtol=0, atol=1e-4)
     assert run["logged"][-1]["safe/frozen_prefix"] == len(run["history"][-1])
 
 
 @pytest.mark.parametrize("name", ["2", "3"])
-def test_a_resumed_run_is_that_which_was_never_stopped(ranks, name):
+def test_a_resumed_run_equals_one_that_never_stopped(ranks, name):
     whole, onward = checked(ranks, name), checked(ranks, f"{name} resumed")
     assert whole["history"][9], "nothing was frozen at the stop"
     assert onward["history"] == whole["history"][10:]
@@ -68,7 +68,7 @@ def test_a_resumed_run_is_that_which_was_never_stopped(ranks, name):
 
 
 @pytest.mark.parametrize("name", ["2", "3", "2 resumed", "3 resumed", "3 in pieces"])
-def test_the_saved_adapter_holds_frozen_units_and_live_ones(folder, ranks, name):
+def test_the_saved_adapter_contains_frozen_and_live_units(folder, ranks, name):
     weights = checked(ranks, name)["weights"]
     for place in ("saved", "checkpoint-20"):
         saved = load_file(folder / name / place / "adapter_model.safetensors")

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from launch import tell
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from worker import CONFIG, weights
+from worker import CONFIG, History, weights
 
 import cases
 from adafreeze import SafeCallback, SafeConfig
 
 
 class Dying(TrainerCallback):
-    """SIGKILL for rank 1 after so many steps."""
+    """SIGKILL for rank 1 after ``step`` steps."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -27,19 +27,14 @@ class Dying(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class History(TrainerCallback):
-    """What is frozen after each step, and whether it moved since."""
+class HistoryCallback(TrainerCallback):
+    """Adds to a ``History`` after each step."""
 
-    def __init__(self, safe: SafeCallback) -> None:
-        self.callback, self.frozen, self.moved, self._before = safe, [], [], {}
+    def __init__(self, safe: SafeCallback, history: History) -> None:
+        self.safe, self.history = safe, history
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        safe = self.callback.safe
-        held = {id(p) for p in safe.freezer.parameters()}
-        now = {name: p.detach().clone() for name, p in model.named_parameters() if id(p) in held}
-        self.moved += [name for name, value in self._before.items() if not torch.equal(now[name], value)]
-        self._before = now
-        self.frozen.append(sorted(safe.frozen))
+        self.history.add(self.safe.safe, model)
 
 
 def main() -> None:
@@ -63,13 +58,13 @@ def main() -> None:
     )  # fmt: skip
     journal = arguments.folder / arguments.name / "journal.jsonl"
     safe = SafeCallback(SafeConfig(**CONFIG, cache=arguments.cache), journal=journal)
-    history = History(safe)
+    history = History()
     trainer = Trainer(
         model=cases.lora_model(arguments.family, dropout=0.0),
         args=args,
         train_dataset=cases.Samples(arguments.family, 24, length=12),
         data_collator=cases.collate,
-        callbacks=[safe, history, *([Dying(arguments.die)] if arguments.die else [])],
+        callbacks=[safe, HistoryCallback(safe, history), *([Dying(arguments.die)] if arguments.die else [])],
     )
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     name = arguments.name + ("-resumed" if arguments.resume else "")

@@ -1,4 +1,4 @@
-"""One rank of the runs of test_ranks.py: python worker.py FOLDER SCENARIO ..., by the environment of torchrun.
+"""One rank of the runs of test_ranks.py: python worker.py FOLDER SCENARIO ..., with the environment of torchrun.
 
 Every scenario trains the same tiny model on the same global batches for the same steps; rank r of n takes the rows
 r, r + n, ... of each.
@@ -23,14 +23,14 @@ import cases
 from adafreeze import RunError, Safe, SafeConfig
 
 STEPS, ROWS = 24, 6
-# Bytes: plain training on half of the rows holds more, buckets counted.
+# Bytes; plain training on half of the rows needs more, buckets included.
 BUDGET = 400_000
-# Half of four blocks freeze in two events, by scores; the rest train to the end.
+# Half of four blocks freeze in two events, by scores.
 CONFIG = {"warmup": 0.2, "ramp_end": 0.7, "freeze_share": 0.7, "probe_tokens": 256, "min_measurements": 4}
 
 
 class Batches(torch.utils.data.Dataset):
-    """Global batches of six rows of twelve tokens, each row seen in every epoch of four batches."""
+    """Global batches of six rows of twelve tokens; an epoch has four batches."""
 
     def __init__(self, family: str) -> None:
         self.rows = [cases.sample(family, index, 12) for index in range(4 * ROWS)]
@@ -47,7 +47,7 @@ class Batches(torch.utils.data.Dataset):
 
 
 def weights(model: torch.nn.Module) -> dict[str, list[float]]:
-    """All adapter weights, exactly: floats survive JSON."""
+    """All adapter weights, exact in JSON."""
     return {
         name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().flatten().tolist()
         for name, p in model.named_parameters()
@@ -55,11 +55,32 @@ def weights(model: torch.nn.Module) -> dict[str, list[float]]:
     }
 
 
+class History:
+    """Frozen units after each step, and names of frozen weights that moved since the step before.
+
+    ``read`` returns all adapter weights of a model by name.
+    """
+
+    def __init__(self, read=weights) -> None:
+        self.frozen, self.moved, self.read, self._before = [], [], read, {}
+
+    def add(self, safe: Safe, model: torch.nn.Module) -> None:
+        ids, now = {id(p) for p in safe.freezer.parameters()}, self.read(model)
+        frozen = {name: now[name] for name, p in model.named_parameters() if id(p) in ids}
+        self.moved += [name for name, value in frozen.items() if self._before.get(name, value) != value]
+        self._before = frozen
+        self.frozen.append(sorted(safe.frozen))
+
+    def forget(self) -> None:
+        """Before weights change for another reason than a step: a loaded state."""
+        self._before = {}
+
+
 def train(
     family: str, wrap, rank: int, ranks: int, *, config=None, accumulate: int = 1, optimizer=None, spy=None, virtual=1,
     hide=False, wander=False,
 ):  # fmt: skip
-    """A whole run; ``virtual`` ranks in one process take their rows one after the other.
+    """A whole run; ``virtual`` ranks in one process process their rows one after the other.
 
     ``hide``: Safe gets the module inside the wrapper, as in Trainer. ``wander``: in each epoch a rank takes the rows
     that another one had in the last.
@@ -75,7 +96,7 @@ def train(
         batch_size=ROWS // max(ranks, virtual), samples_per_step=ROWS * accumulate // ranks,
         samples_per_epoch=len(data),
     )  # fmt: skip
-    history, frozen_weights, moved = [], {}, []
+    history = History()
     for step in range(STEPS):
         for part in range(accumulate):
             last = part == accumulate - 1
@@ -92,15 +113,10 @@ def train(
         if spy is not None:
             spy(step, safe, wrapped)
         safe.step()
-        history.append(sorted(safe.frozen))
-        now = weights(model)
-        held = {id(p) for p in safe.freezer.parameters()}
-        names = [name for name, p in model.named_parameters() if id(p) in held]
-        moved += [name for name in names if frozen_weights.get(name, now[name]) != now[name]]
-        frozen_weights = {name: now[name] for name in names}
+        history.add(safe, model)
     hits = [event for event in safe.journal.events if event["event"] == "cache_off"]
     result = {
-        "history": history, "moved": moved, "weights": weights(model), "scores": safe.scores,
+        "history": history.frozen, "moved": history.moved, "weights": weights(model), "scores": safe.scores,
         "events": [event["event"] for event in safe.journal.events], "cache_off": hits,
         "logs": safe.logs(), "trainable": sum(p.requires_grad for p in model.parameters()),
     }  # fmt: skip
@@ -157,7 +173,7 @@ def by_step(rank, ranks, name, sent):
 
 
 def disagree(rank, ranks, folder):
-    """Rank 1 freezes a unit of its own, in a callback that runs before safe.step()."""
+    """Rank 1 freezes another unit before safe.step()."""
 
     def spy(step, safe, wrapped):
         if rank == 1 and step + 1 == (safe.decider.plan or [0])[0]:
@@ -222,7 +238,7 @@ SCENARIOS = {
 
 
 def own_mind(rank):
-    """A policy that would choose something else on every rank."""
+    """A policy that chooses another unit on every rank."""
 
     def policy(situation):
         return [f"model.layers.{rank}"] if situation.ramp >= 1 else []

@@ -1,4 +1,4 @@
-"""LoRA-FA, by PEFT's own optimizer: A stands still, B is stepped with it, and moments go by name."""
+"""LoRA-FA with PEFT's optimizer: A never moves, and moments are stored by name."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def lora(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
 
 
-def test_a_frozen_pair_stands_still_and_its_moments_are_freed():
+def test_a_frozen_pair_does_not_move_and_its_moments_are_freed():
     seen = []
 
     def after(safe, model, optimizer):
@@ -75,7 +75,7 @@ def test_the_cache_changes_nothing():
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-def test_the_end_of_disable_adapter_leaves_the_frozen_blocks_as_they_are():
+def test_disable_adapter_does_not_unfreeze_blocks():
     def after(safe, model, _optimizer):
         with model.disable_adapter():
             pass
@@ -118,7 +118,7 @@ def train(folder, checkpoint=None):
     return trainer, callback.safe, optimizer
 
 
-def test_a_trainer_resumes_to_the_last_bit(tmp_path):
+def test_a_resumed_trainer_is_bit_identical(tmp_path):
     whole, safe, optimizer = train(tmp_path)
     assert len(safe.frozen) == 3 and len(optimizer.state) == 2
     again, resumed, _ = train(tmp_path, str(tmp_path / "checkpoint-8"))

@@ -1,4 +1,4 @@
-"""Learning rates after a freeze: larger while the optimizer steps, and nowhere else."""
+"""Learning rates after a freeze are scaled only while the optimizer steps."""
 
 import math
 
@@ -14,14 +14,14 @@ from adafreeze.model.units import Unit
 
 
 def rates_of(optimizer):
-    """The learning rates of each step as the optimizer sees them."""
+    """The learning rates that the optimizer uses in each step."""
     seen = []
     optimizer.register_step_pre_hook(lambda it, *_: seen.append([group["lr"] for group in it.param_groups]))
     return seen
 
 
 class Fails:
-    """A hook that ends a step when it is on."""
+    """A hook that fails the step while ``on``."""
 
     on = True
 
@@ -31,16 +31,28 @@ class Fails:
 
 
 def units(count, *parameters):
-    """Units "0", "1", ... of nothing, or the first of these parameters."""
+    """Empty units "0", "1", ...; the first one has these parameters."""
     holder = torch.nn.ParameterList(parameters)
     slots = [tuple((holder, str(place)) for place in range(len(parameters)))] + [()] * (count - 1)
     return [Unit(str(index), "", index, holder, (), slots[index], ()) for index in range(count)]
 
 
+def scaler_on(optimizer, frozen="012", *parameters):
+    """A scaler for four units, of which these are frozen."""
+    scaler = LRScaler(optimizer, "sqrt", units(4, *parameters))
+    scaler.after_freeze(frozen)
+    return scaler
+
+
+def sgd(lr=0.5):
+    weight = torch.nn.Parameter(torch.ones(1))
+    return weight, torch.optim.SGD([weight], lr=lr)
+
+
 def train(config, steps=20, blocks=4):
     model = cases.lora_model("llama", blocks=blocks)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    schedule = ExponentialLR(optimizer, 0.9)  # takes each rate from the one before
+    schedule = ExponentialLR(optimizer, 0.9)  # computes each rate from the previous one
     safe = Safe(model, config, optimizer=optimizer, probe=cases.loader("llama"), total_steps=steps)
     seen, scales, shown = rates_of(optimizer), [], []
     for _ in range(steps):
@@ -55,38 +67,35 @@ def train(config, steps=20, blocks=4):
     return safe, seen, scales, shown, optimizer
 
 
-def test_a_step_of_adam_stays_as_long_as_it_was():
+def test_a_step_of_adam_keeps_its_length():
     safe, seen, scales, shown, _ = train(SafeConfig(freeze_share=0.9, freeze_at_start=0))
     assert safe.frozen and scales[0] == 1 and scales[-1] == round(min(3, math.sqrt(4 / (4 - len(safe.frozen)))), 4) > 1
-    assert shown == pytest.approx([1e-2 * 0.9**step for step in range(20)])  # the schedule's own, untouched
+    assert shown == pytest.approx([1e-2 * 0.9**step for step in range(20)])  # unchanged
     assert [rate for [rate] in seen] == pytest.approx([s * own for s, own in zip(scales, shown, strict=True)], rel=1e-3)
 
 
 @pytest.mark.parametrize(("lr_scale", "last"), [(1.0, 1.0), (2.0, 2.0)])
-def test_a_number_holds_from_the_first_freeze_on(lr_scale, last):
+def test_a_fixed_scale_applies_from_the_first_freeze(lr_scale, last):
     safe, _, scales, _, _ = train(SafeConfig(freeze_share=0.9, lr_scale=lr_scale))
     assert safe.frozen and (scales[0], scales[-1]) == (1.0, last)
 
 
-def test_units_frozen_by_hand_and_the_published_method_leave_rates_alone():
+def test_freezing_by_hand_and_the_published_method_do_not_scale():
     by_hand = SafeConfig(freeze=("model.layers.0", "model.layers.1"), freeze_share=0)
     assert set(train(by_hand)[2]) == {1.0}
     assert SafeConfig.paper().lr_scale == 1.0
 
 
-def test_after_close_the_optimizer_is_as_it_was():
+def test_close_restores_the_optimizer():
     _, seen, scales, _, optimizer = train(SafeConfig(freeze_share=0.9, freeze_at_start=0))
     own = optimizer.param_groups[0]["lr"]
     optimizer.step()
     assert scales[-1] > 1 and seen[-1] == [own] and optimizer.param_groups[0]["lr"] == own
 
 
-def test_a_step_that_fails_leaves_the_rate_to_the_schedule():
-    weight = torch.nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.SGD([weight], lr=0.5)
-    length = LRScaler(optimizer, "sqrt", units(4))
-    length.after_freeze("012")
-
+def test_a_failed_step_does_not_keep_the_scaled_rate():
+    weight, optimizer = sgd()
+    scaler = scaler_on(optimizer)
     optimizer.register_step_pre_hook(fails := Fails())
     with pytest.raises(RuntimeError, match="out of memory"):
         optimizer.step()
@@ -98,21 +107,19 @@ def test_a_step_that_fails_leaves_the_rate_to_the_schedule():
     fails.on = True
     with pytest.raises(RuntimeError, match="out of memory"):
         optimizer.step()
-    fails.on, optimizer.param_groups[0]["lr"] = False, 0.25  # somebody sets one
+    fails.on, optimizer.param_groups[0]["lr"] = False, 0.25  # other code sets one
     optimizer.step()
     assert weight.item() == -0.5 and optimizer.param_groups[0]["lr"] == 0.25
     fails.on = True
     with pytest.raises(RuntimeError, match="out of memory"):
         optimizer.step()
-    length.remove()
+    scaler.remove()
     assert optimizer.param_groups[0]["lr"] == 0.25
 
 
-def test_inside_a_closure_the_rate_is_the_schedules_own():
-    weight = torch.nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.SGD([weight], lr=0.5)
-    length = LRScaler(optimizer, "sqrt", units(4))
-    length.after_freeze("012")
+def test_inside_a_closure_the_rate_is_not_scaled():
+    weight, optimizer = sgd()
+    scaler_on(optimizer)
     inside = []
 
     def closure():
@@ -131,37 +138,33 @@ def test_inside_a_closure_the_rate_is_the_schedules_own():
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
-def test_only_groups_that_hold_adapters_are_scaled_and_two_on_one_optimizer_do_not_pile_up():
+def test_only_groups_with_adapters_are_scaled_and_two_scalers_do_not_add_up():
     mine, other, head = (torch.nn.Parameter(torch.ones(1)) for _ in range(3))
     optimizer = torch.optim.SGD([{"params": [p]} for p in (mine, other, head)], lr=0.5)
-    lengths = [LRScaler(optimizer, "sqrt", units(4, p)) for p in (mine, other)]
-    for frozen, length in enumerate(lengths, 2):
-        length.after_freeze("012"[:frozen])
+    scaler_on(optimizer, "01", mine)
+    scaler_on(optimizer, "012", other)
     seen = rates_of(optimizer)
     for _ in range(3):
         optimizer.step()
     assert seen == [[0.5 * math.sqrt(2), 1.0, 0.5]] * 3
     assert [group["lr"] for group in optimizer.param_groups] == [0.5] * 3
     one = torch.optim.SGD([mine], lr=0.5)
-    for length in [LRScaler(one, "sqrt", units(4, mine)) for _ in range(2)]:
-        length.after_freeze("012")
+    for _ in range(2):
+        scaler_on(one, "012", mine)
     for _ in range(3):
         one.step()
     assert one.param_groups[0]["lr"] == 0.5
 
 
-def test_an_optimizer_without_rates_of_its_own_has_no_scale():
+def test_an_optimizer_without_rates_is_not_scaled():
     optimizer = Adafactor([torch.nn.Parameter(torch.ones(2, 2))], relative_step=True)
-    length = LRScaler(optimizer, "sqrt", units(4))
-    length.after_freeze("012")
-    assert length.scale == 1.0
+    assert scaler_on(optimizer).scale == 1.0
 
 
-def test_a_compiled_step_gets_its_rate_back():
+def test_a_compiled_step_restores_its_rate():
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.AdamW([weight], lr=0.1)
-    length = LRScaler(optimizer, "sqrt", units(4))
-    length.after_freeze("012")
+    scaler_on(optimizer)
     step = torch.compile(optimizer.step, backend="eager")
     for _ in range(3):
         weight.grad = torch.ones(1)
@@ -169,10 +172,8 @@ def test_a_compiled_step_gets_its_rate_back():
     assert optimizer.param_groups[0]["lr"] == 0.1
 
 
-def test_no_optimizer_no_scale():
-    length = LRScaler(None, "sqrt", units(4))
-    length.after_freeze("012")
-    assert length.scale == 1.0
+def test_without_an_optimizer_nothing_is_scaled():
+    assert scaler_on(None).scale == 1.0
 
 
 def test_the_real_optimizer_is_found_in_its_wrappers():
@@ -180,12 +181,11 @@ def test_the_real_optimizer_is_found_in_its_wrappers():
     from accelerate.optimizer import AcceleratedOptimizer
 
     Accelerator(cpu=True)
-    real = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
-    length = LRScaler(AcceleratedOptimizer(AcceleratedOptimizer(real)), "sqrt", units(4))
-    length.after_freeze("01")
+    _, real = sgd()
+    scaler = scaler_on(AcceleratedOptimizer(AcceleratedOptimizer(real)), "01")
     seen = rates_of(real)
     real.step()
     assert seen == [[0.5 * math.sqrt(2)]]
-    length.remove()
+    scaler.remove()
     real.step()
     assert seen[1:] == [[0.5]]

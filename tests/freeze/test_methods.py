@@ -1,4 +1,4 @@
-"""Freezing holds in every PEFT method that has adapters by block."""
+"""A freeze is permanent in every PEFT method with adapters in each block."""
 
 import warnings
 from contextlib import nullcontext
@@ -45,7 +45,7 @@ METHODS = {
     "SUPERTUNING": ("SupertuningConfig", {}),
     "ADAMSS": ("AdamssConfig", {}),
 }
-SHARING = {"VBLORA", "LILY"}  # their shared parameters live until all owners freeze: no prefix before that
+SHARING = {"VBLORA", "LILY"}  # shared parameters stay live until all units freeze, so there is no prefix before
 
 
 def adapted(method: str) -> torch.nn.Module:
@@ -87,7 +87,7 @@ def enable_layers(model: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_freeze_holds_through_everything_that_undoes_one(method):
+def test_a_freeze_survives_everything_that_undoes_one(method):
     model = adapted(method)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     expected = pytest.warns(UserWarning, match="share parameters") if method in SHARING else nullcontext()
@@ -105,8 +105,8 @@ def test_a_freeze_holds_through_everything_that_undoes_one(method):
     step()
     names = list(safe.units)[:2]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # AdaLoRA says that its rank allocation ends
-        safe._freeze(names, by="hand")
+        warnings.simplefilter("ignore")  # AdaLoRA's rank allocation ends
+        safe.freeze(names)
     live = {id(p) for n, u in safe.units.items() if n not in names for p in (*u.parameters(), *u.shared_parameters())}
     frozen = [p for name in names for p in safe.units[name].parameters()]
     assert frozen and not live & set(map(id, frozen))
@@ -120,13 +120,13 @@ def test_a_freeze_holds_through_everything_that_undoes_one(method):
         .register_forward_hook(
             lambda _m, _i, output: (
                 requires_grad.append(cases.first_tensor(output).requires_grad)
-                if torch.is_grad_enabled()  # not in a measurement
+                if torch.is_grad_enabled()  # not while measuring
                 else None
             )
         )
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a unit was found trainable and frozen again
+        warnings.simplefilter("ignore")  # units are frozen again
         for between in (nothing, disable_adapter, set_adapter, train_mode, reference_pass, enable_layers):
             between(model)
             requires_grad.clear()
@@ -160,9 +160,9 @@ def test_shared_parameters_freeze_with_their_last_owner():
     shared = next(iter(safe.units.values())).shared
     assert shared
     names = list(safe.units)
-    safe._freeze(names[:3], by="hand")
+    safe.freeze(names[:3])
     assert all(module._parameters[name].requires_grad for module, name in shared)
-    safe._freeze(names[3:], by="hand")
+    safe.freeze(names[3:])
     assert not any(module._parameters[name].requires_grad for module, name in shared)
     assert safe.prefixes["model.layers"] == 4
 
@@ -186,11 +186,11 @@ def test_methods_outside_the_blocks_are_refused(kind, settings):
 def test_adalora_stops_allocating_ranks_at_the_first_freeze():
     model = adapted("ADALORA")
     safe = Safe(model, probe=cases.loader("llama"), total_steps=10)
-    assert not safe.frozen  # or no rank would ever move
+    assert not safe.frozen  # otherwise no rank would ever move
     model(**cases.batch("llama")).loss.backward()
     model.base_model.update_and_allocate(1)
     with pytest.warns(UserWarning, match="rank allocation ends"):
-        safe._freeze(list(safe.units)[:1], by="hand")
-    model.base_model.update_and_allocate(2)  # crashes on a gradient of None without us
+        safe.freeze(list(safe.units)[:1])
+    model.base_model.update_and_allocate(2)  # without adafreeze it fails on a gradient of None
     safe.close()
     assert "update_and_allocate" not in model.base_model.__dict__

@@ -1,4 +1,4 @@
-"""Exact bytes: freezing the lower half of a stack gives back about half of what autograd keeps."""
+"""Exact bytes: freezing the lower half of a stack frees about half of the saved bytes."""
 
 import pytest
 from torch.nn import ModuleList
@@ -15,7 +15,7 @@ def saved(model, family):
 
 
 def saved_in_blocks(model, family):
-    """The same up to the end of the top block: without final norm, head and loss."""
+    """The same without final norm, head and loss."""
     blocks = next(module for module in model.modules() if isinstance(module, ModuleList))
     at_top = []
     with SavedBytes(model) as count:
@@ -23,6 +23,11 @@ def saved_in_blocks(model, family):
         model(**cases.batch(family, rows=8, length=24))
     handle.remove()
     return at_top[0]
+
+
+def lowest(count, family):
+    """Names of the lowest units."""
+    return [f"{'model.layers' if family == 'llama' else 'bert.encoder.layer'}.{index}" for index in range(count)]
 
 
 def as_it_is(model): ...
@@ -42,8 +47,8 @@ def checkpointing_reentrant(model):
     model.enable_input_require_grads()
 
 
-# Under checkpointing a block keeps its input alone, and the head of a model as tiny as this keeps as much as several
-# blocks; no freeze can change that, so there the blocks are counted. Whole: 0.64 (llama), 0.40 (bert).
+# With activation checkpointing a block saves only its input, and the head of such a tiny model as much as several
+# blocks. No freeze can change that, so only blocks are counted. Whole: 0.64 (llama), 0.40 (bert).
 @pytest.mark.parametrize(
     ("arrange", "count"),
     [
@@ -58,8 +63,7 @@ def test_half_the_blocks_frozen_is_about_half_the_bytes(family, arrange, count):
     model = cases.lora_model(family, blocks=8)
     arrange(model)
     plain, whole = count(model, family), saved(model, family)
-    lower = [f"{'model.layers' if family == 'llama' else 'bert.encoder.layer'}.{index}" for index in range(4)]
-    safe = Safe(model, SafeConfig(freeze=lower), probe=cases.loader(family), total_steps=10)
+    safe = Safe(model, SafeConfig(freeze=lowest(4, family)), probe=cases.loader(family), total_steps=10)
     assert list(safe.prefixes.values()) == [4]
     half, half_whole = count(model, family), saved(model, family)
     print(f"{family} {arrange.__name__}: {half / plain:.3f}, with the head {half_whole / whole:.3f}")
@@ -103,33 +107,31 @@ def saved_by_part(model, family):
 
 @pytest.mark.parametrize("arrange", [as_it_is, forced_twice, checkpointing, checkpointing_reentrant])
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_a_frozen_block_of_the_prefix_keeps_nothing_and_the_others_what_they_kept(family, arrange):
+def test_a_block_of_the_prefix_saves_nothing_and_the_others_what_they_saved(family, arrange):
     model = cases.lora_model(family, blocks=8)
     arrange(model)
     _, plain, head = saved_by_part(model, family)
-    lower = [f"{'model.layers' if family == 'llama' else 'bert.encoder.layer'}.{index}" for index in range(4)]
-    Safe(model, SafeConfig(freeze=lower, cache="off"), probe=cases.loader(family), total_steps=10)
+    Safe(model, SafeConfig(freeze=lowest(4, family), cache="off"), probe=cases.loader(family), total_steps=10)
     below, half, head_then = saved_by_part(model, family)
     one_input = 8 * 24 * 32 * 4  # tokens × features, float32
     assert below == 0 and half[:4] == [0, 0, 0, 0] and head_then == head
     assert half[5:] == plain[5:] and plain[4] - one_input <= half[4] <= plain[4]  # its input needs no gradient
     if "checkpointing" in arrange.__name__:
         assert plain == [one_input] * 8 and half[4:] == [one_input] * 4
-    # Whatever made the embeddings require grad, the bytes are those of the run that never had it.
+    # The bytes equal those of a run whose embeddings never required grad.
     if arrange is forced_twice:
         untouched = cases.lora_model(family, blocks=8)
-        Safe(untouched, SafeConfig(freeze=lower, cache="off"), probe=cases.loader(family), total_steps=10)
+        Safe(untouched, SafeConfig(freeze=lowest(4, family), cache="off"), probe=cases.loader(family), total_steps=10)
         assert saved(model, family) == saved(untouched, family)
 
 
 @pytest.mark.parametrize("arrange", [checkpointing, checkpointing_reentrant])
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_with_as_many_blocks_as_real_models_have_the_head_no_longer_hides_it(family, arrange):
+def test_with_the_depth_of_a_real_model_the_head_does_not_matter(family, arrange):
     model = cases.lora_model(family, blocks=32)
     arrange(model)
     plain = saved(model, family)
-    lower = [f"{'model.layers' if family == 'llama' else 'bert.encoder.layer'}.{index}" for index in range(16)]
-    Safe(model, SafeConfig(freeze=lower, cache="off"), probe=cases.loader(family), total_steps=10)
+    Safe(model, SafeConfig(freeze=lowest(16, family), cache="off"), probe=cases.loader(family), total_steps=10)
     assert saved(model, family) <= 0.55 * plain
 
 
@@ -139,16 +141,16 @@ def test_bytes_fall_with_every_block_of_the_prefix(family):
     safe = Safe(model, SafeConfig(freeze_at_start=0), probe=cases.loader(family), total_steps=10)
     counted = [saved(model, family)]
     for name in list(safe.units)[:4]:
-        safe._freeze([name], by="hand")
+        safe.freeze([name])
         counted.append(saved(model, family))
     assert counted == sorted(counted, reverse=True) and len(set(counted)) == 5
 
 
-def test_frozen_units_outside_the_prefix_keep_no_dropped_copies():
+def test_frozen_units_outside_the_prefix_save_no_dropped_copies():
     model = cases.lora_model("llama", lora_dropout=0.1)
     plain = saved(model, "llama")
     safe = Safe(model, SafeConfig(freeze_at_start=0), probe=cases.loader("llama"), total_steps=10)
-    safe._freeze(["model.layers.2"], by="hand")
+    safe.freeze(["model.layers.2"])
     assert safe.prefixes == {"model.layers": 0}
-    copies = 2 * 8 * 24 * 32 * 4  # two targets keep a dropped input of 8 × 24 tokens × 32 features in float32
+    copies = 2 * 8 * 24 * 32 * 4  # two targets save a dropped input of 8 × 24 tokens × 32 features in float32
     assert saved(model, "llama") <= plain - copies

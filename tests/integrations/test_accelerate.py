@@ -1,4 +1,4 @@
-"""AcceleratedSafe in loops on Accelerate, in one process (two: tests/distributed/test_accelerate.py)."""
+"""AcceleratedSafe in one process (two processes: tests/distributed/test_accelerate.py)."""
 
 import accelerate_worker
 import pytest
@@ -12,11 +12,11 @@ from adafreeze.integrations.accelerate import AcceleratedSafe
 
 @pytest.mark.parametrize(
     ("family", "dropout", "save_at"),
-    # An epoch that Accelerate takes up in its middle draws one more number for its dataloader than one it began:
-    # with dropout only a checkpoint between two epochs can be exact, with adafreeze or without.
+    # Accelerate draws one more random number when it resumes within an epoch: with dropout only a checkpoint between
+    # epochs is exact, with or without adafreeze.
     [("llama", 0.0, 13), ("bert", 0.1, 12)],
 )
-def test_load_state_goes_on_as_if_the_run_had_never_stopped(tmp_path, family, dropout, save_at):
+def test_load_state_resumes_bit_identically(tmp_path, family, dropout, save_at):
     settings = {"family": family, "dropout": dropout, "save_at": save_at}
     whole = accelerate_worker.train(tmp_path, "whole", **settings)
     resumed = accelerate_worker.train(tmp_path, "resumed", resume="whole", **settings)
@@ -26,7 +26,7 @@ def test_load_state_goes_on_as_if_the_run_had_never_stopped(tmp_path, family, dr
     assert resumed["weights"] == whole["weights"]
 
 
-def test_load_state_in_mid_run_thaws_what_froze_since(tmp_path):
+def test_load_state_during_a_run_thaws_later_freezes(tmp_path):
     settings = {"save_at": 7, "config": {"freeze_at_start": 0}}
     whole = accelerate_worker.train(tmp_path, "whole", **settings)
     back = accelerate_worker.train(tmp_path, "back", back=True, **settings)
@@ -35,9 +35,9 @@ def test_load_state_in_mid_run_thaws_what_froze_since(tmp_path):
     assert back["weights"] == whole["weights"] and not back["moved"]
 
 
-def test_a_step_counts_only_where_the_optimizer_steps(tmp_path):
+def test_a_step_counts_only_when_the_optimizer_steps(tmp_path):
     made = accelerate_worker.train(tmp_path, "accumulate", rows=2, accumulate=2)
-    # Nine batches an epoch: four pairs, and one alone at its end.
+    # Nine batches per epoch: four pairs and a single one at the end.
     assert made["steps"] == made["total"] == 5 * accelerate_worker.EPOCHS
     assert made["history"][-1] and not made["moved"]
 
@@ -48,13 +48,13 @@ def test_mixed_precision(tmp_path):
     assert made["logs"]["safe/cache_hit_rate"] > 0
 
 
-def test_it_needs_no_more_than_what_prepare_returned():
+def test_it_needs_only_what_prepare_returns():
     accelerator = Accelerator(cpu=True)
     model = cases.lora_model("bert")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     model, optimizer, data = accelerator.prepare(model, optimizer, cases.loader("bert", 12, 4))
     safe = AcceleratedSafe(accelerator, model, optimizer, data, SafeConfig(memory_budget="1GiB"), total_steps=3)
-    assert safe.samples_per_epoch == 12 and safe.decider.probe.samples == 12
+    assert safe.length.samples_per_epoch == 12 and safe.decider.probe.samples == 12
     assert safe.budget is not None and accelerator._custom_objects == [safe]
     assert safe.state_dict()["random"] is None
     safe.close()

@@ -1,4 +1,4 @@
-"""The probe from what the model gets, where the train dataloader cannot be drawn from, and what of it is refused."""
+"""The probe recorded from the first step, if samples cannot be drawn from the train dataloader."""
 
 import json
 
@@ -18,7 +18,7 @@ ROWS, STEPS = 4, 12
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Over a generator, as over a socket: what is taken comes never again."""
+    """A generator whose samples come only once."""
 
     def __init__(self, repeat=None):
         self.numbers = iter(range(1000)) if repeat is None else (n % repeat for n in range(1000))
@@ -37,7 +37,7 @@ def generated():
 
 
 class Watching(Trainer):
-    """Notes what it trains on."""
+    """Records the samples and losses."""
 
     def compute_loss(self, model, inputs, **kwargs):
         self.__dict__.setdefault("ids", []).append(inputs["input_ids"].tolist())
@@ -64,7 +64,7 @@ def trained(folder, data, callback, *, kind=Watching, model=None, collate=cases.
 
 
 @pytest.mark.parametrize("make", [Stream, generated])
-def test_a_stream_is_not_gone_through_and_trains_on_the_same_batches(tmp_path, make):
+def test_a_stream_is_not_consumed_and_trains_on_the_same_batches(tmp_path, make):
     plain = trained(tmp_path / "plain", make(), None)
     callback = SafeCallback(SafeConfig(freeze_at_start=0))
     safe = trained(tmp_path / "safe", make(), callback)
@@ -72,21 +72,21 @@ def test_a_stream_is_not_gone_through_and_trains_on_the_same_batches(tmp_path, m
     freezes = [event["step"] for event in callback.safe.journal.events if event["event"] == "freeze"]
     assert freezes and safe.losses[: freezes[0]] == plain.losses[: freezes[0]]
     assert callback.safe.decider.probe.chunks[0]["input_ids"].tolist() == plain.ids[0]
-    assert callback.safe.decider.scorer.at_rest, "as the run began, not as it was after the first step"
+    assert callback.safe.decider.scorer.at_rest, "measured with the initial weights, not those after the first step"
 
 
-def test_what_comes_again_is_held_although_no_dataloader_says_so(tmp_path):
+def test_repeated_samples_of_a_stream_are_cached(tmp_path):
     runs = {}
     for cache in ("ram", "off"):
         callback = SafeCallback(SafeConfig(cache=cache, lr_scale=1))
         runs[cache] = trained(tmp_path / cache, Stream(repeat=8), callback).losses
         if cache == "ram":
             (event,) = [event for event in callback.safe.journal.events if event["event"] == "cache"]
-            assert event["hits"] > 0 and callback.safe.samples_per_epoch is None
+            assert event["hits"] > 0 and callback.safe.length.samples_per_epoch is None
     assert runs["ram"] == runs["off"]
 
 
-def test_a_safe_of_a_stream_is_refused_before_the_first_sample_is_taken():
+def test_a_stream_is_rejected_before_its_first_sample_is_taken():
     model = cases.lora_model("bert")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     stream = Stream()
@@ -102,11 +102,11 @@ def test_a_safe_of_a_stream_is_refused_before_the_first_sample_is_taken():
         assert "probe=[batch, ...]" in caught.value.fix
     assert next(stream.numbers) == 0
     safe = Safe(model, probe=(cases.batch("bert") for _ in range(2)), total_steps=10)
-    assert safe.decider.probe.samples == 8, "batches that are given for it are gone through"
+    assert safe.decider.probe.samples == 8, "given batches are consumed"
     safe.close()
 
 
-def test_lightning_refuses_a_stream():
+def test_lightning_rejects_a_stream():
     pytest.importorskip("lightning")
     from lightning.pytorch import LightningModule
     from lightning.pytorch import Trainer as LightningTrainer
@@ -134,7 +134,7 @@ def test_lightning_refuses_a_stream():
 
 
 class Features(nn.Module):
-    """Called with one dictionary of features, to which it adds, as sentence-transformers' models are."""
+    """Called with one dictionary of features, to which it adds, like models of sentence-transformers."""
 
     def __init__(self, inner):
         super().__init__()
@@ -169,7 +169,7 @@ class PositionalTrainer(Watching):
     ("kind", "wrapper", "names"),
     [(FeaturesTrainer, Features, {"input"}), (PositionalTrainer, Positional, {"token_ids", "mask"})],
 )
-def test_the_probe_calls_the_model_as_training_does(tmp_path, kind, wrapper, names):
+def test_the_probe_calls_the_model_in_the_same_way_as_training(tmp_path, kind, wrapper, names):
     data = cases.Samples("bert", 16, length=10)
     plain = trained(tmp_path, data, None, kind=kind, model=wrapper(cases.lora_model("bert")))
     callback = SafeCallback(SafeConfig(freeze_at_start=0, cache="off"))
@@ -197,11 +197,11 @@ def test_a_resumed_run_has_the_probe_of_its_first_step(tmp_path):
     assert json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())
 
 
-def test_a_model_whose_calls_cannot_be_repeated_trains_on_without_freezing(tmp_path):
+def test_a_model_that_cannot_be_called_alone_trains_without_freezing(tmp_path):
     class Inner(Watching):
         def loss_of(self, model, inputs):
             texts = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
-            return model.inner(**texts).loss  # the model that the Trainer has is never called
+            return model.inner(**texts).loss  # the Trainer's own model is never called
 
     data = Dataset.from_list([{"text": "a"} for _ in range(16)])
 
@@ -215,5 +215,5 @@ def test_a_model_whose_calls_cannot_be_repeated_trains_on_without_freezing(tmp_p
     plain, callback = run(None), SafeCallback()
     with pytest.warns(AdafreezeWarning, match="The probe is empty") as caught:
         safe = run(callback)
-    assert any("Training goes on, without freezing." in str(warning.message) for warning in caught)
+    assert any("Training continues without freezing." in str(warning.message) for warning in caught)
     assert callback.safe is None and safe.losses == plain.losses

@@ -1,4 +1,4 @@
-"""AdapterFreezing in Lightning's Trainer, on one process and on two."""
+"""AdapterFreezing in Lightning's Trainer, in one process and in two."""
 
 import pickle
 
@@ -18,12 +18,19 @@ from adafreeze.integrations.lightning import AdapterFreezing
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A folder, and the run in it that several tests look at."""
+    """A folder with a finished run, shared by several tests."""
     folder = tmp_path_factory.mktemp("lightning")
     return folder, lightning_worker.fit(folder, "whole")
 
 
-def test_one_callback_freezes_logs_and_leaves_the_module_as_it_was(llama):
+def host(folder, *callbacks, max_epochs=6):
+    return Trainer(
+        accelerator="cpu", max_epochs=max_epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        callbacks=list(callbacks), default_root_dir=folder,
+    )  # fmt: skip
+
+
+def test_one_callback_freezes_logs_and_restores_the_module(llama):
     _, made = llama
     assert made["history"][-1] and not made["moved"]
     assert made["steps"] == made["global_step"] == made["total"]
@@ -32,7 +39,7 @@ def test_one_callback_freezes_logs_and_leaves_the_module_as_it_was(llama):
 
 
 @pytest.mark.parametrize(("family", "dropout"), [("llama", 0.0), ("bert", 0.1)])
-def test_a_fit_that_resumes_ends_as_if_it_had_never_stopped(llama, tmp_path, family, dropout):
+def test_a_resumed_fit_is_bit_identical(llama, tmp_path, family, dropout):
     folder, whole = llama
     settings = {"family": family, "dropout": dropout}
     if family != "llama":
@@ -44,14 +51,14 @@ def test_a_fit_that_resumes_ends_as_if_it_had_never_stopped(llama, tmp_path, fam
 
 
 def test_accumulation_and_mixed_precision(tmp_path):
-    # Gradient norms, which are there only after the closure that Lightning hands to the optimizer.
+    # Gradient norms exist only after the closure that Lightning passes to the optimizer.
     config = {"score": "grad_norm"}
     made = lightning_worker.fit(tmp_path, "run", accumulate=3, precision="bf16-mixed", config=config)
     assert made["history"][-1] and not made["moved"]
     assert made["steps"] == made["global_step"] == made["total"] == len(made["history"]) / 3
 
 
-def test_gradients_are_looked_at_when_the_closure_has_made_them(tmp_path):
+def test_gradients_are_read_after_the_closure(tmp_path):
     class Listening(Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
             scorer = freezing.safe.decider.scorer
@@ -65,10 +72,7 @@ def test_gradients_are_looked_at_when_the_closure_has_made_them(tmp_path):
     freezing = AdapterFreezing(
         lightning_worker.SafeConfig(**lightning_worker.CONFIG, score="grad_norm", freeze_at_start=0)
     )
-    trainer = Trainer(
-        accelerator="cpu", max_epochs=6, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        callbacks=[Listening(), freezing], default_root_dir=tmp_path,
-    )  # fmt: skip
+    trainer = host(tmp_path, Listening(), freezing)
     trainer.fit(lightning_worker.Module("llama", 0.0), cases.loader("llama", 18, 3, length=12))
     assert norms and heard == pytest.approx(norms)
 
@@ -87,7 +91,7 @@ def test_two_ranks_under_ddp(tmp_path):
     assert resumed["weights"] == whole["weights"]
 
 
-def test_an_exception_in_mid_run_leaves_the_module_as_it_was(tmp_path):
+def test_an_exception_restores_the_module(tmp_path):
     class Failing(lightning_worker.Module):
         def training_step(self, batch, index):
             if freezing.safe.frozen:
@@ -96,10 +100,7 @@ def test_an_exception_in_mid_run_leaves_the_module_as_it_was(tmp_path):
 
     freezing = AdapterFreezing(lightning_worker.SafeConfig(**lightning_worker.CONFIG))
     module = Failing("llama", 0.0)
-    trainer = Trainer(
-        accelerator="cpu", max_epochs=6, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        callbacks=[freezing], default_root_dir=tmp_path,
-    )  # fmt: skip
+    trainer = host(tmp_path, freezing)
     with pytest.raises(KeyError):
         trainer.fit(module, cases.loader("llama", 18, 3, length=12))
     assert freezing.safe.frozen
@@ -107,13 +108,10 @@ def test_an_exception_in_mid_run_leaves_the_module_as_it_was(tmp_path):
     assert not any("forward" in part.__dict__ for part in module.model.modules())
 
 
-def test_it_goes_on_for_longer_than_planned_and_fits_a_second_time(tmp_path, caplog):
+def test_it_resumes_for_longer_than_planned_and_fits_twice(tmp_path, caplog):
     def fit(callback, epochs, **more):
         torch.manual_seed(3)
-        trainer = Trainer(
-            accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            callbacks=[callback], default_root_dir=tmp_path,
-        )  # fmt: skip
+        trainer = host(tmp_path, callback, max_epochs=epochs)
         trainer.fit(lightning_worker.Module("llama", 0.0), cases.loader("llama", 18, 3, length=12), **more)
         return trainer
 
@@ -133,7 +131,7 @@ def test_it_goes_on_for_longer_than_planned_and_fits_a_second_time(tmp_path, cap
     assert longer.safe.frozen >= twice.safe.frozen
 
 
-def test_a_module_without_one_adapted_model_is_refused(tmp_path):
+def test_a_module_without_exactly_one_adapted_model_is_rejected(tmp_path):
     class Plain(LightningModule):
         def __init__(self, *models):
             super().__init__()
@@ -151,21 +149,17 @@ def test_a_module_without_one_adapted_model_is_refused(tmp_path):
             self.automatic_optimization = False
 
     def fit(module):
-        trainer = Trainer(
-            accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            callbacks=[AdapterFreezing()], default_root_dir=tmp_path,
-        )  # fmt: skip
-        trainer.fit(module, cases.loader("bert", 4, 4))
+        host(tmp_path, AdapterFreezing(), max_epochs=1).fit(module, cases.loader("bert", 4, 4))
 
-    with pytest.raises(ModelError, match="Plain holds 0 models with adapters"):
+    with pytest.raises(ModelError, match="Plain has 0 models with PEFT adapters"):
         fit(Plain(cases.base_model("bert")))
-    with pytest.raises(ModelError, match="Plain holds 2 models"):
+    with pytest.raises(ModelError, match="Plain has 2 models"):
         fit(Plain(cases.lora_model("bert"), cases.lora_model("llama")))
     with pytest.raises(RunError, match="automatic_optimization=False"):
         fit(ByHand(cases.lora_model("bert")))
 
 
-def test_it_is_one_of_lightnings_own_callbacks():
+def test_it_is_a_lightning_callback():
     assert issubclass(AdapterFreezing, Callback)
     assert pickle.loads(pickle.dumps(AdapterFreezing)) is AdapterFreezing
     assert "callbacks=[AdapterFreezing()]" in AdapterFreezing.__doc__

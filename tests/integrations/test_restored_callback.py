@@ -1,4 +1,4 @@
-"""SafeCallback made again from a checkpoint, trained with twice, and handed from one Trainer to another."""
+"""SafeCallback restored from a checkpoint, used for two runs, and in two Trainers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from adafreeze.decide.policy import share
 
 
 class Stop(TrainerCallback):
-    """At step 8, as a run does that is interrupted."""
+    """Interrupts the run at step 8."""
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step >= 8
@@ -41,7 +41,7 @@ def trainer(folder, *callbacks, family="bert", **settings):
 
 
 def used(host):
-    """The callback that the Trainer has in the end; there is one."""
+    """The only SafeCallback of the Trainer."""
     (callback,) = [one for one in host.callback_handler.callbacks if isinstance(one, SafeCallback)]
     return callback
 
@@ -51,7 +51,7 @@ def losses(host):
 
 
 def again(callback):
-    """As ``Trainer`` makes it anew from a checkpoint."""
+    """The callback that ``Trainer`` would make from a checkpoint."""
     return SafeCallback.from_state(json.loads(json.dumps(callback.state())))
 
 
@@ -63,11 +63,11 @@ def again(callback):
         None,
     ],
 )
-def test_restored_from_a_checkpoint_it_is_the_same_run(config, tmp_path):
+def test_a_restored_callback_continues_the_same_run(config, tmp_path):
     whole = trainer(tmp_path / "whole", SafeCallback(config))
     whole.train()
     trainer(tmp_path / "run", SafeCallback(config, journal=tmp_path / "j.jsonl"), Stop()).train()
-    host = trainer(tmp_path / "run", SafeCallback())  # the Trainer drops it, and makes one as the first was
+    host = trainer(tmp_path / "run", SafeCallback())  # replaced by one like the first
     given = used(host)
     with warnings.catch_warnings():
         warnings.simplefilter("error", AdafreezeWarning)
@@ -80,18 +80,18 @@ def test_restored_from_a_checkpoint_it_is_the_same_run(config, tmp_path):
         assert torch.equal(mine, other), name
 
 
-def test_a_probe_that_was_given_is_restored(tmp_path):
+def test_a_given_probe_is_restored(tmp_path):
     batch = cases.batch("bert", rows=12)
     trainer(tmp_path, SafeCallback(SafeConfig(cache="off"), probe=[batch, batch]), Stop()).train()
     host = trainer(tmp_path, SafeCallback())
     with warnings.catch_warnings():
-        warnings.simplefilter("error", AdafreezeWarning)  # none says that it is another one
+        warnings.simplefilter("error", AdafreezeWarning)  # such as for a changed probe
         host.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert used(host).safe.decider.probe.samples == 24
     assert torch.equal(used(host).probe[0]["input_ids"], batch["input_ids"][:8])
 
 
-def test_a_probe_that_json_cannot_hold_does_not_stop_saving(tmp_path):
+def test_a_probe_that_is_not_json_does_not_prevent_saving(tmp_path):
     batch = {**cases.batch("bert"), "output_router_logits": complex(0, 1)}
     callback = SafeCallback(probe=[batch])
     callback.safe = type("Holds", (), {})()
@@ -100,7 +100,7 @@ def test_a_probe_that_json_cannot_hold_does_not_stop_saving(tmp_path):
     assert callback.state()["args"]["probe"] is None
 
 
-def test_what_is_kept_makes_the_same_callback(tmp_path):
+def test_the_state_makes_the_same_callback(tmp_path):
     config = SafeConfig(seed=1, cache_dir=tmp_path, freeze=["a"], memory_budget="6GiB", lr_scale=2)
     made = again(SafeCallback(config, journal=tmp_path / "j.jsonl"))
     assert made.config.to_dict() == config.to_dict() and made.config.given == config.given
@@ -112,12 +112,12 @@ def test_what_is_kept_makes_the_same_callback(tmp_path):
         SafeCallback({"share": 0.2})
 
 
-def test_attributes_have_no_name_that_the_callback_uses():
+def test_state_attributes_do_not_clash_with_the_callbacks_own():
     state = SafeCallback().state()
     assert not state["attributes"].keys() & vars(SafeCallback()).keys()
 
 
-def test_a_function_cannot_be_restored_and_that_is_said_before_the_first_step(tmp_path):
+def test_a_users_function_cannot_be_restored_and_fails_before_the_first_step(tmp_path):
     def mine(situation):
         return []
 
@@ -136,20 +136,18 @@ def test_a_function_cannot_be_restored_and_that_is_said_before_the_first_step(tm
     assert used(host).safe.config.policy is policy
 
 
-def test_a_function_of_our_own_is_known_and_one_of_the_same_name_is_told_of():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", AdafreezeWarning)
-        assert again(SafeCallback(SafeConfig(policy=share))).config.policy == "share"
+def test_our_own_function_is_restored_but_not_a_users_function_of_the_same_name():
+    assert again(SafeCallback(SafeConfig(policy=share))).config.policy == "share"
 
     def other(situation):
         return []
 
     other.__qualname__ = "share"
-    with pytest.warns(AdafreezeWarning, match="was a function named 'share'"):
-        assert again(SafeCallback(SafeConfig(policy=other))).config.policy == "share"
+    with pytest.raises(ConfigError, match="was the function 'share'"):
+        again(SafeCallback(SafeConfig(policy=other)))
 
 
-def test_settings_that_differ_from_the_checkpoint_are_told_of_in_the_trainer(tmp_path):
+def test_settings_that_differ_from_the_checkpoint_give_a_warning(tmp_path):
     trainer(tmp_path, SafeCallback(SafeConfig(freeze_share=0.4)), Stop()).train()
     host = trainer(tmp_path, SafeCallback(SafeConfig(freeze_share=0.5)), restore_callback_states_from_checkpoint=False)
     with pytest.warns(AdafreezeWarning, match=r"freeze_share was 0\.4 and is 0\.5"):
@@ -160,11 +158,11 @@ def test_settings_that_differ_from_the_checkpoint_are_told_of_in_the_trainer(tmp
     ("changed", "told"),
     [
         ({"num_train_epochs": 6}, "48 steps now, 24 planned then"),
-        ({"per_device_train_batch_size": 2}, "2 samples a step and process now, 4 planned then"),
-        ({"gradient_accumulation_steps": 2}, "12 steps now, 24 planned then, 8 samples a step"),
+        ({"per_device_train_batch_size": 2}, "2 samples per step and process now, 4 planned then"),
+        ({"gradient_accumulation_steps": 2}, "12 steps now, 24 planned then, 8 samples per step"),
     ],
 )
-def test_other_epochs_batches_and_accumulation_lay_the_schedule_out_anew(changed, told, tmp_path, caplog):
+def test_other_epochs_batches_and_accumulation_change_the_schedule(changed, told, tmp_path, caplog):
     trainer(tmp_path, SafeCallback(), Stop()).train()
     host = trainer(tmp_path, SafeCallback(), **changed)
     with caplog.at_level("INFO", logger="adafreeze"):
@@ -178,7 +176,7 @@ def test_other_epochs_batches_and_accumulation_lay_the_schedule_out_anew(changed
     assert used(host).safe.frozen >= used(control).safe.frozen
 
 
-def test_two_of_them_are_refused_also_where_the_checkpoint_knows_one(tmp_path):
+def test_two_callbacks_are_rejected_when_resuming(tmp_path):
     trainer(tmp_path, SafeCallback(), Stop()).train()
     for restore in (True, False):
         host = trainer(tmp_path, SafeCallback(), SafeCallback(), restore_callback_states_from_checkpoint=restore)
@@ -190,14 +188,14 @@ def test_two_of_them_are_refused_also_where_the_checkpoint_knows_one(tmp_path):
 # One callback for several runs.
 
 
-def test_a_second_train_is_a_run_of_its_own(tmp_path):
+def test_a_second_train_is_a_new_run(tmp_path):
     callback = SafeCallback(SafeConfig(cache="off"))
     host = trainer(tmp_path, callback, save_strategy="no")
     set_seed(3)
     host.train()
     first, found = callback.safe, losses(host)
     host.model.load_state_dict(cases.lora_model("bert").state_dict())
-    host.optimizer = host.lr_scheduler = None  # the Trainer would go on with its moments
+    host.optimizer = host.lr_scheduler = None  # else the Trainer would keep the moments
     set_seed(3)
     host.train()
     assert callback.safe is not first and callback.safe.steps == 24
@@ -205,7 +203,7 @@ def test_a_second_train_is_a_run_of_its_own(tmp_path):
     assert not any(module._forward_pre_hooks for module in host.model.modules())
 
 
-def test_after_an_interruption_the_next_train_starts_with_all_units(tmp_path):
+def test_train_after_an_interruption_starts_with_all_units(tmp_path):
     class Interrupt(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 20:
@@ -224,7 +222,7 @@ def test_after_an_interruption_the_next_train_starts_with_all_units(tmp_path):
     assert all(p.requires_grad for name, p in host.model.named_parameters() if "lora_" in name)
 
 
-def test_one_callback_serves_another_trainer_with_another_model(tmp_path):
+def test_one_callback_works_in_another_trainer_with_another_model(tmp_path):
     callback = SafeCallback(journal=tmp_path / "j.jsonl")
     trainer(tmp_path / "a", callback).train()
     host = trainer(tmp_path / "b", callback, family="llama")
@@ -237,7 +235,7 @@ def test_one_callback_serves_another_trainer_with_another_model(tmp_path):
         "bert.encoder.layer.0",
         "model.layers.0",
     ]
-    # And its checkpoints are of its own run.
+    # Its checkpoints are those of the second run.
     resumed = trainer(tmp_path / "b", SafeCallback(), family="llama")
     resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-16"))
     assert losses(resumed) == losses(control)

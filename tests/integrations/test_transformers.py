@@ -14,33 +14,22 @@ from adafreeze import RunError, SafeCallback, SafeConfig
 
 
 def arguments(folder, **settings):
-    return TrainingArguments(
-        output_dir=str(folder),
-        **{
-            "per_device_train_batch_size": 4,
-            "num_train_epochs": 3,
-            "learning_rate": 1e-2,
-            "weight_decay": 0.1,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": [],
-            "disable_tqdm": True,
-            "use_cpu": True,
-            **settings,
-        },
-    )
+    defaults = {
+        "per_device_train_batch_size": 4, "num_train_epochs": 3, "learning_rate": 1e-2, "weight_decay": 0.1,
+        "logging_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True,
+    }  # fmt: skip
+    return TrainingArguments(output_dir=str(folder), **{**defaults, **settings})
 
 
-def run(family, folder, callback, **settings):
-    model = cases.lora_model(family)
+def run(family, folder, *callbacks, model=None, resume=None, **settings):
     trainer = Trainer(
-        model=model,
+        model=model or cases.lora_model(family),
         args=arguments(folder, **settings),
         train_dataset=cases.Samples(family, 32),
         data_collator=cases.collate,
-        callbacks=[callback] if callback else [],
+        callbacks=list(callbacks),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume and str(resume))
     return trainer
 
 
@@ -50,7 +39,7 @@ def losses(trainer):
 
 @pytest.mark.parametrize("family", cases.FAMILIES)
 def test_one_line_freezes_in_every_family(family, tmp_path):
-    plain = run(family, tmp_path / "plain", None)
+    plain = run(family, tmp_path / "plain")
     callback = SafeCallback(SafeConfig(freeze_at_start=0), journal=tmp_path / "journal.jsonl")
     trainer = run(family, tmp_path / "safe", callback)
     events = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
@@ -64,7 +53,7 @@ def test_one_line_freezes_in_every_family(family, tmp_path):
     assert history[-1]["safe/frozen_units"] == len(callback.safe.frozen)
     assert history[-1]["safe/frozen_prefix"] == sum(callback.safe.prefixes.values())
     assert history[-1]["safe/saved_mib"] < history[0]["safe/saved_mib"]
-    assert all(p.requires_grad for n, p in trainer.model.named_parameters() if "lora_" in n), "left as it was"
+    assert all(p.requires_grad for n, p in trainer.model.named_parameters() if "lora_" in n), "the model is restored"
 
 
 def test_trackers_get_the_scalars(tmp_path, monkeypatch):
@@ -85,7 +74,7 @@ def test_trackers_get_the_scalars(tmp_path, monkeypatch):
     assert len(trainer.callback_handler.callbacks) == len({type(c) for c in trainer.callback_handler.callbacks})
 
 
-def test_the_adapter_gives_the_same_logits_where_adafreeze_never_was(tmp_path):
+def test_the_saved_adapter_gives_the_same_logits_without_adafreeze(tmp_path):
     trainer = run("bert", tmp_path / "run", SafeCallback(SafeConfig(freeze_share=0.6)))
     trainer.model.base_model.model.config.save_pretrained(tmp_path / "base")
     cases.base_model("bert").save_pretrained(tmp_path / "base")
@@ -108,7 +97,7 @@ assert torch.equal(model(**batch).logits, expected)
 
 
 @pytest.mark.parametrize("family", cases.FAMILIES)
-def test_the_one_line_alone_starts_with_a_third(family, tmp_path):
+def test_the_defaults_start_with_a_third_frozen(family, tmp_path):
     callback = SafeCallback()
     trainer = run(family, tmp_path / "safe", callback)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -123,9 +112,9 @@ def test_checkpointing_and_accumulation_in_the_trainer(tmp_path):
         if hasattr(arguments(tmp_path), "activation_checkpointing")
         else "gradient_checkpointing"
     )
-    # transformers 4 would checkpoint reentrantly, and then plain training of an adapter learns nothing.
+    # Reentrant checkpointing, the default of transformers 4, trains no adapters even without adafreeze.
     settings |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-    plain = run("llama", tmp_path / "a", None, **settings)
+    plain = run("llama", tmp_path / "a", **settings)
     callback = SafeCallback(SafeConfig(freeze_at_start=0))
     trainer = run("llama", tmp_path / "b", callback, **settings)
     step = next(event["step"] for event in callback.safe.journal.events if event["event"] == "freeze")
@@ -133,43 +122,28 @@ def test_checkpointing_and_accumulation_in_the_trainer(tmp_path):
     assert callback.safe.prefixes["model.layers"] > 0
 
 
-def test_resume_takes_the_freeze_up_again(tmp_path):
-    # Samples come at other widths than before: what a cache holds of them is the same up to rounding alone.
+def test_resume_restores_the_freeze(tmp_path):
+    # No cache: the samples come at other widths than before, which changes rounding.
     settings = {"save_strategy": "steps", "save_steps": 12, "lr_scheduler_type": "constant"}
     config = SafeConfig(warmup=0.3, ramp_end=0.5, cache="off")
     full = SafeCallback(config)
     whole = run("bert", tmp_path / "run", full, **settings)
     again = SafeCallback(config)
-    model = cases.lora_model("bert")
-    trainer = Trainer(
-        model=model,
-        args=arguments(tmp_path / "run", **settings),
-        train_dataset=cases.Samples("bert", 32),
-        data_collator=cases.collate,
-        callbacks=[again],
-    )
-    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-12"))
+    trainer = run("bert", tmp_path / "run", again, resume=tmp_path / "run" / "checkpoint-12", **settings)
     assert any(event["event"] == "resume" for event in again.safe.journal.events)
     assert again.safe.frozen == full.safe.frozen
     for (name, mine), (_, other) in zip(trainer.model.named_parameters(), whole.model.named_parameters(), strict=True):
         assert torch.equal(mine, other), name
 
 
-def test_a_checkpoint_of_a_run_without_it_can_be_resumed_with_it(tmp_path):
+def test_a_checkpoint_without_adafreeze_can_be_resumed_with_it(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 12}
-    run("bert", tmp_path / "run", None, **settings)
-    trainer = Trainer(
-        model=cases.lora_model("bert"),
-        args=arguments(tmp_path / "run", **settings),
-        train_dataset=cases.Samples("bert", 32),
-        data_collator=cases.collate,
-        callbacks=[SafeCallback()],
-    )
-    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-12"))
+    run("bert", tmp_path / "run", **settings)
+    trainer = run("bert", tmp_path / "run", SafeCallback(), resume=tmp_path / "run" / "checkpoint-12", **settings)
     assert trainer.state.global_step == 24
 
 
-def test_several_gpus_by_data_parallel_are_refused(tmp_path):
+def test_data_parallel_is_rejected(tmp_path):
     callback = SafeCallback()
     settings = arguments(tmp_path)
     settings._n_gpu = 2
@@ -177,28 +151,14 @@ def test_several_gpus_by_data_parallel_are_refused(tmp_path):
         callback.on_train_begin(settings, None, None)
 
 
-def test_two_of_them_are_refused(tmp_path):
-    trainer = Trainer(
-        model=cases.lora_model("bert"),
-        args=arguments(tmp_path),
-        train_dataset=cases.Samples("bert", 8),
-        data_collator=cases.collate,
-        callbacks=[SafeCallback(), SafeCallback()],
-    )
+def test_two_callbacks_are_rejected(tmp_path):
     with pytest.raises(RunError, match="has 2 SafeCallbacks"):
-        trainer.train()
+        run("bert", tmp_path, SafeCallback(), SafeCallback())
 
 
-def test_adapters_on_the_top_blocks_alone_leave_the_run_as_it_was_until_a_freeze(tmp_path):
-    def run_top(callbacks):
-        trainer = Trainer(
-            model=cases.lora_model("bert", layers_to_transform=[3]),  # dropout on, in the blocks below too
-            args=arguments(tmp_path),
-            train_dataset=cases.Samples("bert", 32),
-            data_collator=cases.collate,
-            callbacks=callbacks,
-        )
-        trainer.train()
-        return losses(trainer)
-
-    assert run_top([SafeCallback()]) == run_top([])
+def test_adapters_only_on_top_blocks_do_not_change_the_run_before_a_freeze(tmp_path):
+    plain, safe = (
+        run("bert", tmp_path, *callbacks, model=cases.lora_model("bert", layers_to_transform=[3]))  # with dropout
+        for callbacks in ([], [SafeCallback()])
+    )
+    assert losses(safe) == losses(plain)

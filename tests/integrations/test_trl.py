@@ -41,7 +41,7 @@ def prompts(count=12):
 
 
 class Watch(TrainerCallback):
-    """What the reference passes gave, what is frozen after each step, and whether it moved since."""
+    """Records results of reference passes, frozen units after each step, and frozen parameters that changed."""
 
     def __init__(self, safe):
         self.safe, self.passes, self.frozen, self.moved, self._before = safe, [], [], [], {}
@@ -67,7 +67,7 @@ class Watch(TrainerCallback):
 
 
 def trained(kind, folder, data, *, model=None, config=None, resume=None, **settings):
-    """A whole run: its trainer, SafeCallback and Watch."""
+    """Train; returns the trainer, Safe and Watch."""
     arguments = {
         "output_dir": str(folder), "per_device_train_batch_size": 4, "num_train_epochs": 3, "learning_rate": 1e-2,
         "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "bf16": False, "seed": 3,
@@ -109,7 +109,7 @@ def test_packed_rows_are_measured_by_sample_and_not_cached(tmp_path, settings):
 
 
 @pytest.mark.parametrize("given", ["a config", "a model with an adapter"])
-def test_dpo_compares_with_the_pre_trained_model_above_a_frozen_prefix(tmp_path, given):
+def test_dpo_reference_passes_are_exact_above_a_frozen_prefix(tmp_path, given):
     def start():
         return cases.lora_model("llama") if given != "a config" else None
 
@@ -118,7 +118,7 @@ def test_dpo_compares_with_the_pre_trained_model_above_a_frozen_prefix(tmp_path,
     assert watch.frozen[-1] == sorted(safe.frozen)
     cached = next(event for event in safe.journal.events if event["event"] == "cache")
     assert cached["hits"] > 0 and safe.cache.off_because is None
-    assert safe._progress().epoch == 2 * 24, "both sides of each pair"
+    assert safe.length.progress.epoch == 2 * 24, "counts both sides of each pair"
     reference = start() or cases.base_model("llama")
     utils.add_fused_lm_head(
         reference.get_base_model() if start() else reference, outputs=("log_probs", "entropy", "mean_logits", "is_top1")
@@ -133,15 +133,15 @@ def test_dpo_compares_with_the_pre_trained_model_above_a_frozen_prefix(tmp_path,
 
 
 def test_grpo_is_measured_on_what_it_generates(tmp_path, caplog):
-    # GRPO by itself resumes to the bit only without a shuffle of its own.
+    # GRPO itself resumes bit-identically only without shuffling.
     settings = {"num_generations": 4, "max_completion_length": 4, "beta": 0.1, "shuffle_dataset": False}
     settings |= {"save_strategy": "steps", "save_steps": 12}
     trainer, safe, watch = trained("GRPO", tmp_path / "run", prompts(), **settings)
     assert safe.prefixes["model.layers"] > 0 and not watch.moved and watch.frozen[-1]
     assert safe.decider.probe.chunks[0]["input_ids"].shape[1] > 5, "prompts with completions"
-    assert "what the model gets in the first step. A probe batch is a list." in caplog.text
-    assert "Prefix cache on: a sample that comes again starts above the frozen prefix." in caplog.text
-    assert "came a second time" in safe.cache.off_because, "what is generated does not"
+    assert "what the model gets in the first step. A probe batch is a list" in caplog.text
+    assert "Prefix cache on: a sample seen before starts above the frozen prefix." in caplog.text
+    assert "came a second time" in safe.cache.off_because, "generated samples do not repeat"
     reference = cases.base_model("llama")
     utils.add_fused_lm_head(reference, outputs=("log_probs", "entropy"))
     above = [(inputs, found) for depth, inputs, found in watch.passes if depth]
@@ -161,7 +161,7 @@ def test_grpo_is_measured_on_what_it_generates(tmp_path, caplog):
     assert_same(adapter(trainer), adapter(again))
 
 
-def test_a_memory_budget_wants_the_samples_before_the_first_step(tmp_path):
-    with pytest.raises(ProbeError, match="checked before the first step") as caught:
+def test_a_memory_budget_needs_samples_before_the_first_step(tmp_path):
+    with pytest.raises(ProbeError, match="before the first step") as caught:
         trained("GRPO", tmp_path, prompts(), num_generations=4, config=SafeConfig(memory_budget="1GiB"))
     assert "SafeCallback(..., probe=[" in str(caught.value)

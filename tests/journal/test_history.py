@@ -3,11 +3,11 @@ import json
 import pytest
 
 from adafreeze.errors import RunError
-from adafreeze.journal.events import read_history
+from adafreeze.journal import read_history
 from report_cases import write_run
 
 
-def test_a_run_is_what_its_journal_says(tmp_path):
+def test_a_history_has_all_series_of_a_run(tmp_path):
     found = read_history(write_run(tmp_path / "one"))
     assert (found.name, found.method, found.steps, found.total_steps) == ("one", "safe", 40, 40)
     assert found.units == [f"encoder.layer.{index}" for index in range(4)]
@@ -24,7 +24,7 @@ def test_the_folder_and_the_file_are_the_same(tmp_path):
     assert read_history(folder) == read_history(folder / "journal.jsonl")
 
 
-def test_what_is_no_number_is_left_out(tmp_path):
+def test_values_that_are_not_numbers_are_skipped(tmp_path):
     folder = write_run(tmp_path / "one")
     with (folder / "journal.jsonl").open("a") as file:
         file.write(json.dumps({"event": "log", "step": 41, "loss": "nan", "note": "text", "flag": True}) + "\n")
@@ -33,7 +33,7 @@ def test_what_is_no_number_is_left_out(tmp_path):
     assert not {"note", "flag"} & found.logs.keys()
 
 
-def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+def test_an_incomplete_line_is_skipped(tmp_path):
     path = write_run(tmp_path / "one") / "journal.jsonl"
     path.write_text(path.read_text()[:-30])
     found = read_history(path)
@@ -41,7 +41,7 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     assert found.steps == 40
 
 
-def test_what_a_resumed_run_writes_again_counts_once(tmp_path):
+def test_events_written_again_by_a_resumed_run_count_once(tmp_path):
     path = write_run(tmp_path / "one") / "journal.jsonl"
     lines = path.read_text().splitlines()
     again = [line for line in lines if '"log"' in line or '"freeze"' in line]
@@ -55,7 +55,7 @@ def test_what_a_resumed_run_writes_again_counts_once(tmp_path):
     [
         ("", "is empty"),
         ("\n\n", "is empty"),
-        ('{"event": "log", "step": 1}\n', "no journal of adafreeze"),
+        ('{"event": "log", "step": 1}\n', "not a journal of adafreeze"),
         ('{"event": "journal", "version": 99}\n', "format 99"),
         ('{"event": "journal", "version": "1"}\n', "format '1'"),
         ('{"event": "journal", "version": 1}\n{"event": "measure", "step": 1}\n', "damaged 'measure' event"),
@@ -63,13 +63,13 @@ def test_what_a_resumed_run_writes_again_counts_once(tmp_path):
         ('{"event": "journal", "version": 1}\n{"event": "start", "config": [1]}\n', "damaged 'start' event"),
     ],
 )
-def test_a_bad_journal_is_refused_with_the_reason(text, said, tmp_path):
+def test_a_bad_journal_is_rejected_with_the_reason(text, said, tmp_path):
     (tmp_path / "journal.jsonl").write_text(text)
     with pytest.raises(RunError, match=said):
         read_history(tmp_path)
 
 
-def test_a_place_without_a_journal(tmp_path):
+def test_a_missing_or_binary_journal_is_rejected(tmp_path):
     with pytest.raises(RunError, match="There is no journal"):
         read_history(tmp_path / "nowhere")
     (tmp_path / "binary").write_bytes(bytes(range(256)))

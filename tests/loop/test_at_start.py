@@ -108,10 +108,10 @@ def test_a_freeze_that_fails_leaves_the_model_as_it_was(monkeypatch):
     model = cases.lora_model("bert")
     before = [(name, p.requires_grad) for name, p in model.named_parameters()]
 
-    def fail(self):
+    def fail(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(RunCache, "prefix_changed", fail)
+    monkeypatch.setattr(RunCache, "update", fail)
     with pytest.raises(OSError, match="No space"):
         started(model=model)
     assert [(name, p.requires_grad) for name, p in model.named_parameters()] == before

@@ -1,4 +1,4 @@
-"""The probe: what it draws, what it reads of a model, and that it leaves no trace."""
+"""What the probe draws, which outputs it measures, and that it changes nothing."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def gathered(probe, model, stacks, units, backend, **how):
     return {name: torch.cat([chunk[name][-1] for chunk in chunks]) for name in chunks[0]}
 
 
-def test_drawing_advances_no_random_state_and_repeats_itself():
+def test_drawing_is_repeatable_and_advances_no_random_state():
     loader = cases.loader("bert")
     before = torch.get_rng_state()
     one, two = Probe.draw(loader, tokens=100), Probe.draw(loader, tokens=100)
@@ -49,7 +49,7 @@ def test_a_masking_collator_keeps_its_own_generator():
 
 
 @pytest.mark.parametrize("family", cases.FAMILIES)
-def test_outputs_are_those_of_the_blocks_on_real_tokens(family):
+def test_outputs_equal_the_blocks_outputs_on_real_tokens(family):
     model, stacks, units, backend = parts(family)
     model.train()
     batch = cases.collate([cases.sample(family, i) for i in range(6)])
@@ -74,7 +74,7 @@ def test_outputs_are_those_of_the_blocks_on_real_tokens(family):
 
 
 @pytest.mark.parametrize("family", cases.FAMILIES)
-def test_a_pass_that_starts_from_the_prefix_gives_the_same(family):
+def test_a_pass_that_starts_from_the_prefix_has_the_same_outputs(family):
     model, stacks, units, backend = parts(family)
     probe = Probe.draw(cases.loader(family), tokens=100)
     whole = gathered(probe, model, stacks, units, backend, adapters=True)
@@ -88,7 +88,7 @@ def test_a_pass_that_starts_from_the_prefix_gives_the_same(family):
     started = gathered(probe, model, stacks, units, backend, adapters=True, prefix=depth)
     deeper = gathered(probe, model, stacks, units, backend, adapters=True, prefix={stacks[0].path: 3})
     again = gathered(probe, model, stacks, units, backend, adapters=True, prefix={stacks[0].path: 3})
-    assert not calls, "blocks of the prefix are not computed again"
+    assert not calls, "blocks of the prefix run only once"
     assert len(started) == len(whole) - 2 and len(deeper) == len(started) and len(again) == len(started) - 1
     for result in (recording, started, deeper, again):
         for name in result:
@@ -96,7 +96,7 @@ def test_a_pass_that_starts_from_the_prefix_gives_the_same(family):
     assert probe.nbytes > 0
 
 
-def test_adapters_off_is_the_pre_trained_model_and_leaves_the_adapters_as_they_are():
+def test_adapters_off_equals_the_pre_trained_model_and_changes_no_adapter():
     model, stacks, units, backend = parts("llama")
     with torch.no_grad():
         for unit in units.values():

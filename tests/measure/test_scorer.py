@@ -1,4 +1,4 @@
-"""Scores: against the model as the run began, to zero where nothing moved, and for stacks whose stages differ."""
+"""Scores are relative to the model at the start, zero without changes, and work for stages of other sizes."""
 
 import json
 
@@ -30,8 +30,8 @@ def lora(**settings):
     return cases.lora_model("llama", dropout=0.0, **settings)
 
 
-def trained_before():
-    """An adapter that is trained further."""
+def continued():
+    """A continued adapter."""
     model = lora()
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -52,16 +52,15 @@ BEGINNINGS = {
     "pissa": lambda: lora(init_lora_weights="pissa"),
     "olora": lambda: lora(init_lora_weights="olora"),
     "random B": lambda: lora(init_lora_weights=False),
-    "trained further": trained_before,
+    "continued": continued,
 }
 AT_REST = ("lora", "gaussian", "dora", "ia3")
 
 
 def train(model, lr, config=None, steps=STEPS, watch=lambda step, safe: None):
-    safe_model = model
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
     safe = Safe(
-        safe_model, SafeConfig(**MEASURED, **(config or {})), optimizer=optimizer, probe=cases.loader("llama"),
+        model, SafeConfig(**MEASURED, **(config or {})), optimizer=optimizer, probe=cases.loader("llama"),
         total_steps=STEPS, samples_per_step=4,
     )  # fmt: skip
     for step in range(steps):
@@ -75,7 +74,7 @@ def train(model, lr, config=None, steps=STEPS, watch=lambda step, safe: None):
 
 @pytest.mark.parametrize("score", ["cka", "local_cka"])
 @pytest.mark.parametrize("beginning", BEGINNINGS)
-def test_where_nothing_moves_all_scores_are_zero(beginning, score):
+def test_scores_are_zero_if_nothing_changes(beginning, score):
     safe = train(BEGINNINGS[beginning](), 0.0, {"score": score})
     assert len(safe.scores) == 4 and set(safe.scores.values()) == {0.0}
     assert safe.decider.scorer.at_rest == (beginning in AT_REST)
@@ -89,7 +88,7 @@ def block_outputs(probe, model, adapters=True):
 
 
 @pytest.mark.parametrize("beginning", BEGINNINGS)
-def test_a_score_is_what_cka_says_of_the_blocks_at_the_beginning_and_now(beginning):
+def test_a_score_is_the_cka_between_block_outputs_at_the_start_and_now(beginning):
     model = BEGINNINGS[beginning]()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     safe = train(model, 0.5)
@@ -99,7 +98,7 @@ def test_a_score_is_what_cka_says_of_the_blocks_at_the_beginning_and_now(beginni
     again = BEGINNINGS[beginning]()
     again.load_state_dict(start, strict=False)
     before = block_outputs(probe, again, adapters=beginning not in AT_REST)
-    # The last measurement was before the last steps: as many again, and no more.
+    # Repeat the steps before the last measurement.
     watched = BEGINNINGS[beginning]()
     train(watched, 0.5, steps=last["step"]).close()
     now = block_outputs(probe, watched)
@@ -110,7 +109,7 @@ def test_a_score_is_what_cka_says_of_the_blocks_at_the_beginning_and_now(beginni
 
 
 @pytest.mark.parametrize("beginning", ["lora", "pissa"])
-def test_the_look_at_the_beginning_and_the_measurements_leave_weights_and_random_state(beginning):
+def test_measuring_changes_no_weight_and_no_random_state(beginning):
     model = BEGINNINGS[beginning]()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     flags = [p.requires_grad for p in model.parameters()]
@@ -119,13 +118,13 @@ def test_the_look_at_the_beginning_and_the_measurements_leave_weights_and_random
     assert torch.equal(random_state, torch.get_rng_state())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert flags == [p.requires_grad for p in model.parameters()]
-    # LoRA with B = 0 needs no pass to be seen at rest, and no copy.
+    # LoRA with B = 0 is at rest, which needs no pass and no copy.
     assert bool(safe.decider.scorer._began) == (beginning == "pissa")
     safe.close()
 
 
-def test_a_run_with_adapters_at_rest_spends_nothing_more():
-    model, stacks = lora(), None
+def test_adapters_at_rest_need_no_pass_at_the_start():
+    model = lora()
     stacks, backend = find_stacks(model), PeftBackend(model)
     scorer = Scorer(
         model, stacks, find_units(model, stacks, backend), backend, SafeConfig(), Probe.draw(cases.loader("llama"))
@@ -135,8 +134,8 @@ def test_a_run_with_adapters_at_rest_spends_nothing_more():
 
 
 @pytest.mark.parametrize("score", ["cka", "local_cka"])
-@pytest.mark.parametrize("beginning", ["lora", "pissa", "trained further"])
-def test_a_resumed_run_has_the_same_scores_to_the_bit(beginning, score):
+@pytest.mark.parametrize("beginning", ["lora", "pissa", "continued"])
+def test_a_resumed_run_has_bit_identical_scores(beginning, score):
     saved = {}
 
     def keep(step, safe):
@@ -146,9 +145,9 @@ def test_a_resumed_run_has_the_same_scores_to_the_bit(beginning, score):
 
     config = {"score": score}
     whole = train(BEGINNINGS[beginning](), 0.5, config, watch=keep)
-    assert (saved["state"]["deciding"]["scorer"]["others"] is not None) == (beginning != "lora")
+    assert (saved["state"]["deciding"]["scorer"]["began"] is not None) == (beginning != "lora")
     last = whole.state_dict()["deciding"]["scorer"]
-    assert last["others"] is None, "nothing is measured any more"
+    assert last["began"] is None, "no measurement is left"
     model = BEGINNINGS[beginning]()
     model.load_state_dict(saved["weights"])
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
@@ -167,7 +166,7 @@ def test_a_resumed_run_has_the_same_scores_to_the_bit(beginning, score):
     resumed.close()
 
 
-def test_norms_that_train_beside_the_adapters_are_measured_against_those_of_the_beginning():
+def test_trainable_norms_are_compared_with_their_values_at_the_start():
     model = cases.lora_model("bert", dropout=0.0)
     norms = [p for name, p in model.named_parameters() if "attention.output.LayerNorm.weight" in name]
     optimizer = torch.optim.SGD(norms, lr=0.3)
@@ -184,22 +183,22 @@ def test_norms_that_train_beside_the_adapters_are_measured_against_those_of_the_
     model(**cases.batch("bert")).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    safe.step()  # takes the reference, after the norms have moved
+    safe.step()  # takes the reference after the norms changed
     kept = safe.decider.scorer._began
     assert len(kept) == len(norms)
     assert all(any(torch.equal(value, norm) for value in kept.values()) for norm in before)
     assert not any(torch.equal(now, norm) for now, norm in zip(norms, before, strict=True))
-    assert max(safe.decider.scorer.measure({}).values()) > 0, "they have moved in the first step"
+    assert max(safe.decider.scorer.measure({}).values()) > 0, "the norms changed in the first step"
     safe.close()
 
 
-def test_where_weights_cannot_be_read_it_says_against_what_it_measures():
-    model = trained_before()
+def test_sharded_weights_are_scored_relative_to_the_pre_trained_model_with_a_warning():
+    model = continued()
     stacks, backend = find_stacks(model), PeftBackend(model)
     probe, config = Probe.draw(cases.loader("llama")), SafeConfig(overhead=0.5)
     scorer = Scorer(model, stacks, find_units(model, stacks, backend), backend, config, probe, collective=True)
     scorer.begin()
-    with pytest.warns(AdafreezeWarning, match="against the pre-trained model") as caught:
+    with pytest.warns(AdafreezeWarning, match="relative to the pre-trained model") as caught:
         scorer.prepare(1000, 10)
     assert len(caught) == 1 and not scorer._began
     assert min(scorer.measure({}).values()) > 1e-4, "from the pre-trained model"
@@ -227,7 +226,7 @@ def funnel():
     ("build", "targets"), [(swin, ["q_proj", "query"]), (pvt, ["query"]), (funnel, ["q_head", "v_head"])]
 )
 @pytest.mark.parametrize("prefix", [0, 1])
-def test_stages_of_other_lengths_are_scored_each_on_its_own_tokens(build, targets, prefix):
+def test_each_stage_is_scored_on_its_own_tokens(build, targets, prefix):
     torch.manual_seed(0)
     model = get_peft_model(build(), LoraConfig(r=2, target_modules=targets)).train()
     images = {"pixel_values": torch.randn(6, 3, 64, 64), "labels": torch.arange(6) % 2}

@@ -1,4 +1,4 @@
-"""Which blocks recompute: as few as it takes, and the result is the same."""
+"""As few blocks as possible are checkpointed, and the result is the same."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import cases
 from adafreeze.costs import SavedBytes
-from adafreeze.memory.checkpointing import BlockCost, Checkpointing, least_recompute
+from adafreeze.memory.checkpointing import BlockCost, Checkpointing, fewest_checkpointed
 from adafreeze.model import find_stacks
 
 LIKE = {("layers", index): BlockCost(freed=10, flops=5) for index in range(6)}
@@ -19,39 +19,39 @@ def additive(costs, plain):
     return lambda chosen: plain - sum(costs[name].freed for name in chosen)
 
 
-def test_nothing_where_all_fits():
-    assert least_recompute(LIKE, additive(LIKE, 60), 60) == frozenset()
+def test_none_if_all_fit():
+    assert fewest_checkpointed(LIKE, additive(LIKE, 60), 60) == frozenset()
 
 
-def test_like_blocks_from_the_bottom_up():
-    chosen = least_recompute(LIKE, additive(LIKE, 60), 35)
+def test_identical_blocks_from_the_bottom_up():
+    chosen = fewest_checkpointed(LIKE, additive(LIKE, 60), 35)
     assert sorted(index for _, index in chosen) == [0, 1, 2]
 
 
-def test_the_lowest_block_goes_first_though_it_frees_a_little_less():
+def test_the_lowest_block_comes_first_even_if_it_frees_a_little_less():
     costs = LIKE | {("layers", 0): BlockCost(freed=9, flops=5)}
-    assert sorted(index for _, index in least_recompute(costs, additive(costs, 60), 42)) == [0, 1]
+    assert sorted(index for _, index in fewest_checkpointed(costs, additive(costs, 60), 42)) == [0, 1]
 
 
-def test_none_where_all_of_them_do_not_suffice():
-    assert least_recompute(LIKE, additive(LIKE, 100), 39) is None
-    assert least_recompute({}, lambda chosen: 5, 4) is None
+def test_none_returned_if_all_blocks_are_not_enough():
+    assert fewest_checkpointed(LIKE, additive(LIKE, 100), 39) is None
+    assert fewest_checkpointed({}, lambda chosen: 5, 4) is None
 
 
-def test_blocks_that_free_nothing_are_left_alone():
+def test_blocks_that_free_nothing_are_not_checkpointed():
     costs = LIKE | {("layers", 0): BlockCost(freed=0, flops=5), ("layers", 1): BlockCost(freed=-3, flops=5)}
-    assert sorted(index for _, index in least_recompute(costs, additive(costs, 60), 45)) == [2, 3]
+    assert sorted(index for _, index in fewest_checkpointed(costs, additive(costs, 60), 45)) == [2, 3]
 
 
-def test_where_blocks_differ_the_cheap_ones_pay_first():
+def test_different_blocks_by_bytes_freed_per_flop():
     costs = {
         ("a", 0): BlockCost(10, 100),
         ("a", 1): BlockCost(10, 10),
         ("a", 2): BlockCost(40, 40),
         ("a", 3): BlockCost(2, 1),
     }
-    assert least_recompute(costs, additive(costs, 62), 52) == {("a", 1)}
-    assert least_recompute(costs, additive(costs, 62), 22) == {("a", 2)}
+    assert fewest_checkpointed(costs, additive(costs, 62), 52) == {("a", 1)}
+    assert fewest_checkpointed(costs, additive(costs, 62), 22) == {("a", 2)}
 
 
 @settings(max_examples=200, deadline=None)
@@ -59,10 +59,10 @@ def test_where_blocks_differ_the_cheap_ones_pay_first():
     st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), min_size=1, max_size=6),
     st.integers(0, 320),
 )
-def test_it_fits_whenever_it_can_and_none_of_it_could_be_left_out(blocks, excess):
+def test_it_fits_if_possible_and_no_chosen_block_is_unnecessary(blocks, excess):
     costs = {("layers", index): BlockCost(*block) for index, block in enumerate(blocks)}
     peak = additive(costs, 1000)
-    chosen = least_recompute(costs, peak, 1000 - excess)
+    chosen = fewest_checkpointed(costs, peak, 1000 - excess)
     if sum(cost.freed for cost in costs.values()) < excess:
         assert chosen is None
         return
@@ -104,7 +104,7 @@ def test_every_choice_gives_the_same_loss_and_gradients(family, dropout):
             assert torch.equal(a, b) if dropout == 0 else torch.allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_it_takes_over_from_the_models_own_and_gives_it_back():
+def test_it_replaces_the_models_own_checkpointing_until_restored():
     model, recompute = set_up("llama", checkpointed=(1, 3))
     layers = model.get_base_model().model.layers
     assert [index for _, index in recompute.blocks] == [1, 3]

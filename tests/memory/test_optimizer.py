@@ -1,4 +1,4 @@
-"""Optimizer state: the estimate is what torch's own optimizers keep."""
+"""The estimated optimizer state equals what torch's optimizers keep."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ MADE = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MADE)
-def test_estimated_is_what_is_kept(name, dtype):
+def test_the_estimate_equals_the_real_state(name, dtype):
     parameters = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((8, 16), (16,))]
     optimizer = MADE[name](parameters, lr=0.1)
     for parameter in parameters:
@@ -27,20 +27,20 @@ def test_estimated_is_what_is_kept(name, dtype):
     assert state_bytes(name, parameters) == before == kept == optimizer_bytes(optimizer, parameters)[0]
 
 
-def test_frozen_parameters_have_none():
+def test_frozen_parameters_have_no_state():
     parameters = [torch.nn.Parameter(torch.ones(8)) for _ in range(2)]
     optimizer = torch.optim.AdamW(parameters)
     assert optimizer_bytes(optimizer, parameters[:1])[0] == optimizer_bytes(optimizer, parameters)[0] // 2
 
 
-def test_eight_bits_and_factors_are_less():
+def test_8_bit_and_factored_state_is_smaller():
     parameter = [torch.nn.Parameter(torch.ones(64, 64))]
     assert state_bytes("adamw_bnb_8bit", parameter) == 2 * 64 * 64 + 4
     assert state_bytes("adafactor", parameter) == 4 * (64 + 64)
     assert state_bytes("ademamix", parameter) > state_bytes("adamw_torch", parameter)
 
 
-def test_all_names_are_known_to_transformers():
+def test_all_names_exist_in_transformers():
     from transformers.training_args import OptimizerNames
 
     assert set(optimizer_names()) <= {entry.value for entry in OptimizerNames}

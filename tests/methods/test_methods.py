@@ -1,4 +1,4 @@
-"""What each method does to a run, by the real Trainer on a tiny BERT of four blocks."""
+"""The effect of each method on a run, in the real Trainer with a tiny BERT of four blocks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from adafreeze.cli.train import run
 from adafreeze.costs import expected_ratios
 from adafreeze.decide.policy import PolicyInput
 from adafreeze.errors import ConfigError
 from adafreeze.journal import read_journal
-from adafreeze.methods import METHODS, Method, Outcome, find_method, in_order, outcome_of
+from adafreeze.methods import Method, Outcome, find_method, in_order, outcome_of
 from adafreeze.methods.method import _source
 from adafreeze.methods.rivals import _Converged, calmest_prefix
+from adafreeze.methods.sparse_adapter import SparseAdapter
+from adafreeze.train import train
 from adafreeze.train.arguments import parse
 from adafreeze.train.output import JOURNAL_FILE
 from text_cases import reviews, save_bert, write
@@ -41,7 +42,7 @@ def flags(tmp_path_factory):
 
 @pytest.fixture
 def trained(flags, tmp_path, monkeypatch):
-    """``trained(method, *flags, found=...)``: its outcome, its adapter weights, and what a callback saw of the run."""
+    """``trained(method, *flags, found=..., callback=...)``: its outcome and adapter weights."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
 
     def go(name: str, *more: str, found=None, callback=None):
@@ -49,7 +50,7 @@ def trained(flags, tmp_path, monkeypatch):
         method = find_method(name)
         if callback is not None:
             method = Watched(method, callback)
-        metrics = run(parse([*flags, *more, "--output_dir", str(folder)]), method=method, found=found)
+        metrics = train(parse([*flags, *more, "--output_dir", str(folder)]), method=method, found=found)
         outcome = outcome_of(folder / JOURNAL_FILE, metrics, task="reviews", method=name, seed=42, settings={})
         return outcome, load_file(folder / "adapter_model.safetensors")
 
@@ -69,7 +70,7 @@ class Watched(Method):
 
 
 class Gradients(TrainerCallback):
-    """Blocks whose adapters got a gradient, step by step."""
+    """Records the blocks whose adapters got a gradient in each step."""
 
     def __init__(self) -> None:
         self.seen: list[list[int]] = []
@@ -103,7 +104,7 @@ def test_plain_freezes_nothing_and_safe_a_prefix(trained):
     assert plain.metrics.keys() >= {"accuracy", "loss"}
 
 
-def test_adapterdrop_leaves_the_lowest_blocks_out_of_each_step_and_none_at_the_end(trained):
+def test_adapterdrop_disables_the_lowest_blocks_in_each_step_and_none_at_the_end(trained):
     watch = Gradients()
     outcome, _ = trained("adapterdrop", callback=watch)
     assert all(blocks == list(range(blocks[0], 4)) for blocks in watch.seen)
@@ -121,12 +122,12 @@ def test_adapterdrop_draws_among_the_blocks_that_safe_leaves_live(trained):
     assert all(blocks[-1] == 3 for blocks in watch.seen)
 
 
-def test_safe_measures_with_the_adapters_on_that_were_dropped(trained, tmp_path):
+def test_safe_measures_with_dropped_adapters_enabled(trained, tmp_path):
     trained("safe+adapterdrop")
     events = read_journal(tmp_path / "safe+adapterdrop" / JOURNAL_FILE)
     measured = [event["scores"] for event in events if event["event"] == "measure"]
     assert len(measured) > 2
-    for before, after in itertools.pairwise(measured):  # what has moved once does not score nothing again
+    for before, after in itertools.pairwise(measured):  # a unit that has changed never scores 0 again
         assert all(after[name] > 0 for name in after if before[name] > 0)
 
 
@@ -136,14 +137,14 @@ def test_half_of_each_matrix_stays_pruned(trained):
     assert {float((weight == 0).float().mean()) for weight in lora.values()} == {0.5}
 
 
-def test_pruning_nothing_is_plain_training_to_the_bit(trained, monkeypatch):
-    monkeypatch.setattr(METHODS["sparse-adapter"], "sparsity", 0.0)
+def test_sparsity_zero_is_bit_identical_to_plain(trained, monkeypatch):
+    monkeypatch.setattr(SparseAdapter, "sparsity", 0.0)
     _, plain = trained("plain")
     _, dense = trained("sparse-adapter")
     assert all(torch.equal(weight, plain[name]) for name, weight in dense.items())
 
 
-def test_lora_fa_moves_no_a(trained):
+def test_lora_fa_never_changes_a(trained):
     class Start(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             self.weights = {n: p.detach().clone() for n, p in kwargs["model"].named_parameters() if "lora" in n}
@@ -157,27 +158,27 @@ def test_lora_fa_moves_no_a(trained):
     assert any(moved[name] for name in moved if "lora_B" in name)
 
 
-def test_lora_fa_with_dora_is_refused(trained):
-    with pytest.raises(ConfigError, match="no DoRA"):
+def test_lora_fa_rejects_dora(trained):
+    with pytest.raises(ConfigError, match="cannot train DoRA"):
         trained("lora-fa+dora")
 
 
-def test_dora_has_magnitudes(trained):
+def test_dora_saves_magnitudes(trained):
     _, weights = trained("safe+dora")
     assert any("magnitude" in name for name in weights)
 
 
-def test_top_blocks_have_adapters_where_safe_leaves_them_live(trained):
+def test_top_blocks_adapts_the_blocks_that_safe_leaves_live(trained):
     _, weights = trained("top-blocks", found={"safe": FROZEN})
     assert {int(n.split("layer.")[1].split(".")[0]) for n in weights if "lora" in n} == {2, 3}
 
 
-def test_top_blocks_are_those_of_the_adapters_where_not_every_block_has_some(trained):
+def test_top_blocks_counts_only_blocks_with_adapters(trained):
     _, weights = trained("top-blocks", "--adapter_kwargs", '{"layers_to_transform": [1, 3]}', found={"safe": FROZEN})
     assert {int(n.split("layer.")[1].split(".")[0]) for n in weights if "lora" in n} == {3}
 
 
-def test_a_static_prefix_costs_what_safe_does_by_arithmetic(trained):
+def test_static_prefix_has_the_expected_flops_of_safe(trained):
     safe, _ = trained("safe")
     outcome, weights = trained("static-prefix", found={"safe": safe})
     assert [step for step, _, _ in outcome.freezes] == [0]
@@ -190,13 +191,13 @@ def test_a_static_prefix_costs_what_safe_does_by_arithmetic(trained):
     assert not any(weight.any() for weight in below)
 
 
-def test_equal_flops_takes_as_many_steps_as_safes_flops_pay_for(trained):
+def test_equal_flops_trains_as_many_steps_as_safes_flops_pay_for(trained):
     plain = Outcome("reviews", "plain", 42, flops=10.0, steps=STEPS)
     outcome, _ = trained("equal-flops", found={"safe": FROZEN, "plain": plain})
     assert outcome.steps == STEPS // 2
 
 
-def test_what_is_frozen_at_the_start_is_safes_and_that_of_its_like(trained):
+def test_only_methods_based_on_safe_freeze_at_the_start(trained):
     words = ("--freeze_at_start", "0.5")
     safe, _ = trained("safe", *words)
     plain, _ = trained("plain", *words)
@@ -217,7 +218,7 @@ def test_bottom_up_freezes_as_many_blocks_as_safe(trained):
     assert outcome.freezes[-1][2] == 2
     first, then = outcome.freezes[:2]
     assert first == (0, 1, 1)
-    assert then[0] > 0.5 * STEPS  # a schedule has nothing that could settle sooner
+    assert then[0] > 0.5 * STEPS  # without scores the warm-up cannot end early
 
 
 def test_random_freezing_follows_safes_steps(trained):
@@ -226,14 +227,14 @@ def test_random_freezing_follows_safes_steps(trained):
 
 
 @pytest.mark.parametrize("name", ["autofreeze", "grades", "safe-paper", "safe-no-cache"])
-def test_the_other_rules_run_to_the_end(trained, name):
+def test_other_methods_run_to_the_end(trained, name):
     outcome, _ = trained(name, "--threshold", "0.5")
     assert outcome.steps == STEPS
     assert outcome.freezes
     assert not outcome.cached or name in ("autofreeze", "grades")
 
 
-def test_checkpointing_keeps_less_and_learns_the_same(trained):
+def test_checkpointing_saves_fewer_bytes_and_learns_the_same(trained):
     plain, before = trained("plain")
     outcome, weights = trained("checkpointing")
     assert outcome.peak_saved_bytes < 0.5 * plain.peak_saved_bytes
@@ -242,14 +243,14 @@ def test_checkpointing_keeps_less_and_learns_the_same(trained):
         torch.testing.assert_close(weight, before[name])
 
 
-def test_a_budget_lies_between_plain_and_checkpointing(trained):
+def test_safe_budget_saves_fewer_bytes_than_plain(trained):
     outcome, _ = trained("safe-budget", "--probe_tokens", "16", "--per_device_train_batch_size", "16")
     plain, _ = trained("plain", "--per_device_train_batch_size", "16")
     assert outcome.peak_saved_bytes < plain.peak_saved_bytes
 
 
 @pytest.mark.parametrize("name", ["lora-fa", "dora"])
-def test_what_needs_lora_says_so_of_other_adapters(trained, name):
+def test_lora_methods_reject_other_adapters(trained, name):
     with pytest.raises(ConfigError, match="kind of LoRA"):
         trained(name, "--adapter", "vera")
 
@@ -258,20 +259,20 @@ def chain(**scores: float) -> PolicyInput:
     return PolicyInput(9, 1.0, scores, (tuple((name,) for name in scores),))
 
 
-def test_autofreeze_takes_the_calmest_from_the_bottom():
+def test_autofreeze_takes_the_lowest_blocks_with_small_changes():
     assert list(calmest_prefix(chain(a=0.1, b=0.2, c=0.9, d=0.8))) == ["a", "b"]
     assert list(calmest_prefix(chain(a=0.9, b=0.1, c=0.2, d=0.3))) == []
     assert list(calmest_prefix(PolicyInput(9, 0.0, {"a": 0.1}, ((("a",),),)))) == []
 
 
-def test_grades_takes_what_moves_less_than_half_of_its_fastest():
+def test_grades_takes_units_below_half_of_their_maximum():
     policy = _Converged(0.5)
     assert policy(chain(a=1.0, b=0.2)) == []
     assert policy(chain(a=0.49, b=0.19)) == ["a"]
     assert policy(chain(a=0.6, b=0.09)) == ["b"]
 
 
-def test_methods_stand_behind_those_they_need():
+def test_methods_come_after_those_they_need():
     methods = [find_method(name) for name in ("equal-flops", "top-blocks", "safe", "plain")]
     assert [method.name for method in in_order(methods)] == ["safe", "plain", "equal-flops", "top-blocks"]
     with pytest.raises(ConfigError, match="needs the result of 'safe'"):
@@ -280,7 +281,7 @@ def test_methods_stand_behind_those_they_need():
         in_order([find_method("plain"), find_method("plain")])
 
 
-def test_a_method_needs_results_that_exist(trained):
+def test_a_method_fails_without_the_results_it_needs(trained):
     with pytest.raises(ConfigError, match="no result of 'safe'"):
         trained("top-blocks")
     with pytest.raises(ConfigError, match="out of memory"):
@@ -293,21 +294,21 @@ def test_a_method_needs_results_that_exist(trained):
         ("adapter-drop", "adapterdrop"),
         ("safe+", "no method ''"),
         ("nowhere.py:Mine", "FileNotFoundError"),
-        ("json:dumps", "no method"),
+        ("json:dumps", "not a subclass"),
         ("adafreeze.methods:Nothing", "AttributeError"),
     ],
 )
-def test_what_is_no_method_is_said(text, message):
+def test_unknown_methods_are_rejected(text, message):
     with pytest.raises(ConfigError, match=message):
         find_method(text)
 
 
-def test_a_digest_is_of_code_and_of_what_is_taken_over_and_not_of_comments(tmp_path):
+def test_a_digest_depends_on_code_and_results_but_not_on_comments(tmp_path):
     def digest(body: str, found=None) -> str:
         file = tmp_path / "own.py"
         head = "from adafreeze.methods.plain import EqualFlops\n\nclass Own(EqualFlops):\n    name = 'own'\n"
         file.write_text(head + body)
-        linecache.clearcache()  # as a new process would
+        linecache.clearcache()  # as in a new process
         _source.cache_clear()
         return find_method(f"{file}:Own").digest(found or {})
 
@@ -320,12 +321,12 @@ def test_a_digest_is_of_code_and_of_what_is_taken_over_and_not_of_comments(tmp_p
     assert digest("    share = 0.5\n", {"safe": other}) != digest("    share = 0.5\n", {"safe": FROZEN})
 
 
-def test_a_method_of_ones_own_is_found(tmp_path):
+def test_a_method_in_a_users_file_is_found(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
         "from adafreeze.methods import Method\n\nclass Mine(Method):\n    name = 'mine'\n\n"
         "class Nameless(Method):\n    pass\n"
     )
     assert find_method(f"{file}:Mine").name == "mine"
-    with pytest.raises(ConfigError, match="is no method"):
+    with pytest.raises(ConfigError, match="not a subclass"):
         find_method(f"{file}:Nameless")

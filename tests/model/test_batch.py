@@ -1,4 +1,4 @@
-"""A batch as the model takes it: how many samples, which of its tensors can be cut, how it was called."""
+"""Batches: the number of samples, which tensors can be cut, and the names of arguments."""
 
 from collections import namedtuple
 from dataclasses import dataclass
@@ -48,25 +48,25 @@ def test_samples_and_tokens_of_a_batch(batch, rows, padded, real):
     "extra",
     [
         {"pixel_values": torch.rand(24, 8), "image_grid_thw": torch.ones(2, 3)},  # two images, by accident
-        {"pixel_values": torch.rand(2, 3, 4, 4)},  # perhaps two of the first sample and none of the second
+        {"pixel_values": torch.rand(2, 3, 4, 4)},  # maybe two of the first sample and none of the second
         {"position_ids": torch.ones(2, 3, 6)},  # the batch is the second dimension
         {"position_ids": torch.arange(6)[None]},
         {"images": [torch.rand(3, 4, 4), torch.rand(3, 5, 5)]},
         {"features": {"patches": torch.rand(7, 2)}},
     ],
 )
-def test_a_batch_that_holds_something_else_than_one_entry_per_sample_stays_whole(extra):
+def test_a_batch_without_one_entry_per_sample_is_not_cut(extra):
     batch = {"input_ids": IDS, "labels": torch.ones(2), **extra}
     assert by_sample({"input_ids": IDS, "labels": torch.ones(2)}) and not by_sample(batch)
     probe = Probe([batch])
     for whole in (probe, probe.shrunk(1), probe.head(1), probe.one_by_one()):
         assert whole.samples == 2 and len(whole.chunks) == 1 and whole.chunks[0].keys() == batch.keys()
         assert whole.chunks[0]["input_ids"].shape == IDS.shape
-    assert probe.first_sample(CPU)["input_ids"].shape == IDS.shape
+    assert probe.kinds(CPU)[0]["input_ids"].shape == IDS.shape
 
 
 def images(samples):
-    """As Qwen-VL's: patches of all images in one tensor, and of each image its grid."""
+    """Like Qwen-VL's: patches of all images in one tensor, and the grid of each image."""
     batch = {"input_ids": torch.stack([sample["input_ids"] for sample in samples])}
     with_image = [sample for sample in samples if "patches" in sample]
     if with_image:
@@ -84,7 +84,7 @@ def mixed(index, images_of=lambda index: index % 2):
 
 
 @pytest.mark.parametrize("images_of", [lambda index: index % 2, lambda index: 2 * (index % 2), lambda index: 1])
-def test_samples_with_images_are_drawn_one_by_one_each_with_its_own(images_of):
+def test_samples_with_images_are_drawn_one_by_one(images_of):
     loader = DataLoader([mixed(index, images_of) for index in range(40)], batch_size=2, collate_fn=images)
     probe = Probe.draw(loader)
     assert probe.samples == 40
@@ -96,7 +96,7 @@ def test_samples_with_images_are_drawn_one_by_one_each_with_its_own(images_of):
     assert shrunk.samples == 7 and shrunk.shrunk(7).digest() == shrunk.digest()
 
 
-def test_each_kind_of_sample_is_there_once_as_small_as_it_comes():
+def test_kinds_has_the_smallest_sample_of_each_kind():
     lengths = {0: 9, 1: 7, 2: 4, 3: 8}
 
     def sample(index):
@@ -110,7 +110,7 @@ def test_each_kind_of_sample_is_there_once_as_small_as_it_comes():
     assert rows_of(only) == 1
 
 
-def test_shrinking_twice_is_shrinking_once_whatever_the_chunks_hold():
+def test_shrinking_twice_equals_shrinking_once():
     whole = [{"input_ids": torch.full((rows, 6), rows), "other": torch.ones(rows + 1)} for rows in (2, 5, 3, 4, 1)]
     free = [{"input_ids": torch.arange(8)[:, None].repeat(1, 6)}]
     probe = Probe([*whole, *free])
@@ -134,10 +134,10 @@ def test_a_micro_batch_has_the_shapes_of_a_batch():
     }  # fmt: skip
 
 
-def test_tensors_of_unknown_names_are_cut_if_samples_alone_have_one_entry_each():
+def test_tensors_with_unknown_names_are_cut_if_they_have_one_entry_per_sample():
     def collate(samples):
         ids = torch.stack([sample["input_ids"] for sample in samples])
-        # As many as samples in all eight, two of every other.
+        # Eight in all eight samples: two of every other one.
         nodes = [torch.full((2 * int(one["input_ids"][0] % 2), 3), 1.0) for one in samples]
         return {"input_ids": ids, "graph_nodes": torch.cat(nodes)}
 
@@ -162,7 +162,7 @@ AsTuple = namedtuple("AsTuple", ["input_ids", "labels"])
 
 
 @pytest.mark.parametrize("kind", [dict, BatchEncoding, AsDataclass, AsTuple])
-def test_collators_may_return_any_type_that_names_its_inputs(kind):
+def test_collators_may_return_any_type_with_named_inputs(kind):
     def collate(samples):
         batch = cases.collate(samples)
         batch = {name: batch[name] for name in ("input_ids", "labels")}
@@ -180,7 +180,7 @@ def collate_dict(samples):
 
 
 @pytest.mark.parametrize("names", [False, True])
-def test_collators_that_name_nothing_or_fail_are_refused(names):
+def test_collators_without_names_or_with_errors_are_refused(names):
     def collate(samples):
         if names:
             raise KeyError("text")
@@ -191,7 +191,7 @@ def test_collators_that_name_nothing_or_fail_are_refused(names):
     assert "probe=[" in str(caught.value)
 
 
-def test_a_dataset_of_another_length_each_time_is_drawn_one_by_one():
+def test_a_dataset_with_changing_lengths_is_drawn_one_by_one():
     class Lengths(cases.Samples):
         asked = 0
 
@@ -206,7 +206,7 @@ def test_a_dataset_of_another_length_each_time_is_drawn_one_by_one():
     assert probe.samples == 40 and len({chunk["input_ids"].shape[1] for chunk in probe.chunks}) > 1
 
 
-def test_an_empty_last_batch_and_a_batch_of_one_are_no_trouble():
+def test_an_empty_last_batch_and_a_batch_of_one_are_accepted():
     batch = cases.batch("bert", 3)
     empty = {name: value[:0] for name, value in batch.items()}
     assert Probe([batch, {name: value[:1] for name, value in batch.items()}, empty]).samples == 4
@@ -214,13 +214,13 @@ def test_an_empty_last_batch_and_a_batch_of_one_are_no_trouble():
         Probe([empty])
 
 
-def test_a_loader_of_whole_batches_gives_its_batches():
+def test_a_loader_of_whole_batches_yields_its_batches():
     batches = [cases.batch("bert", rows) for rows in (3, 5)]
     probe = Probe.draw(DataLoader(batches, batch_size=None))
     assert sorted(rows_of(chunk) for chunk in probe.chunks) == [3, 5]
 
 
-def test_no_more_is_drawn_than_is_looked_at():
+def test_only_the_samples_of_the_probe_are_drawn():
     class Counting(cases.Samples):
         asked = []  # noqa: RUF012
 
@@ -242,7 +242,7 @@ class Anything(nn.Module):
         return args
 
 
-def test_positional_arguments_go_by_the_names_of_the_forward():
+def test_positional_arguments_get_the_names_of_the_forward():
     assert same(arguments(Own(), (IDS, MASK), {"scale": IDS}), {"x": IDS, "mask": MASK, "scale": IDS})
     assert same(arguments(cases.lora_model("bert"), (IDS,), {"attention_mask": MASK}),
                 {"input_ids": IDS, "attention_mask": MASK})  # fmt: skip
@@ -252,14 +252,14 @@ def test_positional_arguments_go_by_the_names_of_the_forward():
     assert same(arguments(patched, (IDS,), {}), {"x": IDS})
 
 
-def test_a_wrapped_model_names_what_its_inner_model_takes():
+def test_a_wrapped_model_uses_the_names_of_its_inner_model():
     model = cases.get_peft_model(
         nn.Sequential(nn.Linear(4, 4)), cases.LoraConfig(target_modules=["0"])
-    )  # PeftModel hands on what it gets
+    )  # PeftModel passes everything on
     assert same(arguments(model, (IDS,), {}), {"input": IDS})
 
 
-def test_a_probe_of_nested_features_is_the_same_after_it_was_sent_or_saved():
+def test_nested_features_survive_packing():
     batches = [{"input": {"input_ids": IDS, "mode": "query"}, "images": [torch.rand(2), torch.rand(3)]}]
     (again,) = unpacked(packed(batches))
     assert torch.equal(again["input"]["input_ids"], IDS) and again["input"]["mode"] == "query"
@@ -267,7 +267,7 @@ def test_a_probe_of_nested_features_is_the_same_after_it_was_sent_or_saved():
     assert Probe([{"input": {"input_ids": IDS}}]).digest() != Probe([{"input": {"input_ids": IDS + 1}}]).digest()
 
 
-def test_a_time_series_is_measured_under_its_own_input_name():
+def test_a_time_series_model_can_be_measured():
     config = PatchTSTConfig(
         num_input_channels=2, context_length=32, patch_length=8, patch_stride=8, d_model=16, num_hidden_layers=3,
         num_attention_heads=2, ffn_dim=32, num_targets=2,

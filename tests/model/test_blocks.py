@@ -1,4 +1,4 @@
-"""Stacks are found wherever blocks stand in sequence, and a refusal names the true reason."""
+"""Stacks are found in any list of blocks, and a refusal names the reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """As timm builds its models: patches, blocks in an nn.Sequential, a head."""
+    """Like timm's models: patches, blocks in an nn.Sequential, a head."""
 
     def __init__(self, blocks: nn.Module) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def found(model):
 
 
 @pytest.mark.parametrize("kind", [lambda blocks: nn.Sequential(*blocks), nn.ModuleList], ids=["sequential", "list"])
-def test_any_list_of_blocks_that_hold_adapters_is_a_stack_and_trains_as_one(kind):
+def test_any_list_of_blocks_with_adapters_is_a_stack_and_trains_like_one(kind):
     torch.manual_seed(0)
     model = adapted(Net(kind([Block() for _ in range(6)])), "fc1", "fc2")
     assert found(model) == {"blocks": 6}
@@ -74,12 +74,12 @@ def test_any_list_of_blocks_that_hold_adapters_is_a_stack_and_trains_as_one(kind
     safe.close()
 
 
-def test_blocks_without_a_norm_do_where_there_is_nothing_else():
+def test_blocks_without_a_norm_are_accepted_if_there_is_nothing_else():
     layers = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(3)))
     assert found(adapted(Net(layers), "blocks.0.0", "blocks.1.0")) == {"blocks": 3}
 
 
-def test_torchs_own_encoder_is_one():
+def test_torchs_encoder_is_a_stack():
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 3, enable_nested_tensor=False)
     assert found(adapted(Net(encoder), "linear1")) == {"blocks.layers": 3}
 
@@ -145,7 +145,7 @@ def luke():
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_stacks_are_blocks_in_sequence_and_neither_heads_nor_convolutions(make, stacks):
+def test_stacks_are_blocks_and_not_heads_or_convolutions(make, stacks):
     assert found(get_peft_model(make(), LoraConfig(r=2, target_modules="all-linear"))) == stacks
 
 
@@ -157,12 +157,12 @@ def test_a_decoders_encoder_counts_without_adapters():
 @pytest.mark.parametrize(
     ("groups", "inner", "shared"), [(1, 1, "1 block"), (2, 1, "2 blocks"), (1, 2, "2 blocks")], ids=str
 )
-def test_albert_is_refused_since_its_layers_share_their_weights(groups, inner, shared):
+def test_albert_is_refused_because_its_layers_share_weights(groups, inner, shared):
     sizes = {"num_hidden_layers": 6, "num_hidden_groups": groups, "inner_group_num": inner, "embedding_size": 8}
     model = adapted(hf.AlbertForSequenceClassification(hf.AlbertConfig(**TEXT, **sizes)), "query")
-    with pytest.raises(ModelError, match=f"All 6 layers of AlbertFor.* share the weights of {shared}\\.") as caught:
+    with pytest.raises(ModelError, match=f"All 6 layers of AlbertFor.* share the weights of {shared},") as caught:
         Safe(model, probe=cases.loader("bert"), total_steps=10)
-    assert "Freezing one layer would freeze every other" in caught.value.fact
+    assert "no layer can freeze alone" in caught.value.fact
 
 
 def test_albert_without_shared_layers_is_like_any_other():
@@ -172,7 +172,7 @@ def test_albert_without_shared_layers_is_like_any_other():
 
 
 class SetFitModel:
-    """As setfit has it: a plain object around a module and a head."""
+    """Like setfit's: a plain object around a module and a head."""
 
     def __init__(self, model_body) -> None:
         self.model_body, self.model_head = model_body, None
@@ -181,7 +181,7 @@ class SetFitModel:
 
 
 @pytest.mark.parametrize("model", [SetFitModel(cases.lora_model("bert")), "bert-base-uncased", None])
-def test_what_is_no_module_is_refused_and_the_one_inside_is_named(model):
-    with pytest.raises(ModelError, match=r"and no nn\.Module") as caught:
+def test_an_object_around_a_module_is_refused_and_the_module_named(model):
+    with pytest.raises(ModelError, match=r"not the nn\.Module") as caught:
         Safe(model, probe=cases.loader("bert"), total_steps=10)
     assert ("model.model_body" in caught.value.fix) == isinstance(model, SetFitModel)

@@ -1,4 +1,4 @@
-"""What trains to the end below adapters: it is named with the right setting, and adapters above it do not freeze."""
+"""Obstacles: the warning names the parameter and a fix that works, and adapters above it do not freeze."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adafreeze import AdafreezeWarning, Safe, SafeConfig
 from adafreeze.costs.memory import SavedBytes
 
 LOWEST = {"bert": "bert.encoder.layer", "llama": "model.layers"}
-# Settings under which something trains below all adapters; what the message names; and the same without it.
+# Family, settings with an obstacle below all adapters, its name, the fix, settings without it.
 BELOW_ALL = {
     "modules_to_save": (
         "llama",
@@ -61,11 +61,11 @@ BELOW_ALL = {
 
 
 def started(model, family="llama", **config):
-    """A Safe, and what it warned of below the adapters."""
+    """A Safe, and its warning about obstacles."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         safe = Safe(model, SafeConfig(**config), probe=cases.loader(family), total_steps=30)
-    found = [str(one.message) for one in caught if "paying_units" in str(one.message)]
+    found = [str(one.message) for one in caught if "in or below the blocks" in str(one.message)]
     assert len(found) < 2
     return safe, found[0] if found else None
 
@@ -85,7 +85,7 @@ def saved_bytes(model, family="llama"):
 
 
 def train(model, policy, steps=30, **config):
-    """Losses of a run whose scores have reason to freeze, and its Safe."""
+    """Losses of a run, and its Safe."""
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     safe = None
@@ -108,10 +108,10 @@ def train(model, policy, steps=30, **config):
 
 
 @pytest.mark.parametrize("kind", BELOW_ALL)
-def test_nothing_freezes_above_it_and_the_fix_named_is_one(kind):
+def test_nothing_freezes_above_an_obstacle_and_the_fix_works(kind):
     family, settings, names, fix, better = BELOW_ALL[kind]
     safe, text = started(cases.lora_model(family, blocks=6, **settings), family)
-    assert text.startswith(f"Nothing will freeze: {names}") and f"Fix:   {fix}" in text
+    assert text.startswith(f"Nothing will freeze: {names}") and f"Fix: {fix}" in text
     assert safe.frozen == frozenset() and safe.prefixes == {LOWEST[family]: 0}
     safe.close()
     safe, text = started(cases.lora_model(family, blocks=6, **better), family)
@@ -120,20 +120,20 @@ def test_nothing_freezes_above_it_and_the_fix_named_is_one(kind):
     safe.close()
 
 
-def test_what_does_not_freeze_would_have_saved_hardly_anything():
+def test_freezing_above_an_obstacle_would_save_almost_nothing():
     model = with_a_live_norm(block=2)
     plain = saved_bytes(model)
     safe, _ = started(model, freeze_at_start=1.0)
     paying = saved_bytes(model)
     assert safe.frozen == {"model.layers.0", "model.layers.1"} and safe.prefixes == {"model.layers": 2}
-    safe._freeze(["model.layers.2", "model.layers.3", "model.layers.4"], by="hand")
+    safe.freeze(["model.layers.2", "model.layers.3", "model.layers.4"])
     assert safe.prefixes == {"model.layers": 2}
     assert paying < 0.75 * plain and saved_bytes(model) > 0.9 * paying
     safe.close()
 
 
 @pytest.mark.parametrize("policy", ["share", "bottom_up"])
-def test_policies_that_freeze_prefixes_stop_below_it_all_through_the_run(policy):
+def test_policies_that_freeze_prefixes_stop_below_an_obstacle(policy):
     free, controlled = (
         train(model, policy, freeze_share=0.9, freeze_at_start=0.0)[1]
         for model in (cases.lora_model("llama", blocks=6), with_a_live_norm(block=2))
@@ -142,16 +142,16 @@ def test_policies_that_freeze_prefixes_stop_below_it_all_through_the_run(policy)
     assert controlled.frozen == {"model.layers.0", "model.layers.1"}
 
 
-def test_where_nothing_can_pay_the_run_is_the_plain_one_to_the_bit():
+def test_without_units_that_pay_the_run_is_bit_identical_to_the_plain_one():
     plain, safely = (
         train(cases.lora_model("llama", modules_to_save=["embed_tokens"]), policy, freeze_share=0.9)
         for policy in (None, "share")
     )
     assert safely[0] == plain[0] and safely[1].frozen == frozenset()
-    assert len(safely[1].scores) == 4  # they are measured all the same
+    assert len(safely[1].scores) == 4  # still measured
 
 
-def test_threshold_and_freezing_by_hand_freeze_as_they_are_told():
+def test_threshold_and_freezing_by_hand_ignore_obstacles():
     _, safe = train(with_a_live_norm(block=1), "threshold", threshold=1.0, freeze_share=0.9)
     assert len(safe.frozen) == 5
     safe, text = started(with_a_live_norm(block=1), policy="threshold")
@@ -164,13 +164,13 @@ def test_threshold_and_freezing_by_hand_freeze_as_they_are_told():
     safe.close()
 
 
-def test_freeze_at_start_stops_below_it_under_threshold_too():
+def test_freeze_at_start_stops_below_an_obstacle_with_policy_threshold():
     safe, _ = started(with_a_live_norm(block=1), policy="threshold", freeze_at_start=0.9)
     assert safe.frozen == {"model.layers.0"}
     safe.close()
 
 
-def test_the_encoder_freezes_below_a_decoder_that_does_not():
+def test_the_encoder_freezes_below_a_decoder_with_an_obstacle():
     safe, text = started(with_a_live_norm("t5", block=0, blocks=3), "t5", freeze_at_start=0.9)
     assert text.startswith("Only 3 of 6 units can freeze: decoder.block.0.layer.0.layer_norm.weight trains in or below")
     assert "requires_grad_(False) on decoder.block.0.layer.0.layer_norm.weight" in text
@@ -178,21 +178,21 @@ def test_the_encoder_freezes_below_a_decoder_that_does_not():
     safe.close()
 
 
-def test_what_trains_above_the_adapters_is_nothing_to_speak_of():
+def test_parameters_above_the_adapters_are_no_obstacle():
     lora = LoraConfig(target_modules="all-linear", modules_to_save=["classifier"])
-    safe, text = started(get_peft_model(cases.base_model("bert", blocks=6), lora), "bert")  # the pooler is adapted too
+    safe, text = started(get_peft_model(cases.base_model("bert", blocks=6), lora), "bert")  # also adapts the pooler
     assert text is None and safe.prefixes == {"bert.encoder.layer": 2}
     safe.close()
 
 
-def test_parameters_that_units_share_keep_all_of_them_live():
+def test_shared_parameters_keep_their_units_live():
     settings = {"num_vectors": 16, "vector_length": 8, "topk": 2, "r": 2, "target_modules": ["q_proj"]}
     safe, text = started(get_peft_model(cases.base_model("llama"), VBLoRAConfig(**settings)))
     assert "4 units share parameters" in text and "such as LoRA" in text and safe.frozen == frozenset()
     safe.close()
 
 
-def test_a_dry_run_tells_of_no_freeze_that_would_not_come():
+def test_a_dry_run_reports_only_freezes_below_an_obstacle():
     model = with_a_live_norm(block=1)
     safe, _ = started(model, dry_run=True, freeze_at_start=0.9)
     (event,) = [event for event in safe.journal.events if event["event"] == "would_freeze"]
@@ -210,7 +210,7 @@ def test_many_stacks_give_one_warning():
     safe.close()
 
 
-def test_many_of_a_kind_are_named_in_few_words():
+def test_many_obstacles_of_a_kind_give_a_short_message():
     model = cases.lora_model("llama", blocks=6)
     for block in model.get_base_model().model.layers:
         block.input_layernorm.weight.requires_grad_(True)

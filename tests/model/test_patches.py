@@ -1,4 +1,4 @@
-"""A model that adafreeze holds can be copied, pickled and saved as it could before; a copy is an ordinary model."""
+"""A model under adafreeze can be copied, pickled and saved; the copy is an ordinary model."""
 
 import copy
 import io
@@ -38,14 +38,14 @@ def frozen_and_filled(family, **more):
     inputs = batch(family)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     safe = Safe(model, config(**more), optimizer=optimizer, probe=inputs, total_steps=100, samples_per_epoch=40)
-    safe._freeze(list(safe.units)[:2], by="hand")
+    safe.freeze(list(safe.units)[:2])
     for _ in range(3):
         model(**inputs).loss.backward()
     return model, inputs, safe, optimizer
 
 
 def described(model):
-    """All that a module holds but its tensors' values, and who is hooked on it."""
+    """Everything in each module except the values of tensors, and the number of hooks."""
     return [
         (
             name, type(module), module.training, sorted(module.__dict__), len(module._forward_hooks),
@@ -57,7 +57,7 @@ def described(model):
 
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("family", ["bert", "llama", "t5", "vit"])
-def test_a_copy_made_while_safe_is_on_is_an_ordinary_model(family, how):
+def test_a_copy_made_during_training_is_an_ordinary_model(family, how):
     ordinary = described(lora_model(family, BLOCKS, dropout=0.0, lora_dropout=0.1))
     model, inputs, safe, _ = frozen_and_filled(family)
     twin = COPIES[how](model)
@@ -67,7 +67,7 @@ def test_a_copy_made_while_safe_is_on_is_an_ordinary_model(family, how):
     )
     weights = dict(model.named_parameters())
     assert all(torch.equal(p, weights[name]) for name, p in twin.named_parameters())
-    # It trains as a model that adafreeze never saw, and the original goes on as it was.
+    # The copy trains like a model without adafreeze, and the original is unchanged.
     twin.eval(), model.eval()
     torch.testing.assert_close(twin(**inputs).loss, model(**inputs).loss)
     twin.train(), model.train()
@@ -77,7 +77,7 @@ def test_a_copy_made_while_safe_is_on_is_an_ordinary_model(family, how):
     safe.close()
 
 
-def test_copies_do_not_disturb_the_run():
+def test_copies_do_not_change_the_run():
     def run(copies):
         model, batches = lora_model("bert", BLOCKS), list(epochs("bert"))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -107,7 +107,7 @@ def test_tied_weights_stay_tied_in_a_copy():
     sites = [m for m in model.modules() if hasattr(m, "lora_A")]
     sites[1].lora_A["default"].weight = sites[0].lora_A["default"].weight
     safe = Safe(model, SafeConfig(freeze_at_start=0), probe=batch("bert"), total_steps=9)
-    safe._freeze(list(safe.units)[:2], by="hand")
+    safe.freeze(list(safe.units)[:2])
     for how in ("deepcopy", "torch.save"):
         twin = [m for m in COPIES[how](model).modules() if hasattr(m, "lora_A")]
         assert twin[1].lora_A["default"].weight is twin[0].lora_A["default"].weight
@@ -115,7 +115,7 @@ def test_tied_weights_stay_tied_in_a_copy():
     safe.close()
 
 
-def test_patches_come_off_in_any_order_and_leave_nothing():
+def test_patches_come_off_in_any_order_without_a_trace():
     module = nn.Linear(2, 2)
     before = dict(module.__dict__)
     first, second = patched(module, "forward", len), patched(module, "forward", max)
@@ -129,19 +129,18 @@ def test_patches_come_off_in_any_order_and_leave_nothing():
     hook.remove()
     assert module.__dict__ == before
     parent = nn.Sequential(module)
-    undo = replaced_child(parent, "0", nn.Identity())
-    assert isinstance(parent[0], nn.Identity) and isinstance(copy.deepcopy(parent)[0], nn.Linear)
-    undo()
+    with replaced_child(parent, "0", nn.Identity()):
+        assert isinstance(parent[0], nn.Identity) and isinstance(copy.deepcopy(parent)[0], nn.Linear)
     assert parent[0] is module and "__deepcopy__" not in parent.__dict__
 
 
-def test_an_end_of_the_interpreter_while_safe_is_on_prints_nothing():
+def test_an_exit_during_training_prints_nothing():
     script = (
         "import torch, logging; logging.disable()\n"
         "from cached_run import config; from cases import batch, lora_model; from adafreeze import Safe\n"
         "model = lora_model('bert'); inputs = batch('bert')\n"
         "safe = Safe(model, config(), probe=inputs, total_steps=9, samples_per_epoch=4)\n"
-        "safe._freeze(list(safe.units)[:2], by='hand')\n"
+        "safe.freeze(list(safe.units)[:2])\n"
         "model(**inputs).loss.backward(); model(**inputs).loss.backward()\n"
     )
     ended = subprocess.run(

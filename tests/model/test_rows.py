@@ -1,4 +1,4 @@
-"""A sample's key depends on its own unpadded inputs, on all of them, and on nothing else."""
+"""A sample's key depends on all its unpadded inputs, and on nothing else."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def key(rows: Rows, row: int) -> bytes:
 
 
 def padded(one, left, right, **more):
-    """One sample with so much padding on either side."""
+    """One sample with padding on both sides."""
     fill = {"labels": -100}
     values = {
         name: torch.nn.functional.pad(value, (left, right), value=fill.get(name, 0)) if value.ndim else value
@@ -25,7 +25,7 @@ def padded(one, left, right, **more):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 50), st.integers(0, 9), st.integers(0, 9), st.sampled_from(["bert", "llama", "gpt2"]))
-def test_neither_padding_nor_company_changes_a_key(index, left, right, family):
+def test_padding_and_other_samples_do_not_change_a_key(index, left, right, family):
     one = sample(family, index)
     alone = Rows(padded(one, 0, 0))
     among = Rows(collate([sample(family, index + 1, 15), one, sample(family, index + 2)]))
@@ -52,14 +52,14 @@ def test_any_change_of_the_sample_changes_its_key(index, data):
 
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
 @pytest.mark.parametrize("name", ["labels", "label_input_ids", "start_positions", "weights"])
-def test_whatever_the_model_gets_for_a_sample_is_part_of_its_key(family, name):
+def test_every_input_is_part_of_the_key(family, name):
     inputs = batch(family) | {name: torch.arange(4)}
     other = inputs | {name: inputs[name] + 4}
     rows = [Rows(one, encoder_decoder=family == "t5") for one in (inputs, other)]
     assert not {key(rows[0], n) for n in range(4)} & {key(rows[1], n) for n in range(4)}
 
 
-def test_what_is_of_the_whole_batch_is_no_part_of_a_key_and_can_be_put_otherwise():
+def test_numbers_of_the_whole_batch_are_not_part_of_a_key():
     inputs = batch("llama") | {"num_items_in_batch": torch.tensor(7)}
     rows = Rows(inputs)
     assert [key(rows, n) for n in range(4)] == [key(Rows(batch("llama")), n) for n in range(4)]
@@ -67,7 +67,7 @@ def test_what_is_of_the_whole_batch_is_no_part_of_a_key_and_can_be_put_otherwise
     assert int(otherwise["num_items_in_batch"]) == 8 and otherwise["input_ids"] is inputs["input_ids"]
 
 
-def test_labels_beyond_the_text_are_padding_only_where_they_are_all_one_value():
+def test_labels_beyond_the_text_are_padding_only_if_they_are_one_value():
     one = padded(sample("bert", 1) | {"labels": torch.arange(9)}, 0, 3)
     assert one["labels"].shape == one["input_ids"].shape
     other, longer = dict(one), dict(one)
@@ -85,7 +85,7 @@ def test_labels_of_a_decoder_without_their_padding():
     assert (short.width(1), long.width(1), long.spans(1)) == (6, 10, [(0, 6)])
 
 
-def test_whole_rows_take_padding_for_content():
+def test_whole_rows_include_padding():
     one = sample("bert", 1)
     rows = [Rows(padded(one, 0, right), whole=True) for right in (0, 2)]
     assert key(rows[0], 0) != key(rows[1], 0) and not rows[1].is_padded(0)
@@ -108,17 +108,17 @@ def test_images_and_embeddings():
         ({"attention_mask": {"full": torch.ones(4, 12)}}, "is a dict"),
     ],
 )
-def test_what_cannot_be_told_apart_by_sample(more, reason):
+def test_inputs_without_one_entry_per_sample_are_refused(more, reason):
     with pytest.raises(NotBySample, match=reason):
         Rows(batch("llama", rows=4) | more)
 
 
-def test_without_an_input_there_are_no_samples():
-    with pytest.raises(NotBySample, match="without a tensor"):
+def test_calls_without_a_tensor_are_refused():
+    with pytest.raises(NotBySample, match="no input is a tensor"):
         Rows({"use_cache": True})
 
 
-def test_taking_rows_keeps_the_width_and_one_alone_loses_its_padding():
+def test_take_keeps_the_width_and_alone_removes_the_padding():
     inputs = collate([sample("bert", 0, 12), sample("bert", 1, 8)]) | {"num_items_in_batch": torch.tensor(2)}
     rows = Rows(inputs)
     taken = rows.take([1])

@@ -1,4 +1,4 @@
-"""Units where no adapter trains: why, and what makes it train."""
+"""Models without a trainable adapter: the error names the reason and a fix that works."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def units_of(model):
     return list(safe.units)
 
 
-def test_an_adapter_loaded_for_inference_is_to_be_loaded_for_training(tmp_path):
+def test_an_adapter_loaded_for_inference_is_refused(tmp_path):
     cases.lora_model("llama").save_pretrained(tmp_path)
     error = refusal(PeftModel.from_pretrained(cases.base_model("llama"), tmp_path))
     assert "'default' was loaded for inference (inference_mode=True)" in error.fact
@@ -30,7 +30,7 @@ def test_an_adapter_loaded_for_inference_is_to_be_loaded_for_training(tmp_path):
     assert len(units_of(PeftModel.from_pretrained(cases.base_model("llama"), tmp_path, is_trainable=True))) == 4
 
 
-def test_another_adapter_that_trains_does_not_hide_the_active_one(tmp_path):
+def test_a_trainable_inactive_adapter_does_not_hide_a_frozen_active_one(tmp_path):
     cases.lora_model("llama").save_pretrained(tmp_path)
     model = cases.lora_model("llama")
     model.load_adapter(tmp_path, adapter_name="loaded")
@@ -42,7 +42,7 @@ def test_another_adapter_that_trains_does_not_hide_the_active_one(tmp_path):
     assert len(units_of(again)) == 4
 
 
-def test_adapters_frozen_by_prepare_model_for_kbit_training_after_them():
+def test_adapters_frozen_by_prepare_model_for_kbit_training_are_refused():
     model = prepare_model_for_kbit_training(cases.lora_model("llama"), use_gradient_checkpointing=False)
     error = refusal(model)
     assert "prepare_model_for_kbit_training" in error.fact and "before get_peft_model" in error.fix
@@ -53,15 +53,15 @@ def test_adapters_frozen_by_prepare_model_for_kbit_training_after_them():
 
 def test_adapters_outside_the_blocks_are_named():
     error = refusal(get_peft_model(cases.base_model("llama"), LoraConfig(target_modules=["embed_tokens"])))
-    assert error.fact.endswith("Its adapters are outside the blocks of model.layers: model.embed_tokens.")
+    assert error.fact.endswith("; its adapters are outside the blocks of model.layers: model.embed_tokens.")
 
 
-def test_the_callback_says_the_same(tmp_path):
+def test_the_callback_raises_the_same_error(tmp_path):
     from transformers import Trainer, TrainingArguments
 
     cases.lora_model("llama").save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(cases.base_model("llama"), tmp_path)
-    model.get_base_model().lm_head.weight.requires_grad_(True)  # or the Trainer has nothing to train
+    model.get_base_model().lm_head.weight.requires_grad_(True)  # otherwise the Trainer has nothing to train
     arguments = TrainingArguments(tmp_path / "out", report_to=[], use_cpu=True, disable_tqdm=True)
     trainer = Trainer(
         model=model, args=arguments, train_dataset=cases.Samples("llama"), data_collator=cases.collate,

@@ -1,4 +1,4 @@
-"""Drawing a probe: what dataset and collator own is afterwards as it was."""
+"""Drawing a probe does not change the state of dataset and collator."""
 
 import functools
 import random
@@ -219,15 +219,14 @@ def first_samples(data):
 
 
 @pytest.mark.parametrize("make", OWNERS)
-def test_the_run_gets_the_samples_that_it_gets_without_a_probe(make, monkeypatch):
-    monkeypatch.setattr(f"{__name__}.GLOBAL", np.random.default_rng(0))
-    monkeypatch.setattr(helpers, "rng", random.Random(0))
-    monkeypatch.setattr(f"{__name__}.CALLS", 0)
-    plain = first_samples(make())
-    monkeypatch.setattr(f"{__name__}.GLOBAL", np.random.default_rng(0))
-    monkeypatch.setattr(helpers, "rng", random.Random(0))
-    monkeypatch.setattr(f"{__name__}.CALLS", 0)
-    data = make()
+def test_drawing_a_probe_does_not_change_the_samples_of_the_run(make, monkeypatch):
+    def fresh():
+        monkeypatch.setattr(f"{__name__}.GLOBAL", np.random.default_rng(0))
+        monkeypatch.setattr(helpers, "rng", random.Random(0))
+        monkeypatch.setattr(f"{__name__}.CALLS", 0)
+        return make()
+
+    plain, data = first_samples(fresh()), fresh()
     loader = DataLoader(data, collate_fn=cases.collate)
     probe = Probe.draw(loader, tokens=100)
     assert probe.samples >= 32
@@ -235,7 +234,7 @@ def test_the_run_gets_the_samples_that_it_gets_without_a_probe(make, monkeypatch
     assert first_samples(data) == plain
 
 
-def test_a_collator_keeps_generators_and_counters():
+def test_a_collators_generators_and_counters_are_restored():
     class Masking:
         def __init__(self):
             self.rngs = {"python": random.Random(0), "torch": torch.Generator().manual_seed(0)}
@@ -256,7 +255,7 @@ def test_a_collator_keeps_generators_and_counters():
     assert collate.batches == 0 and torch.equal(batch(collate), batch(Masking()))
 
 
-def test_an_open_file_keeps_its_place_and_a_file_opened_meanwhile_stays_open(tmp_path):
+def test_an_open_file_is_rewound_and_a_new_one_stays_open(tmp_path):
     path = tmp_path / "numbers"
     path.write_text("".join(f"{n}\n" for n in range(100)))
 
@@ -279,7 +278,7 @@ def test_an_open_file_keeps_its_place_and_a_file_opened_meanwhile_stays_open(tmp
     data.second.close()
 
 
-def test_data_in_memory_are_neither_copied_nor_changed():
+def test_data_in_memory_is_not_copied_or_changed():
     class Guarded(cases.Samples):
         def __init__(self):
             super().__init__("bert", 40)
@@ -300,7 +299,7 @@ def test_data_in_memory_are_neither_copied_nor_changed():
     assert list(map(id, data.rows)) == before
 
 
-def test_a_map_style_dataset_over_a_stream_is_not_drawn_from():
+def test_a_dataset_over_a_stream_is_refused():
     def numbers():
         yield from range(100)
 

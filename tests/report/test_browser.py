@@ -1,4 +1,4 @@
-"""The page in a real browser: Debian's chromium, without a screen."""
+"""The page in headless Chromium."""
 
 import re
 import shutil
@@ -14,7 +14,7 @@ CHROMIUM = next(
 )
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
 
-# Moves a pointer over every kind of shape, and writes down what the page then says, and how wide it is.
+# Moves the pointer over every shape and records missing tooltips, clipped text and overflow.
 PROBE = """
 <script>
 const said = [];
@@ -49,7 +49,7 @@ def page(tmp_path_factory):
 
 
 def browse(page, *flags):
-    """The document after its scripts ran, and what the browser logged."""
+    """The document after its scripts ran, and the messages on the console."""
     call = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", *flags,
             f"--user-data-dir={page.parent / 'profile'}", "--dump-dom", page.as_uri()]  # fmt: skip
     done = subprocess.run(call, capture_output=True, text=True, timeout=120, check=True)
@@ -66,14 +66,16 @@ def test_every_value_can_be_hovered_and_nothing_is_clipped(page, flags):
     assert int(re.search(r'data-shapes="(\d+)"', document)[1]) > 100
 
 
-def test_what_would_leave_the_page_is_blocked(page):
+def test_the_page_blocks_requests(page):
     leaking = page.with_name("leaking.html")
     leaking.write_text(page.read_text().replace("</body>", '<img src="http://127.0.0.1:9/x.png"></body>'))
     _, console = browse(leaking)
-    assert any("Content Security Policy" in line for line in console)  # so that its absence above means something
+    assert any(
+        "Content Security Policy" in line for line in console
+    )  # shows that the empty console above is meaningful
 
 
-def test_every_chart_has_its_words_and_its_data(page):
+def test_every_chart_has_a_text_and_data(page):
     document, _ = browse(page)
     charts = re.findall(r"<figure.*?</figure>", document, re.S)
     assert len(charts) == 6

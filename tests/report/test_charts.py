@@ -11,7 +11,7 @@ def shapes(chart, kind):
     return ET.fromstring(chart.svg).findall(f".//{kind}")
 
 
-def test_every_point_of_a_curve_is_drawn_said_and_given_away():
+def test_every_point_is_drawn_with_a_tooltip_and_in_the_csv():
     chart = lines(WORDS, [Curve("a", [(0, 1.0), (10, 3.0)]), Curve('b"<', [(5, 2.0)])], marks=[4, 400])
     assert [point.get("data-tip") for point in shapes(chart, "circle")] == [
         "a: 1 at step 0",
@@ -21,10 +21,10 @@ def test_every_point_of_a_curve_is_drawn_said_and_given_away():
     assert sum(line.get("class") == "mark" for line in shapes(chart, "line")) == 1
     data = base64.b64decode(chart.link.partition(",")[2]).decode().splitlines()
     assert data[:2] == ["curve,step,value", "a,0,1.0"]
-    assert len({colour for _, colour, _ in chart.legend}) == 2
+    assert len({color for _, color, _ in chart.legend}) == 2
 
 
-def test_points_lie_where_their_values_are():
+def test_points_are_placed_by_value():
     first, middle, last = shapes(lines(WORDS, [Curve("a", [(0, 0), (5, 1), (10, 4)])]), "circle")
     assert float(first.get("cx")) < float(middle.get("cx")) < float(last.get("cx"))
     rise = [float(first.get("cy")) - float(p.get("cy")) for p in (middle, last)]
@@ -71,14 +71,14 @@ def test_a_heat_map_of_many_measurements_keeps_its_peaks():
     assert peak.get("data-tip") == "a, step 777: 0.9"
     assert "a,777,0.9" in chart.csv
     freeze = next(line for line in shapes(chart, "line") if line.get("class") == "freeze")
-    assert float(freeze.get("x1")) == float(cells[-1].get("x"))  # the stretch that holds step 998
+    assert float(freeze.get("x1")) == float(cells[-1].get("x"))  # the cell that contains step 998
 
 
-def test_no_two_of_twelve_curves_look_alike():
+def test_twelve_curves_have_different_styles():
     chart = lines(WORDS, [Curve(str(i), [(0, i), (1, i)]) for i in range(12)])
-    assert len({(colour, dash) for _, colour, dash in chart.legend}) == 12
+    assert len({(color, dash) for _, color, dash in chart.legend}) == 12
     drawn = [(line.get("stroke"), line.get("stroke-dasharray")) for line in shapes(chart, "polyline")]
-    assert drawn == [(colour, dash) for _, colour, dash in chart.legend]
+    assert drawn == [(color, dash) for _, color, dash in chart.legend]
 
 
 def test_a_heat_map_of_many_units_stays_small():
@@ -87,7 +87,7 @@ def test_a_heat_map_of_many_units_stays_small():
     assert len(shapes(chart, "rect")) <= 6500
 
 
-def test_bands_have_a_colour_for_each_state():
+def test_bands_have_a_color_for_each_state():
     spans = [[(0, 10, "trains"), (10, 40, "frozen")], [(0, 40, "trains")]]
     chart = bands(WORDS, ["0", "1"], spans, ("trains", "frozen", "never"), 40)
     assert [(label, dash) for label, _, dash in chart.legend] == [("trains", None), ("frozen", None)]

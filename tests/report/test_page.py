@@ -12,7 +12,7 @@ from report_cases import write_run
 
 
 class Reader(HTMLParser):
-    """Elements by id, and every address that a browser would fetch or follow."""
+    """Figure ids, text, and every URL that a browser would load or follow."""
 
     def __init__(self, text):
         super().__init__()
@@ -40,18 +40,20 @@ def runs(tmp_path):
     return write_run(tmp_path / "mine"), write_run(tmp_path / "other", "plain")
 
 
-def test_the_page_says_what_was_saved_against_the_plain_run(runs, tmp_path):
+def test_the_headline_compares_with_the_plain_run(runs, tmp_path):
     _, reader, words = page_of(*runs, tmp_path=tmp_path)
-    assert "From step 20 of 40 on blocks froze, 2 of 4 by the end; against other, mean saved bytes −50 %, " in words
-    assert "FLOPs −50 %, time −50 %, CPU time −50 %, accuracy 0.8 for 0.8." in words
+    assert (
+        "Blocks froze from step 20 of 40 on, 2 of 4 by the end; compared with other: mean saved bytes −50 %, " in words
+    )
+    assert "FLOPs −50 %, time −50 %, CPU time −50 %, accuracy 0.8 instead of 0.8." in words
     assert reader.figures == ["scores-mine", "stack-mine", "loss", "saved-bytes", "seconds", "rate"]
-    assert "70 of 80 samples were then looked up" in words
+    assert "The cache then served 70 of 80 samples." in words
 
 
-def test_the_plain_run_is_what_others_are_held_against_wherever_it_stands(runs, tmp_path):
+def test_the_plain_run_is_the_reference_in_any_position(runs, tmp_path):
     nothing = write_run(tmp_path / "nothing", "safe-paper-that-froze-nothing")
     _, _, words = page_of(nothing, *runs, tmp_path=tmp_path)
-    assert "against other" in words
+    assert "compared with other" in words
 
 
 def test_a_run_that_diverged_has_a_page(tmp_path):
@@ -72,16 +74,16 @@ def test_one_run_alone(runs, tmp_path):
     assert "Nothing froze in 40 steps." in words and "dry run" not in words
 
 
-def test_a_dry_run_says_what_would_have_frozen(tmp_path):
+def test_a_dry_run_reports_what_would_have_frozen(tmp_path):
     folder = write_run(tmp_path / "dry", "plain")
     with (folder / "journal.jsonl").open("a") as file:
         file.write('{"event": "would_freeze", "step": 20, "units": ["a"]}\n')
         file.write('{"event": "would_freeze", "step": 30, "units": ["a", "b"]}\n')
     _, _, words = page_of(folder, tmp_path=tmp_path)
-    assert "Nothing froze in 40 steps. A dry run: from step 20 on units would have, 2 by step 30." in words
+    assert "Nothing froze in 40 steps. Dry run: units would have frozen from step 20 on, 2 by step 30." in words
 
 
-def test_two_stacks_and_units_smaller_than_blocks_are_told_apart(tmp_path):
+def test_labels_distinguish_stacks_and_units(tmp_path):
     stacks = {"model.encoder.block": 1, "model.decoder.block": 1}
     units = [f"model.{side}.block.0.layer.{k}.q_proj" for side in ("encoder", "decoder") for k in (0, 1)]
     journal = Journal(tmp_path / "t5" / "journal.jsonl")
@@ -94,10 +96,10 @@ def test_two_stacks_and_units_smaller_than_blocks_are_told_apart(tmp_path):
     assert {"enc 0 q_proj, step 3: 0.5", "dec 0 q_proj, step 3: 0.5"} <= set(re.findall('data-tip="([^"]*)"', text))
     assert "enc 0: trains, steps 0 to 9" in text
     assert "dec 0: trains, steps 0 to 3" in text
-    assert "dec 0: trains, recomputes, steps 3 to 9" in text
+    assert "dec 0: trains, checkpointed, steps 3 to 9" in text
 
 
-def test_nothing_leaves_the_page(runs, tmp_path):
+def test_the_page_loads_nothing_from_outside(runs, tmp_path):
     text, reader, _ = page_of(*runs, tmp_path=tmp_path)
     assert reader.addresses
     assert all(address.startswith(("data:", "#")) for address in reader.addresses)
@@ -105,7 +107,7 @@ def test_nothing_leaves_the_page(runs, tmp_path):
     assert "default-src 'none'" in text
 
 
-def test_names_and_values_of_a_journal_are_text_and_nothing_else(tmp_path):
+def test_text_from_a_journal_is_escaped(tmp_path):
     evil = '<script>alert("x")</script>'
     folder = tmp_path / "evil"
     journal = Journal(folder / "journal.jsonl")
@@ -120,7 +122,7 @@ def test_names_and_values_of_a_journal_are_text_and_nothing_else(tmp_path):
     assert text.count("<script") == 1
 
 
-def test_a_run_that_was_killed_has_a_page_too(runs, tmp_path):
+def test_a_killed_run_has_a_page(runs, tmp_path):
     path = runs[0] / "journal.jsonl"
     path.write_text("\n".join(path.read_text().splitlines()[:9]) + '\n{"event": "lo')
     _, _, words = page_of(runs[0], tmp_path=tmp_path)
@@ -133,7 +135,7 @@ def test_a_journal_of_200_000_lines_gives_a_small_page(tmp_path):
     assert write_report([folder], tmp_path / "page.html").stat().st_size < 3_000_000
 
 
-def test_of_a_folder_of_compare_the_table_and_the_runs_of_the_first_seed(tmp_path):
+def test_a_folder_of_compare_shows_the_table_and_the_runs_of_the_first_seed(tmp_path):
     rows = []
     for method in ("plain", "safe"):
         for seed in (0, 1):
@@ -147,24 +149,24 @@ def test_of_a_folder_of_compare_the_table_and_the_runs_of_the_first_seed(tmp_pat
     _, reader, words = page_of(tmp_path / "out", tmp_path=tmp_path)
     assert "-0.50" in words
     assert "not run: It does not <fit>." in words
-    assert "against plain" in words
+    assert "compared with plain" in words
     assert "stack-safe" in reader.figures
 
 
-def test_runs_that_a_page_has_no_room_for_are_named(tmp_path):
+def test_runs_beyond_twelve_are_named(tmp_path):
     folders = [write_run(tmp_path / f"run-{number}") for number in range(14)]
     _, reader, words = page_of(*folders, tmp_path=tmp_path)
     assert sum(name.startswith("stack-") for name in reader.figures) == 12
-    assert f"for 12 runs fill a page: {folders[12]}, {folders[13]}." in words
+    assert f"because a page has room for 12 runs: {folders[12]}, {folders[13]}." in words
 
 
-def test_runs_whose_names_differ_in_a_sign_have_places_of_their_own(tmp_path):
+def test_similar_names_have_different_ids(tmp_path):
     folders = [write_run(tmp_path / name) for name in ("a b", "a-b")]
     _, reader, _ = page_of(*folders, tmp_path=tmp_path)
     assert len(set(reader.figures)) == len(reader.figures)
 
 
-def test_runs_of_one_name_are_told_apart_by_the_folders_above(tmp_path):
+def test_equal_names_get_parent_folders(tmp_path):
     folders = [write_run(tmp_path / name / "seed-0") for name in ("trec/safe", "trec/plain", "sst/safe")]
     _, reader, words = page_of(*folders, write_run(tmp_path / "mine"), tmp_path=tmp_path)
     assert reader.figures.count("stack-trec-safe-seed-0") == reader.figures.count("stack-sst-safe-seed-0") == 1
@@ -172,7 +174,7 @@ def test_runs_of_one_name_are_told_apart_by_the_folders_above(tmp_path):
     assert "trec/safe/seed-0: " in words and "(2)" not in words
 
 
-def test_landscape_and_spectrum_where_they_were_computed(runs, tmp_path):
+def test_landscape_and_spectrum_are_shown(runs, tmp_path):
     found = {"loss": 0.3, "line": [0.5, 0.3, 0.6], "eigenvalues": [3.0, 1.0], "trace": 5.0}
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "analysis.json").write_text(json.dumps({"steps": [-1, 0, 1], "runs": {"a": found}}))
@@ -195,18 +197,18 @@ def test_landscape_and_spectrum_where_they_were_computed(runs, tmp_path):
         '{"steps": [0], "runs": {"a": {"line": ["x"], "loss": 1, "trace": 1, "eigenvalues": [1]}}}',
     ],
 )
-def test_a_damaged_summary_is_refused(name, text, tmp_path):
+def test_a_damaged_summary_is_rejected(name, text, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(RunError, match=name):
         write_report([tmp_path], tmp_path / "page.html")
 
 
-def test_where_the_page_cannot_be_written(runs, tmp_path):
+def test_an_unwritable_page_is_an_error(runs, tmp_path):
     with pytest.raises(RunError, match="cannot be written"):
         write_report(runs, runs[0] / "journal.jsonl" / "page.html")
 
 
-def test_without_jinja2_the_extra_is_named(runs, tmp_path, monkeypatch):
+def test_without_jinja2_the_error_names_the_extra(runs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ConfigError, match=r"adafreeze\[report\]"):
         write_report(runs, tmp_path / "page.html")

@@ -61,14 +61,14 @@ def put_a_list(path):
 def test_a_checkpoint_without_an_end_is_named_and_passed_over(folder, damage, caplog):
     newest = folder / "checkpoint-6"
     damage(newest / "trainer_state.json")
-    with pytest.raises(RunError, match=r"checkpoint-6 is not a checkpoint: its trainer_state\.json .+\n.+Cause"):
+    with pytest.raises(RunError, match=r"checkpoint-6 is not a checkpoint: its trainer_state\.json .+"):
         check_checkpoint(newest)
     with pytest.raises(RunError, match="checkpoint-6 is not a checkpoint"):
         find_checkpoint(str(newest), str(folder))
     with caplog.at_level("INFO", logger="adafreeze"):
         assert last_checkpoint(folder) == str(folder / "checkpoint-4")
         assert find_checkpoint("last", str(folder)) == str(folder / "checkpoint-4")
-    assert "Passed over: " in caplog.text and "checkpoint-6" in caplog.text
+    assert "Skipped: " in caplog.text and "checkpoint-6" in caplog.text
 
 
 def test_of_no_whole_checkpoint_a_run_can_start_anew(folder):
@@ -124,4 +124,4 @@ def test_an_edited_state_is_refused_and_the_model_left_alone(folder, edit, told)
 def test_of_a_checkpoint_without_adafreeze_one_line_says_that_measuring_starts_there(folder, caplog):
     with caplog.at_level("INFO", logger="adafreeze"):
         host = resumed(folder, lambda callbacks: callbacks.pop("SafeCallback"))
-    assert "is of a run without adafreeze" in caplog.text and host.state.global_step == 6
+    assert "is from a run without adafreeze" in caplog.text and host.state.global_step == 6

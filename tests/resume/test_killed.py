@@ -47,7 +47,7 @@ def assert_same_run(one, other):
     (folder, result), (whole, expected) = one, other
     for part in ("weights", "optimizer", "random"):
         assert_alike(result[part], expected[part], part)
-    for name in ("steps", "samples", "frozen", "probe"):
+    for name in ("length", "frozen", "probe"):
         assert result["state"][name] == expected["state"][name], name
     for name in ("scores", "warmup_end", "plan", "settling"):
         assert result["state"]["deciding"][name] == expected["state"]["deciding"][name], name

@@ -8,8 +8,8 @@ import pytest
 import torch
 from resumed_cases import begun, given, measured, resumed, train
 
+from adafreeze.decide.run_length import RunLength
 from adafreeze.decide.schedule import measurement_steps
-from adafreeze.loop.length import RunLength
 
 # Large budgets, so that how many measurements there are follows from the settings alone.
 SETTINGS = {"overhead": 1.0, "min_measurements": 6, "wait_for_loss": False}
@@ -112,32 +112,39 @@ def test_another_batch_size_is_told_of_and_counts_from_here_on(caplog):
     run = begun(6, 24, given(**SETTINGS), samples_per_step=4)
     with caplog.at_level(logging.INFO, logger="adafreeze"):
         model, optimizer, safe = resumed(run, 48, given(**SETTINGS), samples_per_step=2)
-    assert "48 steps now, 24 planned then, 2 samples a step and process now, 4 planned then" in caplog.text
+    assert "48 steps now, 24 planned then, 2 samples per step and process now, 4 planned then" in caplog.text
     train(model, optimizer, safe, 7, rows=2)
-    assert safe.length.rows_per_sample(*safe._seen) == 1  # the average over all steps is 3.7 rows
+    assert safe.length.rows_per_sample == 1  # the average over all steps is 3.7 rows
     train(model, optimizer, safe, 48, rows=2)
     assert measured(safe) == [step for step in measurement_steps(33, len(safe.decider.plan)) if step > 6]
 
 
+def at(steps, rows, *args, state=None):
+    """A RunLength that has come to this step, or that continues from ``state``."""
+    length = RunLength(*args)
+    changes = length.load_state_dict(state) if state is not None else []
+    length.steps, length.rows = steps, rows
+    return length, changes
+
+
 def test_another_number_of_processes_is_told_of():
-    state = RunLength(24, 4, 32, 2).state_dict(6, 24)
-    length = RunLength(48, 4, 32, 1)
-    assert length.load_state_dict(state, 6, 24) == [
+    state = at(6, 24, 24, 4, 32, 2)[0].state_dict()
+    assert RunLength(48, 4, 32, 1).load_state_dict(state) == [
         "48 steps now, 24 planned then",
         "1 processes now, 2 planned then",
     ]
-    assert RunLength(24, 4, 32, 2).load_state_dict(state, 6, 24) == []
+    assert RunLength(24, 4, 32, 2).load_state_dict(state) == []
 
 
 def test_samples_of_a_step_that_nobody_tells_are_counted_from_the_step_reached():
-    length = RunLength(24, None, 32, 1)
-    assert length.state_dict(0, 0)["samples_per_step"] is None and length.step_samples(6, 24) == 4
-    again = RunLength(48, None, 32, 1)
-    again.load_state_dict(length.state_dict(6, 24), 6, 24)
-    assert again.step_samples(6, 24) == 4 and again.step_samples(8, 28) == 2
-    assert again.epoch_steps(8, 28) == 16 and again.progress(8, 28).remaining == 80
-    third = RunLength(48, None, 32, 1)
-    assert third.load_state_dict(again.state_dict(8, 28), 8, 28) == [] and third.step_samples(10, 32) == 2
+    begun, _ = at(6, 24, 24, None, 32, 1)
+    assert RunLength(24, None, 32, 1).state_dict()["samples_per_step"] is None and begun.step_samples == 4
+    again, _ = at(6, 24, 48, None, 32, 1, state=begun.state_dict())
+    assert again.step_samples == 4
+    again.steps, again.rows = 8, 28
+    assert (again.step_samples, again.epoch_steps, again.progress.remaining) == (2, 16, 80)
+    third, changes = at(10, 32, 48, None, 32, 1, state=again.state_dict())
+    assert changes == [] and third.step_samples == 2
 
 
 def test_one_epoch_that_becomes_several_may_use_the_cache():

@@ -107,7 +107,7 @@ def test_the_file_of_the_disk_cache(trap, tmp_path):
     (tmp_path / "tier").mkdir()
     (tmp_path / "tier" / "data.mdb").write_bytes(trap * 200)
     tier = DiskTier(tmp_path / "tier", 2**20)
-    assert list(tier.held()) == []  # thrown away, and made anew
+    assert list(tier.stored_keys()) == []  # thrown away, and made anew
     tier.close()
 
 

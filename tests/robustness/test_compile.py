@@ -84,7 +84,7 @@ def run(mode, cache, length):
         optimizer.zero_grad(set_to_none=True)
         compiled.append(len(graphs) - before)
         if step + 1 in FREEZES:
-            safe._freeze([n for n in list(safe.units)[: FREEZES[step + 1]] if n not in safe.frozen], by="hand")
+            safe.freeze([n for n in list(safe.units)[: FREEZES[step + 1]] if n not in safe.frozen])
             for parameter in safe.freezer.parameters():
                 held.setdefault(parameter, parameter.detach().clone())
     assert len(held) == 8 and all(torch.equal(parameter, value) for parameter, value in held.items())
@@ -109,7 +109,7 @@ def eager():
         ("whole", "ram", None, 2 * 3 + 3),
     ],
 )
-def test_a_compiled_model_freezes_as_an_eager_one_does(mode, cache, length, most, eager):
+def test_a_compiled_model_freezes_like_an_eager_one(mode, cache, length, most, eager):
     losses, gradients, compiled, safe = run(mode, cache, length)
     assert losses == pytest.approx(eager[length][0], rel=1e-5)
     for mine, plain in zip(gradients, eager[length][1], strict=True):
@@ -124,7 +124,7 @@ def test_a_compiled_model_freezes_as_an_eager_one_does(mode, cache, length, most
     assert sum(compiled[max(FREEZES) + 2 :]) == 0, "then no more"
 
 
-def test_a_compiled_trainer_freezes_as_an_eager_one_does(tmp_path):
+def test_a_compiled_trainer_freezes_like_an_eager_one(tmp_path):
     def train(**more):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()

@@ -80,7 +80,7 @@ class FreezeOrders(RuleBasedStateMachine):
         live = [name for name in self.safe.units if name not in self.frozen]
         names = {live[pick % len(live)] for pick in chosen} if live else set()
         if len(names) < len(live):  # the last live unit never freezes: policies see to that
-            self.safe._freeze(sorted(names), by="hand")
+            self.safe.freeze(sorted(names))
             self.note_frozen()
 
     @rule()

@@ -56,13 +56,13 @@ VALUES = (
 )
 
 
-def test_every_field_has_values_here():
+def test_every_field_has_a_strategy():
     assert set(VALID) | ALONE == set(FIELDS)
 
 
 @STEADY
 @given(st.fixed_dictionaries({}, optional=VALID), st.lists(shares, min_size=2, max_size=2))
-def test_valid_settings_survive_the_way_through_json(values, ends):
+def test_valid_settings_survive_json(values, ends):
     warmup, ramp_end = sorted(ends)
     config = SafeConfig(**values, warmup=warmup, ramp_end=ramp_end)
     assert SafeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -70,7 +70,7 @@ def test_valid_settings_survive_the_way_through_json(values, ends):
 
 @STEADY
 @given(st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=3))
-def test_settings_of_any_value_are_taken_or_refused_with_a_reason(values):
+def test_any_settings_are_accepted_or_refused_with_a_reason(values):
     try:
         config = SafeConfig(**values)
     except ConfigError as error:
@@ -143,7 +143,7 @@ def llama():
     return cases.lora_model("llama", blocks=3)
 
 
-def test_whole_numbers_without_measure_are_lived_with():
+def test_huge_integers_are_accepted():
     huge = 10**30
     config = SafeConfig(
         settle_patience=huge, min_live_blocks=huge, probe_tokens=huge, min_measurements=huge, seed=2**32 - 1,

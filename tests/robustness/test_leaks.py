@@ -79,7 +79,7 @@ def test_a_thousand_freezes_and_thaws_leave_no_hook_module_or_tensor(parts):
 
 
 @pytest.mark.parametrize("cache", ["off", "ram", "disk"])
-def test_a_closed_run_is_gone_with_all_that_it_held(parts, cache, tmp_path):
+def test_a_closed_run_is_freed(parts, cache, tmp_path):
     model, optimizer = parts
     batch = cases.batch("bert", rows=2)
 
@@ -90,7 +90,7 @@ def test_a_closed_run_is_gone_with_all_that_it_held(parts, cache, tmp_path):
         )
         for names in (["bert.encoder.layer.0"], ["bert.encoder.layer.1"]):
             safe.step()
-            safe._freeze(names, by="hand")
+            safe.freeze(names)
             step(model, optimizer, batch)
         safe.close()
         return weakref.ref(safe)

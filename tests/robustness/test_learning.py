@@ -74,12 +74,12 @@ def test_the_block_that_the_loss_reads_stays_live():
     safe.close()
 
 
-def test_a_freeze_at_the_start_of_all_that_the_loss_reads_is_undone_before_the_first_step(caplog):
+def test_freezing_everything_the_loss_reads_at_the_start_is_undone_before_the_first_step(caplog):
     batches = list(epochs("bert", epochs=6))
     with caplog.at_level("INFO", "adafreeze"):
         losses, weights, safe = losses_and_weights(reads_block(1), batches, SafeConfig(freeze_at_start=0.5, lr_scale=1))
     assert not safe.frozen and not any(safe.prefixes.values())
-    assert "does not depend on any of the blocks above" in caplog.text
+    assert "depends on none of the blocks above" in caplog.text
     (thaw,) = [event for event in safe.journal.events if event["event"] == "thaw"]
     assert thaw["step"] == 0 and thaw["frozen"] == 0 and thaw["units"] == list(safe.units)[:2]
     assert sum(event["event"] == "freeze" for event in safe.journal.events) == 1
@@ -88,7 +88,7 @@ def test_a_freeze_at_the_start_of_all_that_the_loss_reads_is_undone_before_the_f
     assert losses == expected and all(map(torch.equal, weights, others))
 
 
-def test_what_was_frozen_by_hand_is_an_error():
+def test_freezing_everything_the_loss_reads_by_hand_is_an_error():
     settings = SafeConfig(freeze=("encoder.layer.0",), freeze_at_start=0)
     with pytest.raises(ConfigError, match="the loss has no gradient"):
         losses_and_weights(reads_block(1), list(epochs("bert")), settings)
@@ -104,7 +104,7 @@ class _Cut(torch.autograd.Function):
         return None
 
 
-def test_a_model_whose_adapters_get_no_gradient_runs_as_without_adafreeze(told):
+def test_a_model_whose_adapters_get_no_gradient_trains_as_without_adafreeze(told):
     """A kernel without a backward pass stands above them: no error of ours may end what ran before."""
     batches = list(epochs("bert", epochs=4))
 
@@ -123,7 +123,7 @@ def test_a_model_whose_adapters_get_no_gradient_runs_as_without_adafreeze(told):
     safe.close()
 
 
-def test_a_step_whose_live_blocks_were_all_left_out_by_chance_ends_nothing():
+def test_layer_drop_of_all_live_blocks_does_not_end_the_run():
     torch.manual_seed(0)
     settings = Wav2Vec2Config(
         hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, conv_dim=(16, 16),
@@ -145,14 +145,14 @@ def test_a_step_whose_live_blocks_were_all_left_out_by_chance_ends_nothing():
     safe.close()
 
 
-def test_what_learned_so_far_is_kept_in_a_checkpoint():
+def test_a_checkpoint_keeps_which_units_have_learned():
     batches = list(epochs("bert", epochs=6))
     _, _, safe = losses_and_weights(reads_block(3), batches, SafeConfig(freeze_at_start=0))
     state = safe.state_dict()
     safe.close()
     again = Safe(reads_block(3), SafeConfig(freeze_at_start=0), probe=batches[:2], total_steps=len(batches))
     again.load_state_dict(state)
-    assert again._guard.learning == set(list(again.units)[:3])
+    assert again._watch.learning == set(list(again.units)[:3])
     again.close()
 
 
@@ -181,7 +181,7 @@ class TwoTowers(nn.Module):
         return self.decoder(inputs_embeds=embeddings, labels=labels)
 
 
-def test_batches_without_pictures_are_served_beside_a_tower_whose_prefix_is_frozen():
+def test_batches_without_images_are_served_beside_a_frozen_vision_tower():
     batches = [{"input_ids": one["input_ids"], "labels": one["input_ids"]} for one in epochs("llama", epochs=4)]
 
     def run(cache):
@@ -196,7 +196,7 @@ def test_batches_without_pictures_are_served_beside_a_tower_whose_prefix_is_froz
     assert all(depths.values()) and counts(cached[2])[0] >= 8
 
 
-def test_batch_norm_which_takes_no_single_sample_ends_no_run():
+def test_batch_norm_that_takes_no_single_sample_does_not_end_the_run():
     batches = list(epochs("bert", epochs=2))
 
     def model():

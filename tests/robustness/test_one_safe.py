@@ -37,7 +37,7 @@ def trained(model, tmp_path, *callbacks):
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
-def test_a_cell_that_was_interrupted_and_is_run_again_starts_from_all_units(tmp_path, forgotten):
+def test_an_interrupted_cell_that_runs_again_starts_from_all_units(tmp_path, forgotten):
     model = lora_model("bert", BLOCKS)
     before, weights = flags(model), {n: p.detach().clone() for n, p in model.named_parameters()}
     for _ in range(2):
@@ -58,7 +58,7 @@ def test_a_cell_that_was_interrupted_and_is_run_again_starts_from_all_units(tmp_
 
 
 @pytest.mark.parametrize("part", ["inner", "outer"])
-def test_an_earlier_safe_is_found_on_a_part_of_the_model_and_on_what_holds_it(part):
+def test_an_earlier_safe_is_found_on_a_part_of_the_model_and_on_a_wrapper(part):
     class Outer(nn.Module):
         def __init__(self, model):
             super().__init__()
@@ -128,7 +128,7 @@ def test_a_projector_learns_as_it_does_without_a_prefix(sometimes):
     assert torch.equal(start, Projector(sometimes).projector.weight) and twin is not model
 
 
-def test_a_projector_outside_the_model_moves_as_without_adafreeze_and_its_stack_trains_on():
+def test_a_projector_outside_the_model_trains_and_ends_the_prefix_of_its_stack():
     def run(on):
         model = lora_model("llama", BLOCKS, dropout=0.0)
         torch.manual_seed(3)
@@ -179,6 +179,6 @@ def test_inputs_that_require_grad_get_their_gradient():
 
     expected = gradient()
     safe = Safe(model, config(), probe={"inputs_embeds": embeddings, "labels": inputs["labels"]}, total_steps=9)
-    safe._freeze(list(safe.units)[:2], by="hand")
+    safe.freeze(list(safe.units)[:2])
     assert torch.equal(gradient(), expected)
     safe.close()

@@ -30,7 +30,7 @@ class Run:
             samples_per_epoch=4,
         )
         self.step()
-        self.safe._freeze(list(self.safe.units)[:2], by="hand")
+        self.safe.freeze(list(self.safe.units)[:2])
         self.frozen = list(self.safe.freezer.parameters())
         self.before = [p.detach().clone() for p in self.frozen]
 
@@ -94,10 +94,10 @@ def set_requires_grad(run):
             "parameters",
             r"requires_grad_\(True\) on base_model.model.model.layers\.\d.*default\.weight\.",
         ),
-        (all_adapters, "adapters", r"requires_grad_\(True\) on all adapter parameters: .* and 6 more\."),
+        (all_adapters, "adapters", r"requires_grad_\(True\) on all adapter parameters \(.* and 6 more\)\."),
     ],
 )
-def test_who_makes_frozen_parameters_trainable_is_told_once_what_was_called(undo, kind, cause):
+def test_making_frozen_parameters_trainable_warns_once_with_the_call(undo, kind, cause):
     run = Run()
     with told() as messages:
         for _ in range(3):
@@ -111,7 +111,7 @@ def test_who_makes_frozen_parameters_trainable_is_told_once_what_was_called(undo
 
 
 @pytest.mark.parametrize("call", [set_adapter, enable_layers, disable_adapter, set_requires_grad])
-def test_what_peft_switches_on_stays_frozen_and_needs_no_word(call):
+def test_adapters_that_peft_switches_on_stay_frozen_without_a_warning(call):
     run = Run()
     with told() as messages:
         for _ in range(2):
@@ -123,8 +123,8 @@ def test_what_peft_switches_on_stays_frozen_and_needs_no_word(call):
 
 
 @pytest.mark.parametrize("call", [set_adapter, enable_layers, disable_adapter])
-def test_where_peft_does_not_hold_a_freeze_the_audit_does_and_names_its_calls(call, monkeypatch):
-    monkeypatch.setattr(PeftBackend, "hold", lambda *_: None)  # as with PEFT before 0.20
+def test_where_peft_undoes_a_freeze_the_audit_restores_it_and_names_the_calls(call, monkeypatch):
+    monkeypatch.setattr(PeftBackend, "keep_frozen", lambda *_: None)  # as with PEFT before 0.20
     run = Run()
     with told() as messages:
         for _ in range(2):
@@ -136,7 +136,7 @@ def test_where_peft_does_not_hold_a_freeze_the_audit_does_and_names_its_calls(ca
     assert "set_adapter, enable_adapter_layers, or the end of a disable_adapter()" in message
 
 
-def test_a_whole_model_made_trainable_is_told_of_with_a_line_that_mends_it():
+def test_a_whole_model_made_trainable_warns_with_a_line_to_paste():
     run = Run()
     with told() as messages:
         run.model.requires_grad_(True)
@@ -145,13 +145,13 @@ def test_a_whole_model_made_trainable_is_told_of_with_a_line_that_mends_it():
     run.assert_nothing_frozen_moved()
     (message,) = messages
     assert "requires_grad_(True) on the whole model" in message
-    exec(re.search("Fix:   (.*)", message)[1], {"model": run.model})
+    exec(re.search("Fix: (.*)", message)[1], {"model": run.model})
     with told():  # the adapters are loose once more
         run.step()
     assert run.safe.prefixes == {"model.layers": 2}
 
 
-def test_training_inside_disable_adapter_moves_nothing_that_is_frozen():
+def test_training_inside_disable_adapter_changes_nothing_frozen():
     run = Run()
     with told() as messages, run.model.disable_adapter():
         run.model.get_output_embeddings().weight.requires_grad_(True)  # a head that trains
@@ -161,7 +161,7 @@ def test_training_inside_disable_adapter_moves_nothing_that_is_frozen():
     assert run.safe.prefixes == {"model.layers": 2} and len(messages) <= 1
 
 
-def test_a_gradient_set_by_hand_is_gone_before_the_optimizer_step():
+def test_a_gradient_set_by_hand_is_removed_before_the_optimizer_step():
     def meddle():
         for parameter in run.frozen:
             parameter.requires_grad_(True)
@@ -195,10 +195,10 @@ def test_another_adapter_trains_in_the_frozen_blocks_while_it_is_active(cache):
     assert run.safe.prefixes == {"model.layers": 2}
     run.assert_nothing_frozen_moved()
     (message,) = messages
-    assert "changed from default to other" in message and "set_adapter was called" in message
+    assert "changed from default to other" in message and "model.set_adapter(...)" in message
 
 
-def test_nothing_frozen_moves_in_a_trainer_whose_callback_undoes_the_freeze(tmp_path):
+def test_nothing_frozen_changes_in_a_trainer_whose_callback_undoes_the_freeze(tmp_path):
     class Meddler(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
             model.set_adapter("default")
@@ -225,4 +225,4 @@ def test_nothing_frozen_moves_in_a_trainer_whose_callback_undoes_the_freeze(tmp_
     for name, parameter in model.named_parameters():
         if name in before:
             assert torch.equal(before[name], parameter) == ("layers.2" not in name), name
-    assert len([m for m in messages if "made trainable again" in m]) == 1
+    assert len([m for m in messages if "were frozen again" in m]) == 1

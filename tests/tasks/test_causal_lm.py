@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from itertools import chain
 
 import pytest
@@ -28,7 +29,7 @@ def ids(tokenizer, text: str) -> list[int]:
 INSTRUCT = {"prompt_column": "prompt", "completion_column": "completion"}
 
 
-def test_the_loss_is_on_the_completion_and_its_end_alone(tokenizer):
+def test_the_loss_is_only_on_the_completion_and_its_end(tokenizer):
     rows = Dataset.from_dict({"prompt": ["say hello", "ask"], "completion": ["hello", "is it good"]})
     task = CausalLM(**INSTRUCT)
     prepared = task.prepare(rows, tokenizer)
@@ -41,7 +42,7 @@ def test_the_loss_is_on_the_completion_and_its_end_alone(tokenizer):
     assert batch["attention_mask"][0].tolist() == [1, 1, 1, 1, 1, 0]
 
 
-def test_the_prompts_words_do_not_reach_the_loss_but_the_completions_do(tokenizer, tmp_path):
+def test_prompt_tokens_have_no_loss(tokenizer, tmp_path):
     task = CausalLM(**INSTRUCT)
     model = task.load_model(Source(save_llama(tmp_path))).eval()
     rows = Dataset.from_dict({"prompt": ["say hello"], "completion": ["hello bye"]})
@@ -51,8 +52,8 @@ def test_the_prompts_words_do_not_reach_the_loss_but_the_completions_do(tokenize
     torch.testing.assert_close(loss, by_hand)
 
 
-def test_plain_text_is_learnt_to_its_end(tokenizer):
-    prepared = CausalLM(text_column="text").prepare(Dataset.from_dict({"text": ["good film"]}), tokenizer)
+def test_the_end_of_plain_text_has_a_loss(tokenizer):
+    prepared = CausalLM(text_column=["text"]).prepare(Dataset.from_dict({"text": ["good film"]}), tokenizer)
     assert prepared[0]["labels"] == prepared[0]["input_ids"]
     assert prepared[0]["input_ids"] == [1, *ids(tokenizer, "good film"), 2]
 
@@ -78,8 +79,8 @@ def test_perplexity_is_over_tokens_and_leaves_out_padding():
     assert huge["perplexity"] == math.inf
 
 
-def test_a_model_that_sees_the_next_word_is_refused(tmp_path):
-    with pytest.raises(ModelError, match=r"BertLMHeadModel of .* reads in both directions"):
+def test_a_bidirectional_model_raises(tmp_path):
+    with pytest.raises(ModelError, match=r"BertLMHeadModel of .* is bidirectional"):
         CausalLM().load_model(Source(save_bert(tmp_path)))
 
 
@@ -99,31 +100,31 @@ LINES = [" = good film = \n", "", "the film was very good\n", "\n", "i liked it\
 
 def test_grouped_texts_are_the_blocks_of_run_clm(tokenizer):
     rows = Dataset.from_dict({"text": LINES * 4})
-    task = CausalLM(text_column="text", group_texts=True, max_length=7)
+    task = CausalLM(text_column=["text"], block_size=7)
     assert task.faults(Split(rows, "here")) == {}  # empty lines belong to the text
     prepared = task.prepare(rows, tokenizer)
     assert prepared["input_ids"][:] == run_clm_blocks(LINES * 4, tokenizer, 7) == prepared["labels"][:]
     assert task.prepare(rows, tokenizer)["input_ids"][:] == prepared["input_ids"][:]  # and again in the next epoch
 
 
-def test_blocks_span_the_thousands_in_which_rows_are_read(tokenizer):
+def test_blocks_span_batches_of_rows(tokenizer):
     rows = Dataset.from_dict({"text": LINES * 700})
     joined = list(chain.from_iterable(tokenizer(LINES * 700)["input_ids"]))
     size = len(joined) // 2 - 1  # so that the first thousand fills none
-    prepared = CausalLM(text_column="text", group_texts=True, max_length=size).prepare(rows, tokenizer)
+    prepared = CausalLM(text_column=["text"], block_size=size).prepare(rows, tokenizer)
     assert list(chain.from_iterable(prepared["input_ids"])) == joined[: 2 * size]
 
 
-def test_too_little_text_for_a_block_is_told(tokenizer):
-    task = CausalLM(text_column="text", group_texts=True, max_length=50)
-    with pytest.raises(DataError, match=r"(?s)11 tokens in all, too few for one block of 50.*--block_size 5"):
+def test_too_little_text_for_a_block_raises(tokenizer):
+    task = CausalLM(text_column=["text"], block_size=50)
+    with pytest.raises(DataError, match=r"(?s)11 tokens, fewer than one block of 50.*--block_size 5"):
         task.prepare(Dataset.from_dict({"text": ["the film was very good", "i liked it", ""]}), tokenizer)
 
 
 def test_a_plain_text_file_is_read_line_by_line(tmp_path, tokenizer):
     file = tmp_path / "wiki.txt"
     file.write_text("".join(line or "\n" for line in LINES))
-    rows, _ = load_splits(CausalLM(group_texts=True), train_file=str(file))
+    rows, _ = load_splits(CausalLM(block_size=8), train_file=str(file))
     assert "".join(rows["text"]) == file.read_text()
     with pytest.raises(DataError, match=r"wiki\.txt, line 2: empty text"):
         load_splits(CausalLM(), train_file=str(file))
@@ -142,7 +143,7 @@ CHAT = [
 ]
 
 
-def test_in_a_conversation_the_loss_is_on_what_the_assistant_says_and_its_ends(tokenizer):
+def test_the_loss_of_a_conversation_is_on_the_assistants_turns(tokenizer):
     tokenizer.chat_template = CHATML
     assert turns(CHAT, tokenizer) == [
         ("<|user|>say hello</s><|assistant|>", False),
@@ -162,22 +163,38 @@ def test_in_a_conversation_the_loss_is_on_what_the_assistant_says_and_its_ends(t
     assert short["input_ids"] == short["labels"] == [*ids(tokenizer, "is it good"), 2]
 
 
-def test_a_tokenizer_that_cannot_write_conversations_is_refused(tokenizer):
+def test_a_tokenizer_that_cannot_write_conversations_raises(tokenizer):
     with pytest.raises(ModelError, match=r"(?s)no chat template.*--tokenizer_name"):
         turns(CHAT, tokenizer)
     # As templates that drop the thinking of earlier turns: the first answer reads otherwise once others follow.
     tokenizer.chat_template = CHATML.replace(
         "m['content']", "('' if m['role'] == 'assistant' and not loop.last else m['content'])"
     )
-    with pytest.raises(ModelError, match=r"(?s)otherwise once others follow.*message 4"):
+    with pytest.raises(ModelError, match=r"(?s)changes a turn when others follow.*message 4.*adafreeze\[llm\]"):
         turns(CHAT, tokenizer)
+
+
+def test_training_templates_of_trl_keep_earlier_turns(tokenizer, monkeypatch):
+    trl = pytest.importorskip("trl.chat_template_utils")
+    tokenizer.chat_template = trl.qwen3_chat_template  # drops the thinking of earlier turns
+    thinking = [CHAT[0], {**CHAT[1], "content": "<think>\nvery\n</think>\n\nhello"}, *CHAT[2:]]
+    thinking = [{key: value for key, value in message.items() if value} for message in thinking]
+    rows = Dataset.from_dict({"messages": [thinking]})
+    task = CausalLM(messages_column="messages")
+    labels = [label for label in task.prepare(rows, tokenizer)[0]["labels"] if label != -100]
+    assert all(token in labels for token in ids(tokenizer, "very hello is it good"))
+    monkeypatch.setitem(sys.modules, "trl.chat_template_utils", None)
+    with pytest.raises(ModelError, match=r"changes a turn"):
+        task.prepare(rows, tokenizer)
+    tokenizer.chat_template = CHATML  # needs no other version, so no TRL
+    assert task.prepare(Dataset.from_dict({"messages": [CHAT]}), tokenizer)
 
 
 @pytest.mark.parametrize(
     ("messages", "fault"),
     [
         (CHAT[:1], "no message of the assistant"),
-        (CHAT[1:], "that the assistant begins"),
+        (CHAT[1:], "that starts with the assistant"),
         ([{"role": "user", "content": None}], "no list of messages with role and content"),
         (None, "no list of messages"),
     ],

@@ -1,4 +1,4 @@
-"""Text generation: what is written, what it is compared with, and what the comparison says."""
+"""Text generation: the generated text, its references, and its scores."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def model(llama):
 @pytest.fixture
 def task(llama):
     """Prepared for an evaluation on ROWS."""
-    task = TextGeneration(**COLUMNS, max_new_tokens=6)
+    task = TextGeneration(**COLUMNS, generation_max_new_tokens=6)
     task.prepare_evaluation(Dataset.from_list(ROWS), load_tokenizer(Source(llama)))
     return task
 
@@ -73,7 +73,7 @@ def test_rouge_l_by_hand_takes_the_best_reference():
     assert found == pytest.approx(100 * 2 * precision * recall / (precision + recall))
 
 
-def test_scores_on_stored_texts_are_those_of_the_libraries():
+def test_scores_equal_those_of_the_libraries():
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
     columns = [["" if n >= len(group) else group[n] for group in REFERENCES] for n in range(3)]
     best = [
@@ -87,11 +87,11 @@ def test_scores_on_stored_texts_are_those_of_the_libraries():
 
 
 @pytest.mark.parametrize("package", ["sacrebleu", "rouge_score"])
-def test_an_absent_library_is_named_before_the_training(monkeypatch, llama, package):
+def test_a_missing_package_is_named_before_training(monkeypatch, llama, package):
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ConfigError, match=rf"(?s){package.replace('_', '-')} is not installed.*pip install"):
+    with pytest.raises(ConfigError, match=rf"(?s){package.replace('_', '-')}.* is not installed.*pip install"):
         TextGeneration(**COLUMNS).prepare_evaluation(Dataset.from_list(ROWS), load_tokenizer(Source(llama)))
 
 
@@ -104,19 +104,19 @@ def test_rows_of_one_prompt_are_its_references(task):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_what_is_written_does_not_depend_on_the_batch(task, model, beams):
-    task.num_beams = beams
+def test_generated_text_does_not_depend_on_the_batch(task, model, beams):
+    task.generation_num_beams = beams
     prompts = list(task.references)
     alone = []
     for prompt in prompts:
         ids = task.tokenizer(prompt + "\n", return_tensors="pt")["input_ids"]
         out = model.generate(ids, max_new_tokens=6, num_beams=beams, do_sample=False, pad_token_id=2)
         alone.append(task.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-    assert len(set(alone)) == 3  # they are told apart
+    assert len(set(alone)) == 3
     assert task.write(model, prompts, batch_size=2) == alone == task.write(model, prompts, batch_size=8)
 
 
-def test_writing_leaves_mode_and_random_state_as_they_were(task, model):
+def test_generation_restores_mode_and_random_state(task, model):
     model.train()
     before = torch.get_rng_state()
     task.write(model, ["ask"], batch_size=1)
@@ -128,7 +128,7 @@ def test_a_prompt_too_long_for_the_model_loses_its_beginning(task, model):
     assert task.write(model, [long], 1) == task.write(model, ["very " * 57 + "good film"], 1)
 
 
-def test_a_model_too_small_for_what_it_is_to_write_is_refused(llama):
+def test_a_model_with_too_few_positions_raises(llama):
     with pytest.raises(ConfigError, match=r"(?s)new_tokens is 64, but the model has 64 positions.*new_tokens 32"):
         TextGeneration(**COLUMNS).load_model(Source(llama))
 
@@ -169,7 +169,7 @@ def losses(folder) -> list[float]:
     return [e["loss"] for e in read_journal(folder / "journal.jsonl") if e["event"] == "log" and "loss" in e]
 
 
-def test_a_run_with_frozen_blocks_is_scored_as_its_adapter_is_with_plain_peft(train, task, llama):
+def test_a_run_with_frozen_blocks_has_the_scores_of_its_adapter_in_plain_peft(train, task, llama):
     folder = train(*TASK, *SHORT, *FROZEN, "--eval_strategy", "epoch")
     found = json.loads((folder / "all_results.json").read_text())
     assert found["frozen_units"] == 1 and found["cache_hit_rate"] > 0.5  # the prefix is in use as it writes
@@ -187,7 +187,7 @@ def test_max_eval_samples_are_rows_and_beams_are_searched(train):
     assert 0 <= found["eval_bleu"] <= 100 and 0 <= found["eval_rougeL"] <= 100
 
 
-def test_grouped_text_is_found_in_the_cache_and_its_perplexity_is_that_of_run_clm(train, llama, tmp_path):
+def test_grouped_text_hits_the_cache_and_has_the_perplexity_of_run_clm(train, llama, tmp_path):
     file = tmp_path / "wiki.txt"
     file.write_text("\n".join(f"{first} {second}" for first in WORDS[:6] for second in WORDS[:5]))
     flags = ("--task", "causal-lm", "--block_size", "8", "--train_file", str(file), "--validation_file", str(file))
@@ -200,7 +200,7 @@ def test_grouped_text_is_found_in_the_cache_and_its_perplexity_is_that_of_run_cl
         assert found["perplexity"] == pytest.approx(math.exp(loaded(blocks, labels=blocks).loss), rel=1e-5)
 
 
-def test_blocks_longer_than_the_model_reads_are_cut_to_what_it_reads(train, tmp_path):
+def test_block_size_is_limited_to_the_models_positions(train, tmp_path):
     file = tmp_path / "wiki.txt"
     file.write_text("the film was very good\n" * 26)
     flags = ("--task", "causal-lm", "--block_size", "100", "--train_file", str(file), "--validation_file", str(file))
@@ -229,12 +229,12 @@ def test_perplexity_is_the_exponential_of_the_loss_of_a_token(train, llama):
         (("--task", "text-generation", "--text_column", "prompt"), "text_column has no effect on text-generation"),
         ((*TASK, "--generation_num_beams", "0"), "--generation_num_beams is 0"),
         ((*TASK, "--block_size", "8"), "--block_size has no effect on text-generation"),
-        (("--task", "causal-lm", *TASK[2:], "--block_size", "8"), "--block_size 8 cannot be used here"),
+        (("--task", "causal-lm", *TASK[2:], "--block_size", "8"), "--block_size 8 cuts plain text into rows"),
         (("--task", "causal-lm", *TASK[2:], "--messages_column", "m"), "or --messages_column"),
         (("--task", "causal-lm", "--generation_num_beams", "2"), "It is for text-generation"),
         (("--task", "causal-lm", "--messages_column", "prompt"), "no list of messages"),
     ],
 )
-def test_flags_that_do_not_go_together_are_refused(train, flags, said):
+def test_contradicting_flags_raise(train, flags, said):
     with pytest.raises(Exception, match=said):
         train(*flags)

@@ -23,10 +23,10 @@ def test_a_label_may_be_the_official_name_or_its_number(name):
         task, rows = fitted(name, as_text)
         assert task.prepare(rows, bert_tokenizer())["labels"][:] == [row["label"] for row in glue_rows(name)]
         if GLUE[name].classes:
-            assert task.id2label == dict(enumerate(GLUE[name].classes))
+            assert task.config_fields()["id2label"] == dict(enumerate(GLUE[name].classes))
 
 
-def test_f1_is_of_the_equivalent_pairs_whatever_the_order_of_the_names():
+def test_f1_is_of_the_equivalent_pairs_in_any_order_of_names():
     # In alphabetical order "equivalent" would be 0, and F1 that of the pairs that are not.
     task, rows = fitted("mrpc", as_text=True)
     truth = [task.names.index(label) for label in rows["label"]]
@@ -38,11 +38,11 @@ def test_f1_is_of_the_equivalent_pairs_whatever_the_order_of_the_names():
 def test_a_label_that_glue_does_not_know(tmp_path):
     rows = glue_rows("rte", as_text=True)
     rows[2]["label"] = "neutral"
-    with pytest.raises(DataError, match=r"line 3: the label 'neutral' is none of entailment, not_entailment"):
+    with pytest.raises(DataError, match=r"line 3: the label 'neutral' is not one of entailment, not_entailment"):
         load_splits(glue_task("rte"), train_file=write(tmp_path / "a.jsonl", rows))
 
 
-def test_labels_of_two_files_meet_by_name_not_by_number():
+def test_labels_of_two_files_match_by_name():
     def split(names: list[str], labels: list[str]) -> Split:
         features = Features({"sentence": Value("string"), "label": ClassLabel(names=names)})
         return Split(Dataset.from_dict({"sentence": ["a"] * len(labels), "label": labels}, features=features), names[0])

@@ -62,5 +62,5 @@ def test_a_task_of_glue_has_the_names_that_run_glue_logs(name, keys):
 
 
 @pytest.mark.filterwarnings("error")
-def test_equal_predictions_correlate_with_nothing():
+def test_equal_predictions_have_zero_correlation():
     assert measure(["pearson", "spearmanr"], [1.0, 1.0], [0.0, 1.0]) == {"pearson": 0.0, "spearmanr": 0.0}

@@ -10,41 +10,51 @@ from transformers import EvalPrediction
 
 from adafreeze.errors import DataError
 from adafreeze.tasks import QuestionAnswering, Split, load_splits
-from adafreeze.tasks._spans import Window, best_span, span_of
+from adafreeze.tasks.squad import best_span, span_of
 from text_cases import bert_tokenizer, nested, questions, write
 
 
-def window(start: list[float], end: list[float]) -> Window:
-    """Tokens [CLS] w0 w1 w2 ... of five characters each, w0 at character 0."""
+def best(start: list[float], end: list[float], n_best: int = 20, max_tokens: int = 30):
+    """The best span of a window with the tokens [CLS] w0 w1 ... of five characters each, w0 at character 0."""
     starts = np.array([-1, *(5 * i for i in range(len(start) - 1))])
-    return Window(starts, np.where(starts < 0, -1, starts + 4), np.array(start), np.array(end), 0)
-
-
-def best(*windows: Window, n_best: int = 20, max_tokens: int = 30, null_threshold: float | None = None):
-    return best_span(windows, n_best=n_best, max_tokens=max_tokens, null_threshold=null_threshold)
+    ends = np.where(starts < 0, -1, starts + 4)
+    return best_span(starts, ends, np.array(start), np.array(end), n_best, max_tokens)[1]
 
 
 def test_the_best_pair_of_start_and_end_wins():
-    assert best(window([0, 1, 5, 0], [0, 0, 1, 4])) == (5, 14)
-    assert best(window([9, 1, 5, 0], [9, 0, 1, 4])) == (5, 14)  # [CLS] is no span
+    assert best([0, 1, 5, 0], [0, 0, 1, 4]) == (5, 14)
+    assert best([9, 1, 5, 0], [9, 0, 1, 4]) == (5, 14)  # [CLS] is no span
 
 
 def test_a_span_runs_forward_and_is_not_too_long():
-    assert best(window([0, 1, 0, 5], [0, 6, 0, 1])) == (0, 4)  # 1 + 6, not 5 + 6 backwards
-    assert best(window([0, 5, 0, 1], [0, 0, 1, 5]), max_tokens=2) == (0, 9)  # 5 + 1; three words would be 10
-    assert best(window([0, 0, 0, 5], [0, 5, 0, 0]), n_best=1) is None  # its only pair runs backwards
+    assert best([0, 1, 0, 5], [0, 6, 0, 1]) == (0, 4)  # 1 + 6, not 5 + 6 backwards
+    assert best([0, 5, 0, 1], [0, 0, 1, 5], max_tokens=2) == (0, 9)  # 5 + 1; three words would be 10
+    assert best([0, 0, 0, 5], [0, 5, 0, 0], n_best=1) is None  # its only pair runs backwards
+
+
+def exact(scores: dict[tuple[int, int], float], threshold: float = 0) -> float:
+    """The exact match of "bad" in "good bad film book very not the", whose windows are [CLS] ask [SEP] and four words.
+
+    ``scores`` are start and end logits by window and token; all others are 0.
+    """
+    task = fitted(questions(8, unanswerable=True), max_length=8, doc_stride=1, null_score_diff_threshold=threshold)
+    row = {"question": "ask", "context": "good bad film book very not the"}
+    rows = [{**row, "answers": {"text": ["bad"], "answer_start": [5]}}]
+    logits = np.zeros((2, len(task.prepare_evaluation(Dataset.from_list(rows), bert_tokenizer())), 8))
+    for (window, token), value in scores.items():
+        logits[:, window, token] = value
+    return task.compute_metrics(EvalPrediction(tuple(logits), None))["exact_match"]
 
 
 def test_the_best_of_all_windows_wins():
-    assert best(window([0, 1, 0], [0, 1, 0]), window([0, 0, 3], [0, 0, 3])) == (5, 9)
+    assert exact({(0, 4): 2, (1, 4): 1}) == 100  # "bad" in the first window, "very" in the second
+    assert exact({(0, 4): 2, (1, 4): 3}) == 0
 
 
 def test_no_answer_must_win_by_more_than_the_threshold():
-    # Span 4, null 5 in one window and 6 in the other: the smaller one is compared.
-    windows = window([3, 2, 0], [2, 2, 0]), window([3, 0, 0], [3, 0, 0])
-    assert best(*windows) == (0, 4)
-    assert best(*windows, null_threshold=0) is None
-    assert best(*windows, null_threshold=1) == (0, 4)
+    # "bad" scores 4, no answer 5 in one window and 6 in the other: the smaller one is compared.
+    scores = {(0, 4): 2, (0, 0): 2.5, (1, 0): 3}
+    assert exact(scores) == 0 and exact(scores, threshold=1) == 100
 
 
 def test_a_span_is_found_by_its_characters():
@@ -82,7 +92,7 @@ def test_a_long_context_becomes_windows_that_overlap():
 
 
 @pytest.mark.parametrize("unanswerable", [False, True])
-def test_right_logits_score_a_hundred_and_others_do_not(unanswerable):
+def test_only_right_logits_score_100(unanswerable):
     rows = questions(8, unanswerable)
     task, data = fitted(rows, max_length=14, doc_stride=3), Dataset.from_list(rows)
     windows = task.prepare_evaluation(data, bert_tokenizer())
@@ -125,7 +135,7 @@ def changed(**values) -> list[dict]:
         ({"answers": {"text": ["the plot"], "answer_start": [70]}}, r"answer_start 70 is beyond the context of 16"),
         (
             {"answers": {"text": ["plot"], "answer_start": [0]}},
-            r"at answer_start 0 stands 'it w', not .*'plot'",
+            r"at answer_start 0 is 'it w', not .*'plot'",
         ),
         ({"answers": {"text": [""], "answer_start": [0]}}, r"line 3: an answer is empty"),
         ({"answers": {"text": ["it", "was"], "answer_start": [0]}}, r"line 3: the answers are not \{'text'"),
@@ -137,15 +147,15 @@ def test_a_row_that_cannot_be_used_is_named_by_its_line(tmp_path, values, patter
 
 def test_files_that_cannot_be_used(tmp_path):
     refused(r"no column 'answers'.*--answers_column", [{"question": "a", "context": "b"}], tmp_path)
-    refused(r"a\.json holds no question", {"data": []}, tmp_path, "a.json")
-    refused(r"a\.json is not in SQuAD's format: data is missing", {"rows": []}, tmp_path, "a.json")
+    refused(r"a\.json has no questions", {"data": []}, tmp_path, "a.json")
+    refused(r"a\.json is not in SQuAD's format: the file has no 'data'", {"rows": []}, tmp_path, "a.json")
     refused(r"no question with an answer", questions(4, True)[3:], tmp_path)
     wrong = nested(changed(answers={"text": ["the plot"], "answer_start": [70]}))
     refused(r"a\.json, question 'q2': answer_start 70", wrong, tmp_path, "a.json")
     refused(r"question 'was the film good' has 4 tokens.*--doc_stride 1", questions(4), tmp_path, max_length=9)
 
 
-def test_no_answer_where_training_has_always_one(tmp_path):
+def test_no_answer_in_validation_if_training_always_has_one(tmp_path):
     files = {
         "train_file": write(tmp_path / "t.jsonl", questions()),
         "validation_file": write(tmp_path / "v.jsonl", questions(unanswerable=True)),

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from transformers import EvalPrediction
 
-from adafreeze.tasks import Split, TextClassification
+from adafreeze.tasks import Regression, Split, TextClassification
 from text_cases import bert_tokenizer
 
 
@@ -28,12 +29,12 @@ def fitted(labels: list, **options) -> tuple[TextClassification, Dataset]:
 )
 def test_labels_of_any_kind_become_ids(labels, names, ids):
     task, rows = fitted(labels)
-    assert task.names == names and task.num_labels == len(names)
+    assert task.names == names and task.config_fields()["num_labels"] == len(names)
     assert task.prepare(rows, bert_tokenizer())["labels"][:] == ids
 
 
-def test_pairs_are_told_apart_by_token_types():
-    task, rows = fitted(["a", "b"], text_columns=("text", "other"))
+def test_pairs_have_token_types():
+    task, rows = fitted(["a", "b"], text_column=("text", "other"))
     prepared = task.prepare(rows, bert_tokenizer())
     assert prepared[0]["token_type_ids"] == [0, 0, 0, 0, 1, 1]
     assert set(prepared.column_names) == {"input_ids", "token_type_ids", "attention_mask", "labels"}
@@ -55,3 +56,13 @@ def test_metrics_of_two_labels_and_of_more():
     assert found["f1_macro"] == pytest.approx((2 / 3 + 4 / 5) / 2)
     task, _ = fitted(["a", "b", "c"])
     assert "f1" not in task.compute_metrics(EvalPrediction(np.array([0, 1]), np.array([0, 1])))
+
+
+def test_a_line_of_any_slope_has_correlation_1():
+    found = Regression().compute_metrics(EvalPrediction(np.array([1.0, 3.0, 5.0]), np.array([0.0, 1.0, 2.0])))
+    assert found["pearson"] == pytest.approx(1) and found["spearmanr"] == pytest.approx(1)
+    assert found["mse"] == pytest.approx((1 + 4 + 9) / 3)
+
+
+def test_one_number_a_row_is_kept():
+    assert Regression().preprocess_logits(torch.ones(4, 1), torch.ones(4)).shape == (4,)

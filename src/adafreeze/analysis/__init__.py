@@ -2,13 +2,12 @@
 
 from .figure import draw
 from .hessian import Hessian, eigenvalues, trace
-from .landscape import direction, line, plane
+from .landscape import direction, line, plane, sharpness
 from .loss import Loss, adapter_parameters, predictions
-from .measure import Finding, Settings, measure
-from .sharpness import block_norms, sharpness
+from .measure import Finding, Settings, block_norms, measure
 
 __all__ = [
-    # what is looked at
+    # a loss as a function of parameters
     "Loss",
     "adapter_parameters",
     "predictions",
@@ -16,15 +15,15 @@ __all__ = [
     "Hessian",
     "eigenvalues",
     "trace",
-    "sharpness",
-    "block_norms",
     # the loss around the weights
     "direction",
     "line",
     "plane",
-    # all of it
+    "sharpness",
+    # all measurements
     "Finding",
     "Settings",
-    "measure",
+    "block_norms",
     "draw",
+    "measure",
 ]

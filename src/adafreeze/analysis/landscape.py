@@ -1,39 +1,32 @@
-"""Slices of the loss along random directions that are as large as the weights (Li et al. 2018)."""
+"""The loss around the weights: slices along random directions (Li et al. 2018), and sharpness (SAM)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .loss import Loss
+from .loss import Loss
 
-__all__ = ["direction", "line", "plane"]
+__all__ = ["direction", "line", "plane", "sharpness"]
 
 
 def direction(loss: Loss, seed: int) -> Tensor:
-    """A Gaussian direction, filter-normalised: each row of a matrix gets the norm of the weights' row.
+    """A Gaussian direction, filter-normalized: d_i ← d_i · ‖w_i‖ / ‖d_i‖ for each filter i.
 
-    d_i ← d_i · ‖w_i‖ / ‖d_i‖ for filters i. A filter is what makes one number of a matrix's output: a row of LoRA's A
-    and of its B. A vector (DoRA's magnitude, VeRA's, a bias) is one filter. The draw depends on ``seed`` and shapes
-    alone, so runs of the same adapters are cut along the same direction but for its scale.
+    A filter is a row of a matrix (LoRA's A and B), or a whole vector (DoRA's magnitude, VeRA's vectors, a bias). The
+    draw depends only on ``seed`` and shapes, so it is the same up to scale for all runs with the same adapters.
 
     Returns:
-        Flat, shape (size,), float64.
+        Shape (size,), float64.
     """
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(loss.size, generator=generator, dtype=torch.float64)
-    pieces, start = [], 0
-    weights = loss.weights()
-    for parameter in loss.parameters.values():
-        end = start + parameter.numel()
-        rows = len(parameter) if parameter.ndim > 1 else 1
-        d, w = drawn[start:end].view(rows, -1), weights[start:end].view(rows, -1)
+    drawn = loss.split(torch.randn(loss.size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+    pieces = []
+    for d, w in zip(drawn, loss.split(loss.weights()), strict=True):
+        rows = (len(w) if w.ndim > 1 else 1, -1)
+        d, w = d.reshape(rows), w.reshape(rows)
         pieces.append((d * (w.norm(dim=1) / d.norm(dim=1))[:, None]).flatten())
-        start = end
     return torch.cat(pieces)
 
 
@@ -43,5 +36,19 @@ def line(loss: Loss, along: Tensor, steps: Sequence[float]) -> list[float]:
 
 
 def plane(loss: Loss, along: Tensor, across: Tensor, steps: Sequence[float]) -> list[list[float]]:
-    """L(w + a·along + b·across): a row for each b in ``steps``, in it a value for each a."""
+    """L(w + a·along + b·across): a row for each b in ``steps``, with a value for each a."""
     return [line(loss, along, steps) if b == 0 else [loss.at(a * along + b * across) for a in steps] for b in steps]
+
+
+def sharpness(loss: Loss, rho: float = 0.05, *, adaptive: bool = False) -> float:
+    """L(w + e) − L(w) for the e with ‖e‖ ≤ ρ in the direction of the gradient g, as in training with SAM; 0 if g = 0.
+
+    e = ρ·g/‖g‖ (Foret et al. 2021, ρ = 0.05). Adaptive, which makes it invariant to rescaling weights between layers:
+    ‖e/|w|‖ ≤ ρ, e = ρ·w²g/‖|w|·g‖ (Kwon et al. 2021, ρ = 0.5).
+    """
+    gradient = loss.gradient()
+    scale = loss.weights().abs() if adaptive else 1.0
+    norm = (scale * gradient).norm()
+    if norm == 0:
+        return 0.0
+    return loss.at(rho * scale * scale * gradient / norm) - loss.value()

@@ -18,11 +18,7 @@ __all__ = ["Loss", "adapter_parameters", "predictions"]
 
 
 def adapter_parameters(model: nn.Module, *, head: bool = False) -> dict[str, nn.Parameter]:
-    """All adapter parameters of ``model``, frozen ones too, by name in the model before PEFT wrapped it.
-
-    Args:
-        model: with adapters of PEFT.
-        head: also what PEFT trains in full (``modules_to_save``).
+    """All PEFT adapter parameters, frozen ones too, by name; with ``head`` also those in ``modules_to_save``.
 
     Raises:
         ModelError: there are none.
@@ -30,7 +26,7 @@ def adapter_parameters(model: nn.Module, *, head: bool = False) -> dict[str, nn.
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
-    PeftBackend(model)
+    PeftBackend(model)  # raises for a model without adapters
     wanted: set[int] = set()
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
@@ -42,7 +38,7 @@ def adapter_parameters(model: nn.Module, *, head: bool = False) -> dict[str, nn.
 
 
 def predictions(batch: Mapping[str, Any]) -> int:
-    """What the loss of a model of transformers is a mean over: the rows, of a language model its predicted tokens.
+    """What the loss of a transformers model is the mean over: rows, or for a language model predicted tokens.
 
     >>> predictions({"input_ids": torch.zeros(3, 5), "labels": torch.tensor([0, 1, 1])})
     3
@@ -56,16 +52,16 @@ def predictions(batch: Mapping[str, Any]) -> int:
 
 
 class Loss:
-    """L(w) = Σ_b n_b·L_b(w) / Σ_b n_b, in evaluation mode: without dropout, and without a cache for generation.
+    """L(w) = Σ_b n_b·L_b(w) / Σ_b n_b, in evaluation mode.
 
-    Vectors are flat, in the order of ``parameters``. Weights, gradients and flags of the model are after each call as
-    they were.
+    Vectors are flat, in the order of ``parameters``. Each call leaves the weights, gradients and flags of the model
+    unchanged.
 
     Args:
-        model: whose parameters they are.
+        model: with the parameters.
         batches: b.
-        parameters: w, by name; all else is constant.
-        loss: L_b of model and batch; default: what a model of transformers returns.
+        parameters: w, by name; all other parameters are constant.
+        loss: L_b of model and batch; default: the loss that a transformers model returns.
         count: n_b of a batch.
 
     >>> model = nn.Linear(1, 1, bias=False)
@@ -83,20 +79,24 @@ class Loss:
         count: Callable[[Any], int] = predictions,
     ) -> None:
         self.model, self.parameters = model, dict(parameters)
-        self.size = sum(parameter.numel() for parameter in self.parameters.values())
+        self._own = list(self.parameters.values())
+        self.size = sum(parameter.numel() for parameter in self._own)
         self._loss = loss
         counts = [count(batch) for batch in batches]
         self._batches = [(batch, n / sum(counts)) for batch, n in zip(batches, counts, strict=True) if n]
 
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """``vector`` in the shapes of the parameters."""
+        pieces = vector.split([parameter.numel() for parameter in self._own])
+        return [piece.view(p.shape) for piece, p in zip(pieces, self._own, strict=True)]
+
     def parts(self, vector: Tensor) -> list[Tensor]:
-        """``vector`` in the shapes, dtypes and on the devices of the parameters."""
-        own = list(self.parameters.values())
-        pieces = vector.split([parameter.numel() for parameter in own])
-        return [piece.view(p.shape).to(p.device, p.dtype) for piece, p in zip(pieces, own, strict=True)]
+        """``vector`` in the shapes and dtypes and on the devices of the parameters."""
+        return [piece.to(p.device, p.dtype) for piece, p in zip(self.split(vector), self._own, strict=True)]
 
     def weights(self) -> Tensor:
-        """A copy of w."""
-        return _flat([parameter.detach() for parameter in self.parameters.values()])
+        """A copy of w, shape (size,), float64."""
+        return _flat(self._own)
 
     def value(self) -> float:
         """L(w)."""
@@ -104,77 +104,72 @@ class Loss:
             return sum(share * float(self._loss(self.model, batch)) for batch, share in self._batches)
 
     def at(self, shift: Tensor) -> float:
-        """L(w + shift); the weights are put back to the bit."""
-        own = list(self.parameters.values())
-        before = [parameter.detach().clone() for parameter in own]
+        """L(w + shift)."""
+        before = [parameter.detach().clone() for parameter in self._own]
         try:
-            with torch.no_grad():
-                for parameter, part in zip(own, self.parts(shift), strict=True):
-                    parameter.add_(part)
+            for parameter, part in zip(self._own, self.parts(shift), strict=True):
+                parameter.data.add_(part)
             return self.value()
         finally:
-            with torch.no_grad():
-                for parameter, old in zip(own, before, strict=True):
-                    parameter.copy_(old)
+            for parameter, old in zip(self._own, before, strict=True):
+                parameter.data.copy_(old)
 
     def gradient(self) -> Tensor:
         """∇L(w), shape (size,), float64."""
         total = torch.zeros(self.size, dtype=torch.float64)
-        with quiet(self.model), self._differentiable() as own:
+        with quiet(self.model), self._differentiable():
             for batch, share in self._batches:
-                found = torch.autograd.grad(self._loss(self.model, batch), own, materialize_grads=True)
+                found = torch.autograd.grad(self._loss(self.model, batch), self._own, materialize_grads=True)
                 total += share * _flat(found)
         return total
 
     def products(self, vectors: Tensor) -> Tensor:
         """∇²L(w)·v for each row v of ``vectors``, shape (rows, size), float64.
 
-        By double backward: the graph of ∇L_b·v, which is made once a batch for all rows. Attention takes SDPA's math
-        path: the fused kernels have no second derivative.
+        By double backward; the graph of ∇L_b is built once per batch. Uses SDPA's math backend, because fused kernels
+        have no second derivative.
 
         Raises:
-            ModelError: an operation of the model has none either.
+            ModelError: another operation of the model has no second derivative.
         """
         total = torch.zeros(len(vectors), self.size, dtype=torch.float64)
-        with quiet(self.model), self._differentiable() as own, sdpa_kernel(SDPBackend.MATH):
+        with quiet(self.model), self._differentiable(), sdpa_kernel(SDPBackend.MATH):
             for batch, share in self._batches:
-                gradient = torch.autograd.grad(
-                    self._loss(self.model, batch), own, create_graph=True, materialize_grads=True
-                )
+                loss = self._loss(self.model, batch)
+                gradient = torch.autograd.grad(loss, self._own, create_graph=True, materialize_grads=True)
+                curved = [i for i, g in enumerate(gradient) if g.requires_grad]
+                if not curved:  # linear in w
+                    continue
                 for row, vector in enumerate(vectors):
-                    found = self._backward(gradient, self.parts(vector), own, keep=row + 1 < len(vectors))
+                    parts = self.parts(vector)
+                    try:
+                        found = torch.autograd.grad(
+                            [gradient[i] for i in curved],
+                            self._own,
+                            [parts[i] for i in curved],
+                            retain_graph=row + 1 < len(vectors),
+                            materialize_grads=True,
+                        )
+                    except RuntimeError as error:
+                        if "derivative" not in str(error):
+                            raise
+                        raise ModelError(
+                            f"{type(self.model).__name__} has no second derivative: {str(error).splitlines()[0]}",
+                            fix='from_pretrained(..., attn_implementation="eager"), and no other fused kernels.',
+                        ) from error
                     total[row] += share * _flat(found)
         return total
 
-    def _backward(
-        self, gradient: Sequence[Tensor], vector: list[Tensor], own: list[nn.Parameter], keep: bool
-    ) -> Sequence[Tensor]:
-        curved = [(g, v) for g, v in zip(gradient, vector, strict=True) if g.requires_grad]
-        if not curved:  # linear in w
-            return [torch.zeros_like(parameter) for parameter in own]
-        outputs, weights = zip(*curved, strict=True)
-        try:
-            return torch.autograd.grad(outputs, own, weights, retain_graph=keep, materialize_grads=True)
-        except RuntimeError as error:
-            if "derivative" not in str(error):
-                raise
-            raise ModelError(
-                f"{type(self.model).__name__} cannot be differentiated twice: {str(error).splitlines()[0]}",
-                cause="One of its operations is a fused kernel without a second derivative.",
-                fix='from_pretrained(..., attn_implementation="eager"), and without fused kernels.',
-            ) from error
-
     @contextmanager
-    def _differentiable(self) -> Iterator[list[nn.Parameter]]:
-        own = list(self.parameters.values())
-        flags = [parameter.requires_grad for parameter in own]
+    def _differentiable(self) -> Iterator[None]:
+        flags = [parameter.requires_grad for parameter in self._own]
         try:
-            for parameter in own:
+            for parameter in self._own:
                 parameter.requires_grad_(True)
             with torch.enable_grad():
-                yield own
+                yield
         finally:
-            for parameter, flag in zip(own, flags, strict=True):
+            for parameter, flag in zip(self._own, flags, strict=True):
                 parameter.requires_grad_(flag)
 
 

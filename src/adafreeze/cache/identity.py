@@ -1,4 +1,4 @@
-"""Identity: a digest of all that a prefix's output depends on, but for the sample."""
+"""A digest of everything that a prefix's output depends on, except the sample."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import importlib.metadata
 import io
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,28 +22,26 @@ __all__ = ["FORMAT_VERSION", "HOSTS_SET", "Identity"]
 
 FORMAT_VERSION = 2
 
-# Elements of each weight that are read before each pass. What writes to ``.data`` in place (a moving average, noise on
-# weights, a merge) leaves no trace in version counters, and nearly always writes to all elements.
+# Elements read of each weight before each pass. In-place writes to ``.data`` (a moving average, noise on weights, a
+# merge) leave no trace in version counters, and nearly always write to all elements.
 SAMPLED = 16
 
-# What a configuration says of heads and outputs; models and hosts set some of it in mid-run.
+# Settings for heads and outputs; models and hosts change some of them during training.
 _NOT_OF_THE_PREFIX = {
     *("problem_type", "id2label", "label2id", "architectures", "_name_or_path", "use_cache", "return_dict"),
     *("output_hidden_states", "output_attentions", "pad_token_id", "bos_token_id", "eos_token_id"),
 }
 
-
-# Attributes of modules that hosts and we ourselves set in mid-run.
+# Attributes of modules that hosts and adafreeze set during training.
 HOSTS_SET = {"training", "gradient_checkpointing"}
 
 
 class Identity:
-    """Tells one prefix from any other by 128 bits.
+    """A 128-bit digest of a prefix, and a check before each pass that its weights are unchanged.
 
-    A chain: the digest of depth k is the digest of depth k − 1 together with the weights of block k − 1 and its
-    adapters, so that growth hashes the new blocks alone. At its root stand the frozen weights outside the blocks
-    (embeddings among them), the model's class and configuration, its attention implementation, the adapters'
-    settings, the versions of the libraries, and the format of the store.
+    The digest is a chain: that of depth k covers that of depth k − 1, the weights of block k − 1 and its adapters, so
+    that growth hashes only the new blocks. The first link covers the frozen weights outside the blocks, the model's
+    class and configuration, the adapters' settings, library versions, and the format of the store.
 
     Args:
         model: the module that the host calls.
@@ -55,110 +54,101 @@ class Identity:
         self._stacks = stacks
         self._backend = backend
         self._chains: list[list[bytes]] = [[] for _ in stacks]
-        self._places: list[tuple[dict[str, Any], str]] = []
+        # Places of weights and settings, not the values: another Parameter may take the place of one.
+        self._weights: list[tuple[dict[str, Any], str]] = []
         self._children: list[dict[str, Any]] = []
-        self._plain: list[tuple[dict[str, Any], str]] = []
-        self._samples: list[list[Tensor]] = []  # views, of one device and dtype each
-        self._seen: tuple[int, int] = (0, 0)
-        self._values: list[Tensor] = []
+        self._settings: list[tuple[dict[str, Any], str]] = []
+        self._sampled: list[list[Tensor]] = []  # views of a few elements of each weight, by device and dtype
+        self._samples: list[Tensor] = []  # their values after the last pass
+        self._seen = self._state()
         self._changed = False
 
     def of(self, depths: Sequence[int]) -> bytes:
         """The digest of prefixes of these depths, one for each stack; hashes what it has not hashed yet."""
         digest = xxhash.xxh3_128()
-        for stack, chain, depth in zip(self._stacks, self._chains, depths, strict=True):
-            if not chain:
-                chain.append(self._chains[0][0] if self._chains[0] else self._root())
-            for block in stack.blocks[len(chain) - 1 : depth]:
-                link = xxhash.xxh3_128(chain[-1])
+        for stack, links, depth in zip(self._stacks, self._chains, depths, strict=True):
+            if not links:
+                links.append(self._chains[0][0] if self._chains[0] else self._root())
+            for block in stack.blocks[len(links) - 1 : depth]:
+                link = xxhash.xxh3_128(links[-1])
                 link.update(repr([_settings(module) for module in block.modules()]).encode())
-                _add_tensors(link, _named_tensors(block))
+                _add_tensors(link, chain(block.named_parameters(), block.named_buffers()))
                 for name, site in self._backend.sites(block):
                     link.update(f"{name}:{self._backend.settings(site)}".encode())
-                chain.append(link.digest())
-            digest.update(chain[depth])
+                links.append(link.digest())
+            digest.update(links[depth])
         return digest.digest()
 
-    def of_calls(self, depths: Sequence[int], stacks: Sequence[int]) -> bytes:
-        """The same, of the depths of calls, with the position of the stack that each is of."""
-        by_stack = dict(zip(stacks, depths, strict=True))
-        return self.of([by_stack.get(position, 0) for position in range(len(self._stacks))])
+    def of_stacks(self, depths: Mapping[str, int]) -> bytes:
+        """The same for depths by stack path; stacks that are not mentioned have none."""
+        return self.of([depths.get(stack.path, 0) for stack in self._stacks])
 
     def watch(self, depths: Sequence[int]) -> None:
-        """Take the weights and settings of these prefixes, as they are now, for what ``changed`` compares with."""
+        """Watch the weights and settings of these prefixes for changes."""
         self.before_pass()
         if self._changed:  # since the last pass, and nothing has asked
             self.forget()
-        for chain, depth in zip(self._chains, depths, strict=True):
-            del chain[depth + 1 :]  # a block that leaves the prefix may train before it comes back
+        for links, depth in zip(self._chains, depths, strict=True):
+            del links[depth + 1 :]  # a block that leaves the prefix may train before it comes back
         blocks = [block for stack, depth in zip(self._stacks, depths, strict=True) for block in stack.blocks[:depth]]
-        # Places, not tensors: what stands there may be replaced by another Parameter.
-        inside = [(module, True) for block in blocks for module in block.modules()]
-        self._places, self._children = [], []
-        for module, whole in [*inside, *((module, False) for module in self._outside_modules())]:
-            own = {name: p for name, p in module._parameters.items() if p is not None}
-            frozen = [name for name, p in own.items() if whole or not p.requires_grad]
-            self._places += [(module._parameters, name) for name in frozen]
-            if whole:
-                self._children.append(module._modules)
-            if len(frozen) == len(own):
-                self._places += [(module._buffers, name) for name in module._buffers]
-        self._plain = [(module.__dict__, name) for module, whole in inside for name in _settings(module)]
+        inside = [module for block in blocks for module in block.modules()]
+        self._weights = [(table, name) for m in inside for table in (m._parameters, m._buffers) for name in table]
+        self._weights += [place for module in self._outside_modules() for place in _frozen(module)]
+        self._children = [module._modules for module in inside]
+        self._settings = [(module.__dict__, name) for module in inside for name in _settings(module)]
         self._sample()
-        self._seen, self._values, self._changed = self._now(), self._now_sampled(), False
+        self.after_pass()
+        self._changed = False
 
     def before_pass(self) -> None:
-        """Of the model, whatever for: see whether a weight was written to since the last one."""
-        self._changed = self._changed or self._now() != self._seen or not self._same_values()
+        """Notice whether a weight was written to since the last pass of the model, of any kind."""
+        # By bits, so that NaN is equal to itself.
+        pairs = zip(self._samples, self._read_samples(), strict=True)
+        same = all(torch.equal(old.view(torch.uint8), new.view(torch.uint8)) for old, new in pairs)
+        self._changed = self._changed or not same or self._state() != self._seen
 
     def after_pass(self) -> None:
-        """What a pass itself does to its weights is no change: PEFT parametrizes experts' weights in each of them."""
-        self._seen, self._values = self._now(), self._now_sampled()
+        """Ignore what a pass itself does to its weights: PEFT parametrizes experts' weights in each of them."""
+        self._seen, self._samples = self._state(), self._read_samples()
 
     def changed(self) -> bool:
-        """Whether a watched weight was written to or replaced between two passes; a few of its values are looked at."""
+        """Whether a watched weight was written to or replaced between two passes."""
         return self._changed
 
-    def _now(self) -> tuple[int, int]:
-        writes, objects = 0, [id(child) for table in self._children for child in table.values()]
-        for table, name in self._places:
+    def _state(self) -> tuple[int, int]:
+        """Sum of the version counters, and a hash of which objects and settings are in place."""
+        versions, objects = 0, [id(child) for table in self._children for child in table.values()]
+        for table, name in self._weights:
             tensor = table.get(name)
             if tensor is not None:
                 # ``.data = other`` keeps the object.
                 objects += [id(tensor), tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0]
-                writes += 0 if tensor.is_inference() else tensor._version
-        settings = tuple(content.get(name) for content, name in self._plain)
-        return writes, hash((*objects, *settings))
+                versions += 0 if tensor.is_inference() else tensor._version
+        return versions, hash((*objects, *(content.get(name) for content, name in self._settings)))
 
     def _sample(self) -> None:
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for table, name in self._places:
+        for table, name in self._weights:
             tensor: Any = table.get(name)
-            # Shards and quantized weights are subclasses with storages of their own: version counters have to do there.
+            # Shards and quantized weights are subclasses with other storages; for them there are version counters.
             if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
                 continue
             tensor = tensor.detach()
-            tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))  # as it lies in memory
+            tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))  # in memory order
             if tensor.numel() and tensor.is_contiguous():
                 step = max(1, tensor.numel() // SAMPLED)
-                while tensor.ndim and math.gcd(step, tensor.shape[-1]) > 1:  # or it would see one column alone
+                while tensor.ndim and math.gcd(step, tensor.shape[-1]) > 1:  # or all samples would be of one column
                     step -= 1
-                group = groups.setdefault((tensor.device, tensor.dtype), [])
-                group.append(tensor.view(-1)[::step][:SAMPLED])
-        self._samples = list(groups.values())
+                groups.setdefault((tensor.device, tensor.dtype), []).append(tensor.view(-1)[::step][:SAMPLED])
+        self._sampled = list(groups.values())
 
-    def _now_sampled(self) -> list[Tensor]:
-        return [torch.cat(views) for views in self._samples]
-
-    def _same_values(self) -> bool:
-        # By bits, so that NaN is equal to itself.
-        pairs = zip(self._values, self._now_sampled(), strict=True)
-        return all(torch.equal(old.view(torch.uint8), new.view(torch.uint8)) for old, new in pairs)
+    def _read_samples(self) -> list[Tensor]:
+        return [torch.cat(views) for views in self._sampled]
 
     def forget(self) -> None:
         """Hash anew at the next ``of``."""
-        for chain in self._chains:
-            chain.clear()
+        for links in self._chains:
+            links.clear()
 
     def _root(self) -> bytes:
         digest = xxhash.xxh3_128()
@@ -175,39 +165,35 @@ class Identity:
             *self._backend.described(),
         ]
         digest.update("\n".join(described).encode())
-        _add_tensors(digest, self._outside())
+        names = {id(module): name for name, module in self._model.named_modules()}
+        for module in self._outside_modules():
+            found = ((f"{names[id(module)]}.{key}", table.get(key)) for table, key in _frozen(module))
+            _add_tensors(digest, ((name, tensor) for name, tensor in found if tensor is not None))
         return digest.digest()
 
     def _outside_modules(self) -> list[nn.Module]:
         return modules_outside(self._model.modules(), self._stacks)
 
-    def _outside(self) -> Iterator[tuple[str, Tensor]]:
-        """Frozen parameters outside the blocks, and buffers of modules in which nothing trains."""
-        outside = {id(module) for module in self._outside_modules()}
-        for name, module in self._model.named_modules():
-            if id(module) not in outside:
-                continue
-            own = dict(module.named_parameters(recurse=False))
-            yield from ((f"{name}.{key}", p) for key, p in own.items() if not p.requires_grad)
-            if not any(p.requires_grad for p in own.values()):
-                yield from ((f"{name}.{key}", buffer) for key, buffer in module.named_buffers(recurse=False))
+
+def _frozen(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Frozen parameters of a module itself, and its buffers if nothing in it trains."""
+    own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+    places: list[tuple[dict[str, Any], str]] = [(module._parameters, n) for n, p in own.items() if not p.requires_grad]
+    if len(places) == len(own):
+        places += [(module._buffers, name) for name in module._buffers]
+    return places
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
     """Numbers and words among the attributes of a module: a scale, a probability, the name of an implementation.
 
-    Not private ones, such as PEFT's switch for passes without adapters, which turns twice in each step of DPO.
+    Not private ones, such as PEFT's switch for passes without adapters, which changes twice in each step of DPO.
     """
     return {
         name: value
         for name, value in module.__dict__.items()
         if isinstance(value, (bool, int, float, str)) and name not in HOSTS_SET and not name.startswith("_")
     }
-
-
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
 
 
 def _add_tensors(digest: xxhash.xxh3_128, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -220,7 +206,7 @@ def _bytes_of(tensor: Tensor) -> memoryview | bytes:
     state: Any = getattr(tensor, "quant_state", None)  # bitsandbytes keeps its scales beside the weight
     if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and state is None:
         return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    buffer = io.BytesIO()  # a subclass: whatever it is made of
+    buffer = io.BytesIO()  # a subclass, with all its parts
     torch.save([tensor, state.as_dict() if hasattr(state, "as_dict") else None], buffer)
     return buffer.getvalue()
 

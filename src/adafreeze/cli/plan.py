@@ -4,85 +4,64 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from dataclasses import MISSING, dataclass
+from typing import Literal
 
+from rich.console import Console
+from transformers.utils import logging
+
+from ..memory.plan import Plan, PlannedStep, plan
 from ..sizes import readable
+from ..tasks.weightless import PLANNED_TASKS
 from ..train.adapter import AdapterArguments, peft_config
-from ..train.arguments import parse_flags
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from ..memory.plan import Plan, PlannedStep
+from ..train.parser import Parser, build, flag
+from ._table import number_table
 
 __all__ = ["main"]
 
 
 @dataclass
 class PlanArguments:
-    """What is planned; names as of ``adafreeze train``."""
+    """The planned run; names as of ``adafreeze train``."""
 
     _argument_group_name = "run"
 
-    model_name_or_path: str = field(metadata={"help": "A name on the Hub, a folder, or a config.json."})
-    task: Literal[
-        "text-classification",
-        "regression",
-        "question-answering",
-        "causal-lm",
-        "text-generation",
-        "seq2seq-lm",
-        "image-classification",
-    ] = field(default="causal-lm", metadata={"help": "What the model learns to do."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Samples of a micro-batch."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches of an optimizer step."})
-    max_seq_length: int = field(default=512, metadata={"help": "Tokens of the longest row."})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto",
-        metadata={"help": "Of the weights; auto: as the configuration says.", "aliases": ["--torch_dtype"]},
+    model_name_or_path: str = flag("A name on the Hub, a folder, or a config.json.", MISSING)
+    task: str = flag("What the model learns to do.", "causal-lm", choices=PLANNED_TASKS)
+    per_device_train_batch_size: int = flag("Samples of a micro-batch.", 8)
+    gradient_accumulation_steps: int = flag("Micro-batches of an optimizer step.", 1)
+    max_seq_length: int = flag("Tokens of the longest row.", 512)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "Dtype of the weights; auto: as in the configuration.", "auto", aliases=["--torch_dtype"]
     )
-    bf16: bool = field(default=False, metadata={"help": "Mixed precision, as TrainingArguments.bf16."})
-    quantization: Literal["nf4", "int8"] | None = field(
-        default=None, metadata={"help": "Weights of the blocks as bitsandbytes keeps them (an estimate)."}
-    )
-    optim: str = field(default="adamw_torch_fused", metadata={"help": "As TrainingArguments.optim."})
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Every block recomputes.", "aliases": ["--activation_checkpointing"]}
-    )
-    no_padding: bool = field(default=False, metadata={"help": "All rows are of one length: attention needs no mask."})
-    target: Literal["cuda", "cpu"] = field(
-        default="cuda", metadata={"help": "Where it will run: attention keeps other tensors there."}
-    )
-    device_memory: str | None = field(
-        default=None, metadata={"help": "24GiB, or a name such as 'RTX 4090': what fits is said."}
-    )
-    json: bool = field(default=False, metadata={"help": "Print JSON."})
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
-    token: str | None = field(default=None, metadata={"help": "Access token of the Hub."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    bf16: bool = flag("Mixed precision, like TrainingArguments.bf16.", False)
+    quantization: Literal["nf4", "int8"] | None = flag("Quantize the blocks like bitsandbytes (an estimate).")
+    optim: str = flag("Like TrainingArguments.optim.", "adamw_torch_fused")
+    gradient_checkpointing: bool = flag("Checkpoint every block.", False, aliases=["--activation_checkpointing"])
+    no_padding: bool = flag("All rows have one length: attention needs no mask.", False)
+    target: Literal["cuda", "cpu"] = flag("Device of the run; attention saves different tensors on each.", "cuda")
+    device_memory: str | None = flag("24GiB, or a name such as 'RTX 4090': print the batch sizes that fit.")
+    json: bool = flag("Print JSON.", False)
+    model_revision: str | None = flag("Branch, tag or commit on the Hub.")
+    cache_dir: str | None = flag("Folder for downloads.")
+    token: str | None = flag("Access token for the Hub.")
+    trust_remote_code: bool = flag("Run code that comes with the model.", False)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> None:
     """Parse, plan, print."""
-    import sys
-
-    run, adapter = parse_flags(
-        [PlanArguments, AdapterArguments],
-        list(sys.argv[1:] if argv is None else argv),
+    parser = Parser(
+        PlanArguments,
+        AdapterArguments,
         prog="adafreeze plan",
         description="Memory and FLOPs of a run before it starts: no weights are loaded, no accelerator is needed.",
     )
-    from transformers.utils import logging
-
-    from ..memory.plan import plan
-    from ..tasks.weightless import PLANNED_TASKS
-
-    logging.set_verbosity_error()  # what it says of use_cache when checkpointing is tried is of no use here
+    values = vars(parser.parse_args(argv))
+    run = build(PlanArguments, values)
+    logging.set_verbosity_error()  # hides transformers' warning that checkpointing turns use_cache off
     planned = plan(
         run.model_name_or_path,
-        peft_config(adapter, PLANNED_TASKS[run.task][1]),
+        peft_config(build(AdapterArguments, values), PLANNED_TASKS[run.task][1]),
         task=run.task,
         batch_size=run.per_device_train_batch_size,
         max_length=run.max_seq_length,
@@ -103,31 +82,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if run.json:
         print(json.dumps(planned.to_dict(), indent=2))
     else:
-        show(planned)
-    return 0
+        _show(planned)
 
 
-def show(plan: Plan) -> None:
-    """Print a plan as two tables, and below them what follows."""
-    from rich.console import Console
-
+def _show(plan: Plan) -> None:
     rows: list[tuple[str, PlannedStep]] = [(f"{step.prefix} of {plan.blocks}", step) for step in plan.steps]
-    rows.append(("0, all recomputed", plan.checkpointed))
+    rows.append(("all checkpointed", plan.checkpointed))
     if plan.steps[0] != plan.plain:
-        rows.insert(0, ("0, none recomputed", plan.plain))
+        rows.insert(0, ("none checkpointed", plan.plain))
     settings = plan.settings
     tokens = "" if settings["task"] == "image-classification" else f" of {settings['max_length']} tokens"
     title = f"{plan.model}, micro-batches of {settings['batch_size']} samples{tokens}, {settings['target'].upper()}"
     console = Console(width=max(128, Console().width))
     parts = ("weights", "adapters", "gradients", "optimizer", "saved", "transient", "peak")
-    memory = _table(f"Memory of a training step: {title}", (*parts, "of plain", "of check-\npointed"))
-    flops = _table(
-        "FLOPs of a micro-batch",
-        ("forward", "backward", "both", "of plain", "of check-\npointed", "with the cache", "of plain"),
-    )
+    ratios = ("of plain", "of check-\npointed")
+    memory = number_table(f"Memory of a training step: {title}", "frozen prefix", *parts, *ratios)
+    columns = ("forward", "backward", "both", *ratios, "with the cache", "of plain")
+    flops = number_table("FLOPs of a micro-batch", "frozen prefix", *columns)
     for name, step in rows:
-        ratios = (step.peak / plan.plain.peak, step.peak / plan.checkpointed.peak)
-        memory.add_row(name, *(readable(getattr(step, part)) for part in parts), *map("{:.2f}".format, ratios))
+        of_peaks = (step.peak / plan.plain.peak, step.peak / plan.checkpointed.peak)
+        memory.add_row(name, *(readable(getattr(step, part)) for part in parts), *map("{:.2f}".format, of_peaks))
         flops.add_row(
             name,
             *map(_flops, (step.forward_flops, step.backward_flops, step.flops)),
@@ -143,23 +117,14 @@ def show(plan: Plan) -> None:
         console.print(line, markup=False, highlight=False)
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for name in ("frozen prefix", *columns):
-        table.add_column(name, justify="left" if name == "frozen prefix" else "right", no_wrap=True)
-    return table
-
-
 def _conclusions(plan: Plan) -> list[str]:
     lines = []
     if plan.limit is not None:
         plain, safe, leanest = (plan.micro_batches[name] for name in ("plain", "safe", "checkpointed"))
         lines.append(
             f"Of {plan.settings['device_memory']}, {readable(plan.limit)} can be used. Micro-batches that fit: {plain} "
-            f'plain, {safe} with SafeConfig(), up to {leanest} with SafeConfig(memory_budget="auto"), which recomputes '
-            "as needed."
+            f'plain, {safe} with SafeConfig(), up to {leanest} with SafeConfig(memory_budget="auto"), which '
+            "checkpoints blocks as needed."
         )
         if not leanest:
             lines.append("Nothing fits. " + "; ".join(plan.advice) + ".")

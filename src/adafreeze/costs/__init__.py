@@ -1,4 +1,4 @@
-"""What a step costs, counted and not timed: activation bytes and FLOPs."""
+"""The counted (not timed) cost of a step: activation bytes and FLOPs."""
 
 from .flops import CountFlops
 from .memory import SavedBytes, StorageTracker

@@ -1,8 +1,9 @@
-"""Devices by name, and how much of their memory a run can have."""
+"""Memory of devices by name, and how much of it a run can use."""
 
 from __future__ import annotations
 
 import difflib
+import re
 
 import psutil
 import torch
@@ -24,60 +25,61 @@ GPUS = {
     "RTX 5060 Ti 16GB": 16, "RTX 5070": 12, "RTX 5080": 16, "RTX 5090": 32, "RTX A4000": 16, "RTX A5000": 24,
     "RTX A6000": 48, "RTX 6000 Ada": 48,
 }  # fmt: skip
-# The CUDA context, workspaces of cuBLAS, and what the allocator cannot hand out.
+# For the CUDA context, cuBLAS workspaces and fragmentation.
 CUDA_RESERVE = GIB
-# No device has less.
+# No device has less memory.
 LEAST = 2**20
 
 
 def usable_memory(device_memory: int | str | None, target: str) -> int | None:
-    """Bytes that a run can have on a device; None for None.
+    """Bytes that a run can use on a device; None for None.
 
     Args:
-        device_memory: bytes, a text such as ``"24GiB"``, or a name in ``GPUS``, however it is spelt.
-        target: on ``"cuda"`` 1 GiB is left for the context, workspaces and fragments.
+        device_memory: bytes, a text such as ``"24GiB"``, or a name in ``GPUS`` in any spelling.
+        target: on ``"cuda"``, 1 GiB is reserved.
 
     Raises:
-        ConfigError: the name is unknown, or the size is none.
+        ConfigError: the name is unknown, or the size is too small.
 
     >>> usable_memory("NVIDIA GeForce RTX 4090", "cuda") // GIB, usable_memory("8GiB", "cpu") // GIB
     (23, 8)
     """
     if device_memory is None:
         return None
-    names = {name.lower().replace(" ", "").replace("-", ""): size for name, size in GPUS.items()}
-    asked = str(device_memory).lower().replace("nvidia", "").replace("geforce", "").replace(" ", "").replace("-", "")
-    if asked in names:
-        size = names[asked] * GIB
-    elif isinstance(device_memory, str) and not device_memory.strip()[:1].isdigit():
-        close = difflib.get_close_matches(device_memory, GPUS, n=1, cutoff=0.4)
+    text = str(device_memory).strip()
+    named = {_letters(name): gib * GIB for name, gib in GPUS.items()}.get(_letters(text))
+    if named is None and isinstance(device_memory, str) and not text[:1].isdigit():
+        close = difflib.get_close_matches(text, GPUS, n=1, cutoff=0.4)
         raise ConfigError(
-            f"--device_memory {device_memory}: no GPU of that name is known here.",
-            cause=f"Known are {', '.join(GPUS)}.",
-            fix=f"--device_memory {f'{close[0]!r}, or' if close else ''} its memory, such as 24GiB".replace("  ", " "),
+            f"--device_memory {device_memory}: no GPU of that name is known. Known are {', '.join(GPUS)}.",
+            fix=f"--device_memory {f'{close[0]!r}, or ' if close else ''}its memory, such as 24GiB",
         )
-    else:
-        size = parse_size("--device_memory", device_memory, "24GiB")
-        if isinstance(device_memory, str) and size < LEAST:  # a number without its unit, or a name without its family
-            named = [name for name in GPUS if name.split()[-1] == str(device_memory).strip()]
-            fix = f"--device_memory '{named[0]}'" if named else f"--device_memory {size}GiB"
-            raise ConfigError(f"--device_memory is {readable(size)}.", cause="A number alone is bytes.", fix=fix)
-    if target == "cuda" and size <= CUDA_RESERVE:
+    size = named or parse_size("--device_memory", device_memory, "24GiB")
+    if isinstance(device_memory, str) and size < LEAST:  # a number without its unit, or a name without its family
+        family = next((repr(name) for name in GPUS if name.split()[-1] == text), f"{size}GiB")
+        raise ConfigError(f"--device_memory {text} is {readable(size)}.", fix=f"--device_memory {family}")
+    if target != "cuda":
+        return size
+    if size <= CUDA_RESERVE:
         raise ConfigError(
-            f"--device_memory is {readable(size)}.",
-            cause=f"{readable(CUDA_RESERVE)} of it is left for the CUDA context and workspaces, so nothing remains.",
+            f"--device_memory is {readable(size)}, and CUDA itself needs {readable(CUDA_RESERVE)}.",
             fix="--device_memory 8GiB",
         )
-    return size - (CUDA_RESERVE if target == "cuda" else 0)
+    return size - CUDA_RESERVE
+
+
+def _letters(name: str) -> str:
+    """A name without maker, spaces and hyphens."""
+    return re.sub("nvidia|geforce|[ -]", "", name.lower())
 
 
 def memory_limit(wanted: int | float | str, device: torch.device, weights: int) -> int:
-    """Bytes that a run may hold on the device that it is on.
+    """Bytes that a run may use on its device.
 
     Args:
-        wanted: bytes, a share of the device (a float), or ``"auto"`` for what is free there.
-        device: where the model is.
-        weights: bytes of the model, which count as free: the run holds them.
+        wanted: bytes, a share of the device (a float), or ``"auto"`` for what is free.
+        device: of the model.
+        weights: bytes of the model; they count as free, since they are part of the run.
 
     Raises:
         ConfigError: more than the device has.
@@ -93,8 +95,7 @@ def memory_limit(wanted: int | float | str, device: torch.device, weights: int) 
     limit = int(wanted * total) if isinstance(wanted, float) else int(wanted)
     if limit > total:
         raise ConfigError(
-            f"The memory budget is {readable(limit)}, and the device has {readable(total)}.",
-            cause=f"{device.type.upper()} memory, all of it, is less.",
-            fix='SafeConfig(memory_budget="auto"), which takes what is free, or 0.9 for nine tenths',
+            f"The memory budget is {readable(limit)}, and the device has {readable(total)} ({device.type}).",
+            fix='SafeConfig(memory_budget="auto") for all free memory, or memory_budget=0.9 for 90 % of the device',
         )
     return limit

@@ -1,4 +1,4 @@
-"""FLOPs of whatever runs within a block, attention on the CPU included."""
+"""FLOPs of the code within a block, including attention on the CPU."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class CountFlops(TorchDispatchMode):
             model(**batch).loss.backward()
         count.total
 
-    By torch's own formulas, and not by its FlopCounterMode: that one takes the CPU's fused attention for zero, and
-    runs some operators (SiLU's backward) by a decomposition that rounds differently. Counting here changes nothing.
+    Uses torch's formulas, but not its FlopCounterMode, which counts the CPU's fused attention as zero, and decomposes
+    some operators (SiLU's backward) in a way that rounds differently. Counting here changes no result.
 
     Attributes:
         total: FLOPs so far.
@@ -45,10 +45,10 @@ class CountFlops(TorchDispatchMode):
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operator as it is, and add what it costs."""
+        """Run one operator, and add its FLOPs."""
         kwargs = kwargs or {}
         if torch.is_inference_mode_enabled() and func._overloadpacket not in _FORMULAS:
-            # Only there composite operators arrive whole, with products inside; nothing trains then.
+            # Only in inference mode composite operators arrive whole, with matrix products inside.
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -59,6 +59,6 @@ class CountFlops(TorchDispatchMode):
 
 
 def flops_of(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """FLOPs of one operator that was called so and returned ``result``."""
+    """FLOPs of one call of an operator that returned ``result``."""
     formula = _FORMULAS.get(func._overloadpacket)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))

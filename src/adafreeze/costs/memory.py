@@ -1,11 +1,10 @@
-"""Bytes: what autograd keeps of a forward pass for the backward pass, and all that a step holds at once."""
+"""Bytes that autograd saves for the backward pass, and all bytes that are alive in a step."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ["SavedBytes", "StorageTracker", "bytes_of", "uncounted"]
 
-# autograd calls only the innermost hooks, so they count for every block that is open.
+# autograd calls only the innermost hooks, so these count for every open block.
 _counting: list[SavedBytes] = []
 
 
@@ -26,14 +25,10 @@ class SavedBytes:
             loss = model(**batch).loss
         saved.total
 
-    Each storage counts once, by its whole size: a saved view keeps its base alive. Parameters and buffers of
-    ``model`` do not count, they are there anyway. What activation checkpointing recomputes within the backward
-    pass is not saved, and does not count. Storages are kept alive until the block ends, so that none is counted
-    twice under a reused address; a graph that is dropped within the block is therefore counted too. Blocks may be
-    nested.
-
-    Args:
-        model: whose parameters and buffers are left out.
+    Each storage counts once, with its whole size: a saved view keeps its base alive. Parameters and buffers of
+    ``model`` do not count, nor does what activation checkpointing recomputes in the backward pass. Storages are kept
+    alive until the block ends, so that no reused address hides one; a graph dropped within the block counts too.
+    Blocks may be nested.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,17 +44,15 @@ class SavedBytes:
         _counting.append(self)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         _counting.remove(self)
-        self._hooks.__exit__(kind, error, trace)  # type: ignore[arg-type]
+        self._hooks.__exit__(*error)
         self._storages.clear()
 
     @staticmethod
     def _pack(tensor: Tensor) -> Tensor:
         if torch._C._current_graph_task_id() != -1:
-            return tensor  # within a backward pass: reentrant checkpointing recomputes under these hooks
+            return tensor  # in a backward pass: reentrant checkpointing recomputes under these hooks
         for counter in _counting:
             for storage in _storages(tensor):
                 counter._count(storage)
@@ -73,7 +66,7 @@ class SavedBytes:
 
 @contextmanager
 def uncounted() -> Iterator[None]:
-    """What runs within is not counted by whoever counts around it: storages, saved bytes, FLOPs."""
+    """Counters around the block (storages, saved bytes, FLOPs) ignore what runs within it."""
     outer, _counting[:] = list(_counting), []
     try:
         with _disable_current_modes():
@@ -83,22 +76,22 @@ def uncounted() -> Iterator[None]:
 
 
 class StorageTracker(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, and their peak, within the block, on any device:
+    """Counts the bytes of all storages that are alive within the block, and their peak, on any device:
 
         with StorageTracker() as tracker:
             tracker.hold(*model.parameters(), *model.buffers())
             model(**batch).loss.backward()
         tracker.peak
 
-    A storage counts from the operator that made it until nobody refers to it any more, once, by its whole size.
-    What a kernel allocates and frees within itself is not seen. Works on fake tensors as on real ones.
+    A storage counts once, with its whole size, from the operator that made it until it is freed. Temporary memory of
+    kernels is not seen. Works on fake tensors too.
 
     Args:
-        rounding: each storage counts as a multiple of so many bytes (the CUDA allocator's is 512).
+        rounding: round each storage up to a multiple of this many bytes (CUDA's allocator: 512).
 
     Attributes:
         now: bytes alive.
-        peak: the most there were since the start, or since ``reset_peak``.
+        peak: most bytes since the start, or since ``reset_peak``.
     """
 
     def __init__(self, rounding: int = 1) -> None:
@@ -108,23 +101,23 @@ class StorageTracker(TorchDispatchMode):
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def hold(self, *tensors: Tensor) -> None:
-        """Count these too: they were there before."""
+        """Also count ``tensors``, which existed before the block."""
         for tensor in tensors:
             for storage in _storages(tensor):
                 self._count(storage)
 
     def reset_peak(self) -> None:
-        """Look for the peak from here on."""
+        """Measure the peak from here."""
         self.peak = self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operator as it is, and count what it made."""
+        """Run one operator, and count its result."""
         result = func(*args, **(kwargs or {}))
         self.made(result)
         return result
 
     def made(self, result: Any) -> None:
-        """Count what an operator returned."""
+        """Count the result of an operator."""
         if isinstance(result, Tensor):  # most do
             self.hold(result)
         elif result is not None:
@@ -139,7 +132,7 @@ class StorageTracker(TorchDispatchMode):
 
         def freed(reference: weakref.ref[torch.UntypedStorage]) -> None:
             self.now -= nbytes
-            if self._alive.get(key) is reference:  # or its address is another's already
+            if self._alive.get(key) is reference:  # another storage may have its address now
                 del self._alive[key]
 
         self._alive[key] = weakref.ref(storage, freed)
@@ -156,7 +149,7 @@ def _storages(tensor: Tensor) -> tuple[torch.UntypedStorage, ...]:
     try:
         return (tensor.untyped_storage(),)
     except (NotImplementedError, RuntimeError):
-        if tensor.layout == torch.sparse_coo:  # has no storage of its own, but two dense parts that have
+        if tensor.layout == torch.sparse_coo:  # two dense parts with storages
             return tensor._indices().untyped_storage(), tensor._values().untyped_storage()
-        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]  # a wrapper, as torchao's quantised ones
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]  # a wrapper, such as torchao's
         return tuple(storage for name in names for storage in _storages(getattr(tensor, name)))

@@ -1,8 +1,7 @@
-"""Meter: FLOPs and saved bytes of a whole run, each kind of step counted once."""
+"""Meter: FLOPs and saved bytes of a whole run; each kind of step is counted once."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,23 +24,22 @@ class StepCost:
 
 
 class Meter:
-    """Adds up what a run costs:
+    """Adds up the cost of a run:
 
         meter = Meter(model, state_key=lambda: safe.state_key)
         with meter.step(batch):
             model(**batch).loss.backward()
         meter.summary()
 
-    Counting slows a step and would spoil timings, so a step is counted the first time its kind is seen: the
-    shapes of its batch, together with whatever ``state_key`` says (the frozen set). Steps of one kind cost the
-    same to the byte, but for where a batch without padding lets attention take another path than one with.
-    Whether there is padding is therefore part of the kind; it is looked up on the CPU only (no device sync).
+    Counting slows a step and would distort timings, so only the first step of each kind is counted. The kind is
+    ``state_key`` (the frozen set), the shapes of the batch, and whether it has padding, which attention may skip; that
+    is checked on the CPU only, to avoid a device sync.
 
     Args:
         model: whose parameters and buffers do not count as saved.
-        state_key: anything hashable that changes when the cost of a step does.
-        nested_flops: running total of FLOPs that somebody else counts inside the steps (the prefix cache, where a
-            step computes what is not held yet); they differ from step to step of one kind.
+        state_key: returns a hashable that changes when the cost of a step does.
+        nested_flops: running total of FLOPs counted elsewhere within the steps, which differ between steps of one kind
+            (the prefix cache computes samples that it does not contain yet).
     """
 
     def __init__(
@@ -64,14 +62,12 @@ class Meter:
         before = self.nested_flops()
         if kind in self.costs:
             yield
-            nested = self.nested_flops() - before
         else:
             with CountFlops() as flops, SavedBytes(self.model) as saved:
                 yield
-            nested = self.nested_flops() - before
-            self.costs[kind] = StepCost(flops.total - nested, saved.total)
+            self.costs[kind] = StepCost(flops.total - (self.nested_flops() - before), saved.total)
         self.kinds.append(kind)
-        self.nested.append(nested)
+        self.nested.append(self.nested_flops() - before)
 
     def series(self, start: int = 0) -> list[StepCost]:
         """The cost of each micro-step from ``start`` on, in order."""
@@ -82,14 +78,13 @@ class Meter:
 
     def summary(self) -> dict[str, float]:
         """``steps`` (micro-steps), ``flops`` (sum), ``peak_saved_bytes`` and ``mean_saved_bytes``."""
-        counts = Counter(self.kinds)
-        steps = len(self.kinds)
-        total = sum(self.costs[kind].saved_bytes * count for kind, count in counts.items())
+        costs = self.series()
+        saved = [cost.saved_bytes for cost in costs]
         return {
-            "steps": steps,
-            "flops": sum(self.costs[kind].flops * count for kind, count in counts.items()) + sum(self.nested),
-            "peak_saved_bytes": max((cost.saved_bytes for cost in self.costs.values()), default=0),
-            "mean_saved_bytes": total / steps if steps else 0.0,
+            "steps": len(costs),
+            "flops": sum(cost.flops for cost in costs),
+            "peak_saved_bytes": max(saved, default=0),
+            "mean_saved_bytes": sum(saved) / len(saved) if saved else 0.0,
         }
 
 

@@ -1,4 +1,4 @@
-"""What a sequence of prefix depths saves by arithmetic, to stand beside what was counted."""
+"""The theoretical savings of a sequence of prefix depths, to compare with the counted ones."""
 
 from __future__ import annotations
 
@@ -6,26 +6,25 @@ from collections.abc import Sequence
 
 __all__ = ["expected_ratios"]
 
-# Of a block's backward pass: the gradient of its input through query, key and value, three of its twelve d × d products
-# (with a feed-forward layer of 4 d). The lowest block that trains has nobody below to hand it to.
+# Share of a block's backward pass for the gradient of its input through query, key and value: three of its twelve d × d
+# products (with a feed-forward layer of 4 d). The lowest live block does not compute it.
 TO_INPUT = 3 / 12
 
 
 def expected_ratios(
     blocks: int, prefix_by_step: Sequence[int], steps_per_epoch: float | None = None
 ) -> tuple[float, float]:
-    """Saved bytes and FLOPs against plain adapter-tuning, for a stack of L equal blocks, averaged over steps.
+    """Saved bytes and FLOPs relative to plain adapter-tuning, for a stack of L equal blocks, averaged over steps.
 
-    A step with k of L blocks in the prefix keeps (L − k)/L of the saved bytes. Its forward pass is whole, L, and its
-    backward pass costs as much a block, but for δ = 1/4 of the lowest block's: L − k − δ. Plain training costs
-    2L − δ. With the prefix cache the forward pass costs L − c, with c the depth to which a sample's states are held:
-    that of the prefix when the sample last came, in the epoch before, on average over where in that epoch it came.
-    Embeddings, head, adapters, attention scores and the probe are left out.
+    A step with k of L blocks in the prefix keeps (L − k)/L of the saved bytes. Its forward pass costs L, its backward
+    pass L − k − δ with δ = 1/4; plain training costs 2L − δ. With the prefix cache the forward pass costs L − c, where
+    c is the depth of the prefix when the sample last came: the mean over the epoch before. Embeddings, head, adapters,
+    attention scores and the probe are ignored.
 
     Args:
         blocks: L.
         prefix_by_step: k of each step.
-        steps_per_epoch: with the prefix cache on, holding all samples; None without it.
+        steps_per_epoch: with a prefix cache that contains all samples; None without one.
 
     Returns:
         (saved bytes ratio, FLOPs ratio).

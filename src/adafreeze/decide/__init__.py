@@ -1,25 +1,34 @@
-"""Deciding: tensors and numbers in, names out; knows no transformers and no PEFT."""
+"""Deciding: tensors and numbers in, unit names out. Imports neither transformers nor PEFT."""
 
 from .cka import CKAReference, cka_flops, linear_cka, unit_rows
-from .policy import POLICIES, PolicyInput, choose
+from .policy import POLICIES, PolicyInput, choose, is_prefix_only, prefix_only
+from .run_length import Progress, RunLength
 from .schedule import Losses, LossFall, Settling, cubic_ramp, measurement_steps
-from .scores import SCORES, Score, random_score, resolve_score
+from .scores import SCORES, Captures, Score, random_score, resolve_score
 
 __all__ = [
-    "POLICIES",
+    # scores
     "SCORES",
-    "CKAReference",
-    "LossFall",
-    "Losses",
+    "Captures",
     "Score",
-    "Settling",
-    "PolicyInput",
-    "choose",
-    "cka_flops",
-    "cubic_ramp",
-    "linear_cka",
-    "measurement_steps",
     "random_score",
     "resolve_score",
+    "CKAReference",
+    "cka_flops",
+    "linear_cka",
     "unit_rows",
+    # policies
+    "POLICIES",
+    "PolicyInput",
+    "choose",
+    "is_prefix_only",
+    "prefix_only",
+    # schedule
+    "LossFall",
+    "Losses",
+    "Progress",
+    "RunLength",
+    "Settling",
+    "cubic_ramp",
+    "measurement_steps",
 ]

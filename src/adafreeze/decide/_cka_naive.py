@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def naive_cka(x: Tensor, y: Tensor) -> float:
-    """‖YᵀX‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F) on column-centred X and Y (Kornblith et al. 2019, eq. 5)."""
+    """‖YᵀX‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F) on column-centered X and Y (Kornblith et al. 2019, eq. 5)."""
     x, y = (m.double() - m.double().mean(0) for m in (x, y))
     return float((y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm()))
 

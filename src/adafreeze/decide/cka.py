@@ -15,17 +15,17 @@ __all__ = ["CKAReference", "cka_flops", "linear_cka", "unit_rows"]
 def unit_rows(x: Tensor) -> Tensor:
     """Scale each row of ``x`` (tokens, features) to Euclidean length 1; a zero row stays zero.
 
-    On decoders a few attention-sink tokens are hundreds of times longer than all others, and CKA sums squares:
-    one of them decides the result. Before centring each token then has the same say. Isotropic scaling of the
-    features, to which CKA is invariant anyway, is all that is lost where rows have one length (after a LayerNorm).
+    On decoders a few attention-sink tokens are hundreds of times longer than all others, and CKA sums squares, so one
+    of them would decide the result. If all rows have the same length already (after a LayerNorm), this changes nothing,
+    since CKA is invariant to isotropic scaling.
     """
     return x / x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def linear_cka(x: Tensor, y: Tensor, debiased: bool = False) -> float:
-    """Linear centred kernel alignment of two representations of the same n tokens.
+    """Linear centered kernel alignment of two representations of the same n tokens.
 
-    Plain: ``‖YᵀX‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F)`` on column-centred X, Y (Kornblith et al. 2019). Debiased: the same ratio
+    Plain: ``‖YᵀX‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F)`` on column-centered X, Y (Kornblith et al. 2019). Debiased: the same ratio
     of unbiased HSIC estimates (Song et al. 2012; Nguyen et al. 2021), which does not rise towards 1 as n falls
     below the number of features; it can be slightly negative. With n no more than the larger width the work is done
     on n×n Gram matrices, otherwise on d×d products.
@@ -47,7 +47,8 @@ def linear_cka(x: Tensor, y: Tensor, debiased: bool = False) -> float:
     >>> round(linear_cka(x, 3 * x), 6)
     1.0
     """
-    x, y = (x, y) if x.shape[1] >= y.shape[1] else (y, x)  # symmetric; the wider one says whether n×n is smaller
+    # CKA is symmetric; the wider side decides whether n×n is smaller.
+    x, y = (x, y) if x.shape[1] >= y.shape[1] else (y, x)
     return CKAReference(x, debiased, normalize_rows=False).cka(y)
 
 
@@ -61,11 +62,11 @@ def cka_flops(n: int, d: int) -> int:
 
 
 class CKAReference:
-    """One side of a CKA, computed once: the pre-trained representation H(0) never changes.
+    """One side of a CKA, computed once: the representation H(0) does not change.
 
-    Keeps its self-alignment and, in host memory, for n ≤ d the Gram matrix XXᵀ in float32 (float64 where H(0) came
-    so), otherwise H(0) as it came: centring again is cheap next to the products, and rounding what was centred would
-    cost accuracy (float32) or twice the memory (bfloat16).
+    Stores its self-alignment and, in host memory, for n ≤ d the Gram matrix XXᵀ in float32 (float64 if H(0) is),
+    otherwise H(0) itself: centering again is cheap, while storing the centered matrix would cost accuracy (float32) or
+    twice the memory (bfloat16).
 
     Args:
         before: (n, d).
@@ -84,9 +85,8 @@ class CKAReference:
         least = 4 if debiased else 2
         if len(before) < least:
             raise ProbeError(
-                f"CKA was asked for on {len(before)} tokens.",
-                cause=f"It compares tokens with each other and needs at least {least}.",
-                fix="Give a probe with more samples, or raise SafeConfig(probe_tokens=...).",
+                f"CKA needs at least {least} tokens, but the probe gives {len(before)}.",
+                fix="Pass a probe with more samples, or raise SafeConfig(probe_tokens=...).",
             )
         self.debiased = debiased
         self.normalize_rows = normalize_rows
@@ -97,21 +97,20 @@ class CKAReference:
             self._kept = self._represent(before).to("cpu", kept)
         else:
             self._kept = before.detach().to("cpu", copy=True)
-        # Of what is kept, not of what it was rounded from: then rounding enters 1 − CKA squared.
+        # From the stored matrix, not the original: rounding then enters 1 − CKA only squared.
         x = self._side(before.device)
         self._self_alignment = self._alignment(x, x)
 
     @property
     def nbytes(self) -> int:
-        """Host memory held, in bytes."""
+        """Bytes of host memory."""
         return self._kept.nbytes
 
     def cka(self, after: Tensor) -> float:
         """CKA with ``after`` (n, any width); see ``linear_cka``."""
         if len(after) != self._n:
             raise ProbeError(
-                f"CKA was asked for between {self._n} and {len(after)} tokens.",
-                cause="Both representations must be of the same tokens, row by row.",
+                f"CKA compares the same tokens, but got {self._n} and {len(after)}.",
                 fix="Measure both on the same probe.",
             )
         y = self._represent(after)
@@ -123,7 +122,7 @@ class CKAReference:
         return self._alignment(self._side(y.device), y) / math.sqrt(own * self._self_alignment)
 
     def score(self, after: Tensor) -> float:
-        """Importance ``1 − CKA``, between 0 (nothing moved) and 1; NaN where an activation is not finite."""
+        """Importance ``1 − CKA``, between 0 (nothing moved) and 1; NaN if an activation is not finite."""
         cka = self.cka(after)
         return cka if math.isnan(cka) else min(1.0, max(0.0, 1.0 - cka))
 
@@ -132,20 +131,20 @@ class CKAReference:
         return kept.to(_precision(device.type)) if self._by_gram else self._represent(kept)
 
     def _represent(self, x: Tensor) -> Tensor:
-        """Centred rows (n, d), or their Gram matrix (n, n)."""
+        """Centered rows (n, d), or their Gram matrix (n, n)."""
         x = x.detach().to(_precision(x.device.type))
         if self.normalize_rows:
             x = unit_rows(x)
-        # CKA is blind to scale, but sums fourth powers: those of 1e10 are beyond float32.
+        # CKA is scale-invariant but sums fourth powers, and 1e10⁴ overflows float32.
         largest = x.abs().max()
         x = x / torch.where(largest > 0, largest, 1)
         x = x - x.mean(0)
-        if x.abs().max() <= 4 * torch.finfo(x.dtype).eps:  # what rounding leaves of a constant is nothing
+        if x.abs().max() <= 4 * torch.finfo(x.dtype).eps:  # a constant, up to rounding
             x = torch.zeros_like(x)
         if not self._by_gram:
             return x
         with torch.autocast(x.device.type, enabled=False):
-            return _u_centred(x @ x.T) if self.debiased else x @ x.T
+            return _u_centered(x @ x.T) if self.debiased else x @ x.T
 
     def _alignment(self, x: Tensor, y: Tensor) -> float:
         """‖YᵀX‖²_F = ⟨XXᵀ, YYᵀ⟩, or n(n−3) times its unbiased HSIC."""
@@ -155,8 +154,8 @@ class CKAReference:
             inner = (y.T @ x).pow(2).sum()
         if not self.debiased:
             return float(inner)
-        # The Gram matrices without their diagonals a and b, from features alone: centred columns make the row sums
-        # of XXᵀ zero, so those of the hollow matrix are −a. (The unbiased HSIC is invariant to centring.)
+        # The Gram matrices without their diagonals a and b, from features alone: centered columns make the row sums
+        # of XXᵀ zero, so those of the hollow matrix are −a. (The unbiased HSIC is invariant to centering.)
         n, a, b = self._n, x.pow(2).sum(1), y.pow(2).sum(1)
         products, sums = (a * b).sum(), a.sum() * b.sum() / ((n - 1) * (n - 2))
         hsic = inner - products + sums - 2 * products / (n - 2)
@@ -168,8 +167,8 @@ def _precision(device: str) -> torch.dtype:
     return torch.float64 if device == "cpu" else torch.float32
 
 
-def _u_centred(gram: Tensor) -> Tensor:
-    """Székely and Rizzo's U-centring: diagonal and row sums 0, so that n(n−3)·HSIC₁ is ⟨U(XXᵀ), U(YYᵀ)⟩."""
+def _u_centered(gram: Tensor) -> Tensor:
+    """Székely and Rizzo's U-centering: diagonal and row sums 0, so that n(n−3)·HSIC₁ is ⟨U(XXᵀ), U(YYᵀ)⟩."""
     n = len(gram)
     hollow = gram - torch.diag(gram.diag())
     rows = hollow.sum(1) / (n - 2)

@@ -1,14 +1,15 @@
-"""Policies: scores, schedule and frozen set in; units to freeze next out."""
+"""Policies: which units freeze next, from scores, schedule and what is frozen."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ..errors import ConfigError
 
-__all__ = ["POLICIES", "Policy", "PolicyInput", "choose", "freezes_prefixes"]
+__all__ = ["POLICIES", "Policy", "PolicyInput", "choose", "is_prefix_only", "prefix_only"]
 
 Block = tuple[str, ...]
 
@@ -28,8 +29,8 @@ class PolicyInput:
         threshold: τ_T.
         min_live_blocks: blocks of each chain that keep a live unit.
         something_else_trains: a head trains too, so that even the last unit may freeze.
-        learning: units that have had a gradient so far; None where that is not known. A unit that never gets one (a
-            block above what the head reads) is nothing that a run could go on with.
+        learning: units that have had a gradient so far; None if unknown. Training cannot continue with units alone
+            that never get one, such as blocks above the layer that the head reads.
     """
 
     step: int
@@ -44,59 +45,75 @@ class PolicyInput:
     learning: frozenset[str] | None = None
 
     def finite_score(self, name: str) -> float | None:
-        """The unit's score, or None where there is none that can be judged by."""
+        """The unit's score, or None if it is missing or not finite."""
         score = self.scores.get(name, math.nan)
         return score if math.isfinite(score) else None
 
     def learners(self, names: Iterable[str]) -> set[str]:
-        """Those of ``names`` that learn; all of them where none is known to."""
+        """Those of ``names`` that learn; all of them if none is known to."""
         known = set(names)
         return known & (self.learning or set()) or known
 
 
 Policy = Callable[[PolicyInput], Iterable[str]]
+_P = TypeVar("_P", bound=Policy)
 
 
-def share(situation: PolicyInput) -> Iterator[str]:
+def prefix_only(policy: _P) -> _P:
+    """Decorator: declares that ``policy`` freezes only prefixes, the lowest blocks of each chain.
+
+    ``min_live_blocks`` then keeps the topmost blocks live, and units that cannot join a prefix never freeze. Without
+    it, the blocks with the highest scores stay live. An object sets ``prefix_only = True`` on its class instead.
+    """
+    policy.prefix_only = True  # type: ignore[attr-defined]
+    return policy
+
+
+def is_prefix_only(policy: str | Policy) -> bool:
+    """Whether ``policy`` declares that it freezes only prefixes."""
+    return bool(getattr(_resolve(policy), "prefix_only", False))
+
+
+@prefix_only
+def share(given: PolicyInput) -> Iterator[str]:
     """The longest prefix of each chain whose scores sum to at most ramp · freeze_share of the chain's total.
 
-    Where every score is 0, nothing has moved yet that could be judged by, and nothing freezes.
-
-    Only a prefix truncates the backward pass, so nothing else is frozen. A live unit without a finite score ends
-    the prefix; a frozen one counts with its last score, or 0 if it was frozen before any was taken.
+    Nothing freezes while every score is 0. Only a prefix truncates the backward pass, so nothing else freezes. A live
+    unit without a finite score ends the prefix; a frozen one counts with its last score, or 0 if it was never measured.
     """
-    if situation.ramp <= 0:
+    if given.ramp <= 0:
         return
-    for chain in situation.chains:
-        total = sum(situation.finite_score(name) or 0.0 for block in chain for name in block)
-        allowed = situation.ramp * situation.freeze_share * total
+    for chain in given.chains:
+        total = sum(given.finite_score(name) or 0.0 for block in chain for name in block)
+        allowed = given.ramp * given.freeze_share * total
         if allowed <= 0:
             continue
         spent = 0.0
         for block in chain:
-            if any(situation.finite_score(name) is None for name in block if name not in situation.frozen):
+            if any(given.finite_score(name) is None for name in block if name not in given.frozen):
                 break
-            spent += sum(situation.finite_score(name) or 0.0 for name in block)
-            if not spent <= allowed:  # so that NaN, from sums beyond the floats, freezes nothing
+            spent += sum(given.finite_score(name) or 0.0 for name in block)
+            if not spent <= allowed:  # a NaN, from a sum that overflows, freezes nothing
                 break
             yield from block
 
 
-def threshold(situation: PolicyInput) -> Iterator[str]:
-    """Every unit whose score is below τ(t) = ramp · threshold, wherever it stands (Son et al. 2025)."""
-    for chain in situation.chains:
+def threshold(given: PolicyInput) -> Iterator[str]:
+    """Every unit whose score is below τ(t) = ramp · threshold, in any block (Son et al. 2025)."""
+    for chain in given.chains:
         for block in chain:
             for name in block:
-                score = situation.finite_score(name)
-                if score is not None and score < situation.ramp * situation.threshold:
+                score = given.finite_score(name)
+                if score is not None and score < given.ramp * given.threshold:
                     yield name
 
 
-def bottom_up(situation: PolicyInput) -> Iterator[str]:
-    """The lowest ⌊ramp · freeze_share · B⌋ of the B blocks with adapters of each chain, whatever they score."""
-    for chain in situation.chains:
+@prefix_only
+def bottom_up(given: PolicyInput) -> Iterator[str]:
+    """The lowest ⌊ramp · freeze_share · B⌋ of the B blocks with adapters of each chain, regardless of score."""
+    for chain in given.chains:
         filled = [block for block in chain if block]
-        count = situation.ramp * situation.freeze_share * len(filled)
+        count = given.ramp * given.freeze_share * len(filled)
         for block in filled[: int(count + 1e-9)]:  # 0.58 · 50 is 28.999999999999996
             yield from block
 
@@ -104,18 +121,16 @@ def bottom_up(situation: PolicyInput) -> Iterator[str]:
 POLICIES: dict[str, Policy] = {"share": share, "threshold": threshold, "bottom_up": bottom_up}
 
 
-def freezes_prefixes(policy: str | Policy) -> bool:
-    """Whether ``policy`` freezes nothing but prefixes, so that what cannot join one need not freeze."""
-    return (policy if callable(policy) else POLICIES[policy]) in (share, bottom_up)
+def _resolve(policy: str | Policy) -> Policy:
+    return policy if callable(policy) else POLICIES[policy]
 
 
-def choose(policy: str | Policy, situation: PolicyInput) -> list[str]:
-    """Units to freeze next, bottom to top: what ``policy`` wants, less what must stay live.
+def choose(policy: str | Policy, given: PolicyInput) -> list[str]:
+    """Units to freeze next, bottom to top: what ``policy`` returns, less what must stay live.
 
-    In every chain ``min_live_blocks`` blocks keep a live unit that learns: of those that would freeze, the upper ones
-    under ``share`` and ``bottom_up``, which freeze prefixes; under any other policy the ones with the highest score,
-    the upper of equals. The last live unit of the model, chosen in the same way, never freezes unless something else
-    trains.
+    In every chain ``min_live_blocks`` blocks keep a live unit that learns: the topmost of those that would freeze if
+    the policy is ``prefix_only``, else those with the highest score (the upper of equals). The last live unit of the
+    model, chosen in the same way, never freezes unless something else trains.
 
     Raises:
         ConfigError: the policy returned a name that is no unit, or no names at all.
@@ -124,50 +139,47 @@ def choose(policy: str | Policy, situation: PolicyInput) -> list[str]:
     >>> choose("share", PolicyInput(9, 1.0, {"bottom": 0.1, "middle": 0.1, "top": 1.8}, (chain,), freeze_share=0.1))
     ['bottom', 'middle']
     """
-    policy = policy if callable(policy) else POLICIES[policy]
-    by_place = freezes_prefixes(policy)
-    returned = policy(situation)
+    policy = _resolve(policy)
+    by_place = is_prefix_only(policy)
+    returned = policy(given)
     name = getattr(policy, "__name__", policy)
     if isinstance(returned, str) or not isinstance(returned, Iterable):
         raise ConfigError(
-            f"The policy {name!r} returned {returned!r}.",
-            cause="It must return the names of the units to freeze: a list, or any other iterable of strings.",
-            fix="return [...]  # names taken from situation.chains; [] for none",
+            f"The policy {name!r} returned {returned!r}, but must return a list of the names of units to freeze.",
+            fix="return [...]  # names from PolicyInput.chains; [] for none",
         )
     answer = list(returned)
-    order = [name for chain in situation.chains for block in chain for name in block]
+    order = [name for chain in given.chains for block in chain for name in block]
     strangers = [one for one in answer if one not in order]
     if strangers:
         raise ConfigError(
-            f"The policy {name!r} returned {strangers[0]!r}.",
-            cause=f"That is no unit of this model; its units are {', '.join(order[:3])}, ...",
-            fix="Return names taken from situation.chains.",
+            f"The policy {name!r} returned {strangers[0]!r}, but the units of this model are {', '.join(order[:3])}, "
+            "...",
+            fix="Return names from PolicyInput.chains.",
         )
-    wanted = set(answer) - situation.frozen
-    for chain in situation.chains:
-        wanted -= _must_stay(chain, wanted, situation, by_place)
-    learners = situation.learners(order)
-    if not situation.something_else_trains and wanted & learners and wanted | situation.frozen >= learners:
+    wanted = set(answer) - given.frozen
+    for chain in given.chains:
+        wanted -= _must_stay(chain, wanted, given, by_place)
+    learners = given.learners(order)
+    if not given.something_else_trains and wanted & learners and wanted | given.frozen >= learners:
         last = [name for name in order if name in wanted & learners]
-        wanted.discard(
-            last[-1] if by_place else max(reversed(last), key=lambda name: situation.finite_score(name) or 0.0)
-        )
+        wanted.discard(last[-1] if by_place else max(reversed(last), key=lambda name: given.finite_score(name) or 0.0))
     return [name for name in order if name in wanted]
 
 
-def _must_stay(chain: tuple[Block, ...], wanted: set[str], situation: PolicyInput, by_place: bool) -> set[str]:
-    gone = wanted | situation.frozen
-    learners = situation.learners(name for block in chain for name in block)
+def _must_stay(chain: tuple[Block, ...], wanted: set[str], given: PolicyInput, by_place: bool) -> set[str]:
+    gone = wanted | given.frozen
+    learners = given.learners(name for block in chain for name in block)
     blocks = [learners.intersection(block) for block in chain]
     live = sum(not block <= gone for block in blocks)
     doomed = [index for index, block in enumerate(blocks) if block & wanted and block <= gone]
-    short = min(situation.min_live_blocks - live, len(doomed))
+    short = min(given.min_live_blocks - live, len(doomed))
     if short <= 0:
         return set()
 
     def importance(index: int) -> tuple[float, int]:
-        names = set(chain[index]) & wanted  # what froze before does not come back, whatever it scored
-        return (0.0 if by_place else max(situation.finite_score(name) or 0.0 for name in names), index)
+        names = set(chain[index]) & wanted
+        return (0.0 if by_place else max(given.finite_score(name) or 0.0 for name in names), index)
 
     kept = sorted(doomed, key=importance)[-short:]
     if by_place:  # above a block that stays live, a freeze would shorten no backward pass

@@ -38,10 +38,10 @@ def measurement_steps(until: int, count: int) -> tuple[int, ...]:
 
 
 class Settling:
-    """Says when the scores have settled.
+    """Detects that the scores have settled.
 
-    They have once, over ``patience`` measurements in a row, the policy's choice stayed the same and no score
-    moved by more than ``tolerance`` times the largest. Scores that are all zero, or not finite, have not settled.
+    They have when, over ``patience`` measurements in a row, the policy's choice stayed the same and no score moved by
+    more than ``tolerance`` times the largest. Scores that are all zero, or not finite, have not settled.
 
     Args:
         patience: measurements, at least 1.
@@ -75,13 +75,13 @@ class Settling:
         return {"calm": self._calm, "scores": self._scores, "choice": choice}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up where ``state_dict`` was written."""
+        """Continue where ``state_dict`` was written."""
         self._calm, self._scores = state["calm"], dict(state["scores"])
         self._choice = None if state["choice"] is None else frozenset(state["choice"])
 
 
 class Losses(NamedTuple):
-    """Losses of a stretch of training: how many, their sum, that of their squares (tensors while they add up)."""
+    """Losses of an interval of training: their number, sum, and sum of squares (tensors while training runs)."""
 
     number: int = 0
     total: Any = 0.0
@@ -89,16 +89,15 @@ class Losses(NamedTuple):
 
 
 class LossFall:
-    """Says whether the training loss is in the middle of its fall.
+    """Detects that the training loss is still dropping.
 
     With m₁ ... m_k its means between measurements, and s_k their standard errors, it does while
 
         m_{k−1} − m_k  >  (m₁ − m_k)/(k − 1)    and    m_{k−1} − m_k  >  2·√(s_{k−1}² + s_k²)
 
-    so while it has lately fallen by more than it has on average, and by more than chance. What has hardly moved so far
-    may have its part of the fall still before it: a low score then says little. That nothing be frozen in this critical
-    period is the thought of Egeria (Wang et al. 2023, arXiv:2201.06227). A stretch without losses, or with one that is
-    not finite, is passed over.
+    that is, while it last fell by more than on average and by more than chance. A unit with a low score may then still
+    be about to move, so freezing waits (the critical period of Egeria, Wang et al. 2023, arXiv:2201.06227). An interval
+    without losses, or with one that is not finite, is skipped.
     """
 
     def __init__(self) -> None:
@@ -112,7 +111,7 @@ class LossFall:
             return False
         mean = losses.total / count
         variance = max(0.0, losses.squares / count - mean**2)
-        error = math.sqrt(variance / (count - 1)) if count > 1 else math.inf  # of one loss chance says nothing
+        error = math.sqrt(variance / (count - 1)) if count > 1 else math.inf
         before, self._error = self._error, error
         self._means.append(mean)
         if len(self._means) < 3:
@@ -125,6 +124,6 @@ class LossFall:
         return {"means": self._means, "error": self._error if math.isfinite(self._error) else None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up where ``state_dict`` was written."""
+        """Continue where ``state_dict`` was written."""
         self._means = list(state["means"])
         self._error = math.inf if state["error"] is None else state["error"]

@@ -1,56 +1,144 @@
-"""Scores by name: how a unit's importance is measured."""
+"""Scores: how the importance of a unit is measured. One class each, 0 = unimportant."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 from .cka import CKAReference
 
-__all__ = ["SCORES", "Score", "random_score", "resolve_score"]
+__all__ = ["SCORES", "Captures", "Score", "random_score", "resolve_score"]
 
 
-@dataclass(frozen=True)
+class Captures(Protocol):
+    """What a score can look at, by unit name. ``adafreeze.measure.Scorer`` implements it."""
+
+    seed: int
+
+    def outputs(self) -> dict[str, Tensor]:
+        """The unit's output on the probe, of shape (tokens, features)."""
+
+    def local_outputs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The same without and with the unit's own adapter, on the same input."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters of each live unit, flattened."""
+
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """The summed gradient norms of each live unit since the last measurement; empty before the first step."""
+
+    def names(self) -> list[str]:
+        """The names of all units."""
+
+
 class Score:
-    """One way to score a unit.
+    """One way to score units. To add one: subclass this, and add an instance to ``SCORES``.
 
     Attributes:
         name: as in ``SafeConfig(score=...)``.
-        needs: what is compared. ``"outputs"``: the unit's output pre-trained and now, (tokens, features);
-            ``"local_outputs"``: its output without and with its own adapter on the same input; ``"weights"``: its
-            parameters, flattened; ``"gradients"``: its accumulated gradient norm; ``"nothing"``.
-        prepare: (before, normalize_rows) -> what ``compare`` wants of the first side, computed once.
-        compare: (prepared, after) -> score, 0 = unimportant.
-        moving_reference: "before" is the previous measurement, not the start.
+        reads: what it is made of. A parallel host refuses scores of what it hides (``Parallel.hidden``);
+            ``"outputs"`` takes forward passes on the probe, and has its size fitted to the budget.
+        reference: the capture that the present one is compared with: ``"start"``, the model as training began;
+            ``"previous"``, the last measurement; None if a capture is a pair of both sides.
     """
 
-    name: str
-    needs: str
-    prepare: Callable[[Tensor, bool], Any] = lambda before, _: before
-    compare: Callable[[Any, Tensor], float] = lambda *_: 0.0
-    moving_reference: bool = False
+    name: str = ""
+    reads: Literal["outputs", "weights", "gradients", "nothing"] = "outputs"
+    reference: Literal["start", "previous"] | None = "start"
+
+    def capture(self, captures: Captures) -> Mapping[str, Any]:
+        """What is compared, by unit name."""
+        return captures.outputs()
+
+    def prepare(self, before: Any, normalize_rows: bool) -> Any:
+        """Preprocess the first side of ``compare``, once."""
+        return before
+
+    def compare(self, before: Any, after: Any) -> float:
+        """The score of a unit, from its prepared capture at the reference and its capture now."""
+        raise NotImplementedError
 
 
-def _cka(before: Tensor, normalize_rows: bool, debiased: bool = False) -> CKAReference:
-    return CKAReference(before, debiased, normalize_rows)
+class CKAScore(Score):
+    """1 − CKA of a unit's output when training began and now (Son et al. 2025, Kornblith et al. 2019)."""
+
+    def __init__(self, name: str, *, debiased: bool = False) -> None:
+        self.name, self.debiased = name, debiased
+
+    def prepare(self, before: Tensor, normalize_rows: bool) -> CKAReference:
+        """Center the reference, and scale its rows to unit length if ``normalize_rows``."""
+        return CKAReference(before, self.debiased, normalize_rows)
+
+    def compare(self, before: CKAReference, after: Tensor) -> float:
+        """1 − CKA."""
+        return before.score(after)
 
 
-def _relative_change(before: Tensor, after: Tensor) -> float:
-    """AutoFreeze (Liu et al. 2021): |‖g‖_before − ‖g‖_now| / ‖g‖_before over the gradients of one interval.
+class LocalCKAScore(CKAScore):
+    """1 − CKA of a unit's output without and with its own adapter, on the same input: needs no reference."""
 
-    Infinite, so that nothing is decided by it, where there was no gradient before.
-    """
-    return float((before - after).abs() / before.abs()) if float(before) else float("inf")
+    reference = None
+
+    def capture(self, captures: Captures) -> Mapping[str, Any]:
+        """Pairs of outputs."""
+        return captures.local_outputs()
 
 
-def _mean_absolute_change(before: Tensor, after: Tensor) -> float:
+class GradNormScore(Score):
+    """AutoFreeze (Liu et al. 2021): |‖g‖_before − ‖g‖_now| / ‖g‖_before, of the gradients of one interval."""
+
+    name, reads, reference = "grad_norm", "gradients", "previous"
+
+    def capture(self, captures: Captures) -> Mapping[str, Tensor]:
+        """Gradient norms."""
+        return captures.gradient_norms()
+
+    def compare(self, before: Tensor, after: Tensor) -> float:
+        """The relative change; infinite, so that it decides nothing, if there was no gradient before."""
+        return float((before - after).abs() / before.abs()) if float(before) else float("inf")
+
+
+class WeightChangeScore(Score):
     """GradES (Wen et al. 2025): mean |θ_now − θ_before| since the previous measurement."""
-    return float((after - before).abs().mean())
+
+    name, reads, reference = "weight_change", "weights", "previous"
+
+    def capture(self, captures: Captures) -> Mapping[str, Tensor]:
+        """Weights."""
+        return captures.weights()
+
+    def compare(self, before: Tensor, after: Tensor) -> float:
+        """The mean absolute change."""
+        return float((after - before).abs().mean())
+
+
+class RandomScore(Score):
+    """A fixed random number for each unit: the control of every comparison."""
+
+    name, reads, reference = "random", "nothing", None
+
+    def capture(self, captures: Captures) -> Mapping[str, tuple[None, float]]:
+        """The scores."""
+        return {name: (None, random_score(name, captures.seed)) for name in captures.names()}
+
+    def compare(self, before: Any, after: float) -> float:
+        """The captured number."""
+        return after
+
+
+class FunctionScore(Score):
+    """A user's function (before, after) -> float of two outputs of shape (tokens, features)."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], float]) -> None:
+        self.function = function
+        self.name = getattr(function, "__name__", "callable")
+
+    def compare(self, before: Tensor, after: Tensor) -> float:
+        """What the function returns."""
+        return float(self.function(before, after))
 
 
 def random_score(name: str, seed: int) -> float:
@@ -66,18 +154,18 @@ def random_score(name: str, seed: int) -> float:
 SCORES: dict[str, Score] = {
     score.name: score
     for score in (
-        Score("cka", "outputs", _cka, CKAReference.score),
-        Score("cka_debiased", "outputs", partial(_cka, debiased=True), CKAReference.score),
-        Score("local_cka", "local_outputs", _cka, CKAReference.score),
-        Score("grad_norm", "gradients", compare=_relative_change, moving_reference=True),
-        Score("weight_change", "weights", compare=_mean_absolute_change, moving_reference=True),
-        Score("random", "nothing"),
+        CKAScore("cka"),
+        CKAScore("cka_debiased", debiased=True),
+        LocalCKAScore("local_cka"),
+        GradNormScore(),
+        WeightChangeScore(),
+        RandomScore(),
     )
 }
 
 
-def resolve_score(score: str | Callable[[Tensor, Tensor], float]) -> Score:
-    """The score of that name; a function (before, after) -> float compares outputs."""
-    if callable(score):
-        return Score(getattr(score, "__name__", "callable"), "outputs", compare=score)
-    return SCORES[score]
+def resolve_score(score: str | Score | Callable[[Tensor, Tensor], float]) -> Score:
+    """The score of that name; a ``Score`` as it is; a function compares outputs."""
+    if isinstance(score, Score):
+        return score
+    return FunctionScore(score) if callable(score) else SCORES[score]

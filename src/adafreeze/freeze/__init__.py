@@ -1,4 +1,4 @@
-"""What a freeze does to a model; the only code that touches a module for longer than one forward pass."""
+"""What a freeze does to a model; only code here changes a module for longer than one forward pass."""
 
 from .freezer import Freezer
 from .prefix import Prefix

@@ -1,8 +1,9 @@
-"""The freezer: a freeze that sticks, costs nothing any more, and can be undone."""
+"""The freezer: freezes units for good, frees what they used, and can undo it all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from ..model.backends import Backend
 from ..model.patches import replaced_child, trainable_in_copies
-from ..model.units import Unit
+from ..model.units import Unit, frozen_parameters
 from .lorafa import LoraFAPairs
 
 __all__ = ["Freezer"]
@@ -19,14 +20,14 @@ __all__ = ["Freezer"]
 class Freezer:
     """Freezes units of a model, for good, until ``restore``.
 
-    A frozen parameter has ``requires_grad=False``, no gradient (AdamW moves a parameter whose gradient is zero,
-    by momentum and decay, and leaves one alone whose gradient is None) and no optimizer state. It stays in its
-    param group: taking it out breaks schedulers and checkpoints. The adapter dropout of a frozen unit becomes
-    Identity: a dropped copy of the input per target is kept for a backward pass that never comes.
+    A frozen parameter has ``requires_grad=False``, no gradient (AdamW moves a parameter whose gradient is zero, by
+    momentum and decay, but not one whose gradient is None) and no optimizer state. It stays in its param group:
+    removing it breaks schedulers and checkpoints. The adapter dropout of a frozen unit becomes Identity, because it
+    would keep a dropped copy of the input per target for the backward pass.
 
     Args:
         units: by name.
-        backend: holds a freeze through the adapter library's own switches.
+        backend: keeps a freeze through the adapter library's own switches.
         optimizer: whose state for frozen parameters is freed.
     """
 
@@ -37,22 +38,19 @@ class Freezer:
         self.backend = backend
         self.optimizer: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the real one
         self.frozen: frozenset[str] = frozenset()
-        self._dropouts: list[Callable[[], None]] = []
+        self._dropouts = ExitStack()
         self._slots: list[tuple[nn.Module, str]] = []
         self._pairs = LoraFAPairs.of(self.optimizer, self.parameters)
 
     def freeze(self, names: Iterable[str]) -> None:
-        """Freeze the units ``names``; a shared parameter freezes with the last of its owners."""
+        """Freeze the units ``names``; a shared parameter freezes with the last unit that uses it."""
         self.frozen = self.frozen | frozenset(names)
-        self.backend.stop_rank_allocation()
-        live = self._live()
-        for name in self.frozen:
-            for site in self.units[name].sites:
-                self.backend.hold(site, live)
-                for parent, key in self.backend.dropouts(site):
-                    dropout = parent.get_submodule(key)
-                    if not isinstance(dropout, nn.Identity):
-                        self._dropouts.append(replaced_child(parent, key, nn.Identity()))
+        sites = [site for name in self.frozen for site in self.units[name].sites]
+        self.backend.keep_frozen(sites, self._live())
+        for site in sites:
+            for parent, key in self.backend.dropouts(site):
+                if not isinstance(parent.get_submodule(key), nn.Identity):
+                    self._dropouts.enter_context(replaced_child(parent, key, nn.Identity()))
         for parameter in self.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -62,71 +60,48 @@ class Freezer:
         if self._pairs is not None:
             self._pairs.freeze()
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """All parameters that are frozen now, each once."""
-        live = self._live()
-        seen = set()
-        for name in self.frozen:
-            unit = self.units[name]
-            for parameter in (
-                *unit.parameters(),
-                *(p for p in unit.shared_parameters() if id(p) not in live),
-            ):
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield parameter
+    def parameters(self) -> list[nn.Parameter]:
+        """All frozen parameters, each once."""
+        return frozen_parameters(self.units, self.frozen)
 
     def loose(self) -> list[nn.Parameter]:
-        """Frozen parameters that somebody made trainable again, or gave a gradient."""
+        """Frozen parameters that other code made trainable again, or gave a gradient."""
         return [p for p in self.parameters() if p.requires_grad or p.grad is not None]
 
     def audit(self) -> list[str]:
-        """Freeze again what is ``loose``, and name the units it happened to."""
-        loose = self.loose()
-        for parameter in loose:
+        """Freeze ``loose`` parameters again, and return the names of their units."""
+        loose = {id(parameter): parameter for parameter in self.loose()}
+        for parameter in loose.values():
             parameter.requires_grad_(False)
             parameter.grad = None
-        found = {id(parameter) for parameter in loose}
-        return [
-            name
-            for name in sorted(self.frozen if found else ())
-            if any(id(p) in found for p in (*self.units[name].parameters(), *self.units[name].shared_parameters()))
-        ]
+        units = ((name, self.units[name]) for name in sorted(self.frozen if loose else ()))
+        return [name for name, unit in units if any(id(p) in loose for p in unit.all_parameters())]
 
     def with_gradient(self, names: Iterable[str]) -> list[str]:
-        """Those of these units that have a gradient now; to be asked between backward pass and optimizer step."""
-        units = ((name, self.units[name]) for name in names)
-        return [name for name, u in units if any(p.grad is not None for p in (*u.parameters(), *u.shared_parameters()))]
+        """Those of these units that have a gradient; call it between the backward pass and the optimizer step."""
+        return [name for name in names if any(p.grad is not None for p in self.units[name].all_parameters())]
 
     def restore(self) -> None:
         """Make every frozen parameter trainable again and put every replaced module back."""
         for parameter in self.parameters():
             parameter.requires_grad_(True)
-        self.backend.release(site for name in self.frozen for site in self.units[name].sites)
-        self.backend.resume_rank_allocation()
+        self.backend.release()
         if self._pairs is not None:
             self._pairs.restore()
-        for undo in reversed(self._dropouts):
-            undo()
-        self._dropouts.clear()
+        self._dropouts.close()
         self.frozen = frozenset()
         self._mark_slots()
 
     def _mark_slots(self) -> None:
-        """Let copies of the model have trainable adapters, as it had them before."""
-        for module, name in self._slots:
-            trainable_in_copies(module, name, False)
+        """Make frozen adapters trainable in copies of the model."""
         live = self._live()
-        self._slots = [
-            slot
-            for unit in (self.units[name] for name in sorted(self.frozen))
-            for slot in (*unit.slots, *unit.shared)
-            if id(slot[0]._parameters.get(slot[1])) not in live
-        ]
-        for module, name in self._slots:
-            trainable_in_copies(module, name, True)
+        frozen = [slot for name in sorted(self.frozen) for slot in self.units[name].slots + self.units[name].shared]
+        marked = [slot for slot in frozen if id(slot[0]._parameters.get(slot[1])) not in live]
+        for slots, on in ((self._slots, False), (marked, True)):
+            for module, name in slots:
+                trainable_in_copies(module, name, on)
+        self._slots = marked
 
     def _live(self) -> set[int]:
         """Ids of the parameters of live units."""
-        live = [unit for name, unit in self.units.items() if name not in self.frozen]
-        return {id(parameter) for unit in live for parameter in (*unit.parameters(), *unit.shared_parameters())}
+        return {id(p) for name, unit in self.units.items() if name not in self.frozen for p in unit.all_parameters()}

@@ -1,4 +1,4 @@
-"""LRScaler: what still trains takes over the part of an optimizer step that the frozen units no longer take."""
+"""LRScaler: larger steps of the live units make up for those that frozen units no longer take."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 import torch
 
 from ..model.units import Unit
-from .before_step import before_step
+from .before_step import WhileStepping
 
 __all__ = ["LRScaler", "sqrt_scale"]
 
-MOST_SCALE = 3.0  # the most that was tried
+MOST_SCALE = 3.0  # larger scales were never tried
 
 
 def sqrt_scale(units: int, live: int) -> float:
-    """√(units / live), at most 3: by so much larger steps of the live units are as long as those of all were.
+    """√(units / live), at most 3: with it a step of the live units is as long as one of all units was.
 
-    Adam and its kin move every parameter by about the learning rate, so that a step over N parameters is lr·√N long.
-    Where n of them are left, lr·√(N/n) keeps its length.
+    Adam and similar optimizers move every parameter by about the learning rate, so a step over N parameters has length
+    lr·√N. With n of them left, lr·√(N/n) keeps that length.
 
     >>> [round(sqrt_scale(6, live), 3) for live in (6, 2, 1, 0)]
     [1.0, 1.732, 2.449, 3.0]
@@ -29,14 +29,14 @@ def sqrt_scale(units: int, live: int) -> float:
 
 
 class LRScaler:
-    """Scales the learning rates of an optimizer while it steps, and only then: schedulers and logs see their own.
+    """Scales the learning rates of the param groups with adapters, only while the optimizer steps.
 
-    Those of the parameter groups that hold adapters: a head that shares a group with them is scaled as well.
+    A head in the same group as an adapter is scaled as well.
 
     Args:
-        optimizer: the real one, or a wrapper of accelerate's or DeepSpeed's; None is left alone.
-        rule: ``"sqrt"``, or a number for as soon as anything is frozen.
-        units: that can freeze. Where no group holds a parameter of theirs (ZeRO's are flat copies), all are meant.
+        optimizer: the real one, or a wrapper of accelerate or DeepSpeed; None does nothing.
+        rule: ``"sqrt"``, or the factor to use once anything is frozen.
+        units: that can freeze. If no group contains their parameters (ZeRO has flat copies), all groups are scaled.
 
     Attributes:
         scale: the factor; 1 changes nothing.
@@ -45,25 +45,14 @@ class LRScaler:
     def __init__(self, optimizer: Any, rule: float | str, units: Collection[Unit]) -> None:
         self.scale, self._rule, self._units = 1.0, rule, units
         self._own: set[int] = set()  # ids of their parameters
-        self._stretched: list[tuple[dict[str, Any], Any, Any]] = []  # group, its own rate, the one for this step
         while (inner := getattr(optimizer, "optimizer", None)) is not None:
             optimizer = inner
-        self._optimizer: Any = None
-        self._handles: list[Any] = []
-        if isinstance(optimizer, torch.optim.Optimizer):
-            self._optimizer = optimizer
-            self._handles = [
-                optimizer.register_step_pre_hook(self._put_back),  # after a step that failed
-                before_step(optimizer, self._stretch),
-                optimizer.register_step_post_hook(self._put_back),
-            ]
-            # Of two on one optimizer the one that stretched last puts back first.
-            post_hooks: Any = optimizer._optimizer_step_post_hooks
-            post_hooks.move_to_end(self._handles[-1].id, last=False)
+        self._optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
+        self._rates = WhileStepping(self._optimizer, "lr", self._scaled) if self._optimizer is not None else None
 
     def after_freeze(self, frozen: Collection[str]) -> None:
-        """The units of these names are frozen now, others perhaps among them."""
-        self._own = {id(p) for unit in self._units for p in (*unit.parameters(), *unit.shared_parameters())}
+        """Set the scale for these frozen units; other names in ``frozen`` do not count."""
+        self._own = {id(p) for unit in self._units for p in unit.all_parameters()}
         live = sum(unit.name not in frozen for unit in self._units)
         if live == len(self._units) or not self._groups():
             self.scale = 1.0
@@ -71,27 +60,15 @@ class LRScaler:
             self.scale = sqrt_scale(len(self._units), live) if self._rule == "sqrt" else float(self._rule)
 
     def remove(self) -> None:
-        """Take the hooks off."""
-        self._put_back()
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._optimizer = [], None
+        """Remove the hooks."""
+        if self._rates is not None:
+            self._rates.remove()
+        self._rates, self._optimizer = None, None
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Those with a learning rate (Adafactor finds its own) and an adapter of ours."""
+        """Groups with a learning rate (Adafactor has its own) and an adapter; without any adapter, all groups."""
         groups = [group for group in getattr(self._optimizer, "param_groups", ()) if group.get("lr") is not None]
         return [group for group in groups if any(id(p) in self._own for p in group["params"])] or groups
 
-    def _stretch(self) -> None:
-        self._put_back()  # of a closure that is called more than once
-        for group in self._groups() if self.scale != 1.0 else ():
-            own = group["lr"]
-            group["lr"] = own * self.scale
-            self._stretched.append((group, own, group["lr"]))
-
-    def _put_back(self, *_: Any) -> None:
-        for group, own, stretched in self._stretched:
-            now = group["lr"]  # another, if somebody has set it since; a compiled step gives floats a new identity
-            if now is stretched or (isinstance(own, float) and now == stretched):
-                group["lr"] = own
-        self._stretched = []
+    def _scaled(self) -> list[tuple[dict[str, Any], Any]]:
+        return [(group, group["lr"] * self.scale) for group in self._groups()] if self.scale != 1.0 else []

@@ -1,1 +1,1 @@
-"""What people add to a script they have; import the host's module: ``adafreeze.integrations.transformers``."""
+"""What users add to their scripts, one module per library: ``adafreeze.integrations.transformers``."""

@@ -1,4 +1,4 @@
-"""AcceleratedSafe: Safe in a training loop on Accelerate."""
+"""AcceleratedSafe: Safe in a training loop with Accelerate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["AcceleratedSafe"]
 
 
 class AcceleratedSafe(Safe):
-    """Safe that steps, and is saved, as Accelerate's own optimizers and schedulers are:
+    """Safe for loops with Accelerate:
 
         model, optimizer, train_dataloader = accelerator.prepare(model, optimizer, train_dataloader)
         safe = AcceleratedSafe(accelerator, model, optimizer, train_dataloader, total_steps=max_train_steps)
@@ -29,23 +29,22 @@ class AcceleratedSafe(Safe):
                 safe.step()
         safe.close()
 
-    Inside ``accelerator.accumulate`` ``step`` counts only where the optimizer steps. ``accelerator.save_state()``
-    and ``load_state()`` keep its state with all others, and random states as they always do. ``accelerator.log(
-    safe.logs(), step=safe.steps)`` writes its scalars to the trackers.
+    ``step`` counts only when the optimizer steps. ``accelerator.save_state()`` and ``load_state()`` include its state.
+    ``accelerator.log(safe.logs(), step=safe.steps)`` sends its scalars to the trackers.
 
     Args:
         accelerator: of the run.
-        model: as ``accelerator.prepare`` returned it.
-        optimizer: as it returned it.
-        train_dataloader: as it returned it.
+        model: returned by ``accelerator.prepare``, as are the next two.
+        optimizer: prepared.
+        train_dataloader: prepared.
         config: settings; the defaults need no tuning.
         total_steps: optimizer steps of the whole run:
             ``ceil(len(train_dataloader) / accelerator.gradient_accumulation_steps) * epochs``.
-        probe: batches to measure scores on, if not drawn from the train dataloader.
-        journal: a path or a Journal; None keeps the events in memory. Only rank 0 writes.
+        probe: batches to measure scores on; default: drawn from the train dataloader.
+        journal: a path or a Journal; None keeps events in memory. Only rank 0 writes.
 
     Raises:
-        AdafreezeError: as of Safe.
+        AdafreezeError: as Safe.
     """
 
     def __init__(
@@ -75,13 +74,13 @@ class AcceleratedSafe(Safe):
         accelerator.register_for_checkpointing(self)
 
     def step(self) -> list[str]:
-        """To be called wherever the optimizer's is; returns the units frozen now.
+        """Call after the optimizer's step; returns the units frozen now.
 
         Raises:
-            RunError: the ranks do not agree on what is frozen.
+            RunError: the ranks disagree on what is frozen.
         """
         return super().step() if self._accelerator.sync_gradients else []
 
     def state_dict(self, *, random_state: bool = False) -> dict[str, Any]:
-        """What a resumed run needs, as plain JSON values; Accelerate keeps every rank's random state."""
+        """The state as JSON values; Accelerate saves the random state of every rank itself."""
         return super().state_dict(random_state=random_state)

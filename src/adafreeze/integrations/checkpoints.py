@@ -1,4 +1,4 @@
-"""Checkpoints of transformers' Trainer: which of them were written to their end."""
+"""Checkpoints of transformers' Trainer: finding the last complete one."""
 
 from __future__ import annotations
 
@@ -6,49 +6,49 @@ import json
 import os
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME
-
 from ..errors import RunError, note
 
 __all__ = ["check_checkpoint", "last_checkpoint"]
 
+# transformers.trainer has this constant too, and imports datasets and scipy.
+TRAINER_STATE_NAME = "trainer_state.json"
+
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest whole checkpoint in a Trainer's output folder; None if there is none:
+    """The newest complete checkpoint in a Trainer's output folder, or None:
 
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
 
-    A run that is killed while it saves leaves a folder without an end, which ``resume_from_checkpoint=True`` takes for
-    the newest checkpoint and fails on. One line names what is passed over.
+    A run that is killed while saving leaves an incomplete folder, on which ``resume_from_checkpoint=True`` fails. Each
+    folder that is skipped is logged.
     """
     places = [place for place in Path(folder).expanduser().glob("checkpoint-*") if place.name[11:].isdecimal()]
     for place in sorted(places, key=lambda place: int(place.name[11:]), reverse=True):
         try:
             check_checkpoint(place)
         except RunError as error:
-            note(f"Passed over: {error.fact}")
+            note(f"Skipped: {error.fact}")
         else:
             return str(place)
     return None
 
 
 def check_checkpoint(place: str | os.PathLike[str]) -> None:
-    """See whether a checkpoint was written to its end: the Trainer writes ``trainer_state.json`` last.
+    """Check that a checkpoint is complete: the Trainer writes ``trainer_state.json`` last.
 
     Raises:
-        RunError: it was not, or is none.
+        RunError: it is not.
     """
     path = Path(place).expanduser() / TRAINER_STATE_NAME
     try:
         state = json.loads(path.read_bytes())
-        found = None if isinstance(state, dict) and "global_step" in state else "holds no global_step"
+        found = None if isinstance(state, dict) and "global_step" in state else "has no global_step"
     except OSError as error:
         found = f"cannot be read ({error.strerror})"
-    except ValueError as error:  # no JSON, or no text at all
+    except ValueError as error:
         found = f"is not valid JSON ({error})"
     if found is not None:
         raise RunError(
             f"{place} is not a checkpoint: its {TRAINER_STATE_NAME} {found}.",
-            cause="The run was stopped while it wrote it, the file was edited, or it is another folder.",
-            fix="Resume from an earlier one: `ls -d " + str(Path(place).parent) + "/checkpoint-*`",
+            fix=f"Resume from an earlier one: `ls -d {Path(place).parent}/checkpoint-*`",
         )

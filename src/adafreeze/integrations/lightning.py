@@ -1,11 +1,9 @@
-"""AdapterFreezing: one callback for a Lightning Trainer.
-
-lightning is optional, and its Trainer wants callbacks of its own class: the class is made when it is first asked for.
-"""
+"""AdapterFreezing: one callback in a script that uses Lightning's Trainer."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -27,15 +25,14 @@ class _Hooks:
 
         trainer = Trainer(..., callbacks=[AdapterFreezing()])
 
-    Its model is the part of the LightningModule that PEFT put adapters into, and the probe is drawn from the train
-    dataloader's dataset. ``safe/...`` scalars are logged with the module's own. Checkpoints carry the state of the
-    freezing; ``fit(ckpt_path=...)`` takes it up again. When fitting ends, also by an exception, the model is as it was,
-    but for the trained weights.
+    The model is the part of the LightningModule with PEFT adapters. The probe is drawn from the train dataloader's
+    dataset. ``safe/...`` scalars are logged by the module. Checkpoints contain the state of the freezing;
+    ``fit(ckpt_path=...)`` restores it. After ``fit``, also after an exception, only the weights of the model differ.
 
     Args:
         config: settings; the defaults need no tuning.
-        probe: batches to measure scores on, if not drawn from the train dataloader.
-        journal: path of the run journal (JSON Lines); None keeps it in ``callback.safe.journal.events``.
+        probe: batches to measure scores on; default: drawn from the train dataloader.
+        journal: a path or a Journal; None keeps events in ``callback.safe.journal.events``.
 
     Attributes:
         safe: of the last fit; None before the first.
@@ -54,26 +51,25 @@ class _Hooks:
         self._loaded: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps; of several ranks Lightning asks one, which has no random state for the others."""
+        """The state for a checkpoint; Lightning saves rank 0's, which lacks the random states of other ranks."""
         return {} if self.safe is None else self.safe.state_dict(random_state=self.safe.ranks.size == 1)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep it for ``on_train_start``: Lightning gives it before there is an optimizer."""
-        self._loaded = state or None  # of a checkpoint that was written before fitting began
+        """Store the state for ``on_train_start``: there is no optimizer yet."""
+        self._loaded = state or None  # empty if saved before fitting began
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Look at the model, when weights and optimizer have their state, and freeze what is to be from the start.
+        """Start Safe, after weights and optimizer are restored.
 
         Raises:
-            ModelError: PEFT put adapters into no part of the LightningModule, or into several.
-            RunError: the module is to be optimized by hand, or by FSDP1.
+            ModelError: not exactly one part of the LightningModule has PEFT adapters.
+            RunError: manual optimization or FSDP1.
         """
         if not pl_module.automatic_optimization or is_fsdp1(trainer.strategy.model):
             raise RunError(
                 f"{type(pl_module).__name__} trains with automatic_optimization={pl_module.automatic_optimization} "
-                f"and {type(trainer.strategy).__name__}.",
-                cause="A callback does not see which steps of a manual loop train the adapters, and FSDP1 flattens the "
-                "parameters of many adapters into one.",
+                f"and {type(trainer.strategy).__name__}; a callback cannot see the steps of a manual loop, and FSDP1 "
+                "flattens many adapters into one parameter.",
                 fix="Safe(...) in your own training_step, with safe.step() after optimizer.step(); "
                 'or Trainer(strategy="ddp").',
             )
@@ -96,30 +92,29 @@ class _Hooks:
             self._catch_up(trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Measure and freeze, where it is time to; add ``safe/...`` to what is logged."""
+        """Measure and freeze when due; log ``safe/...``."""
         self._catch_up(trainer)
         if self.safe is not None and trainer._logger_connector.should_update_logs:
             pl_module.log_dict(self.safe.logs())
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave the model as it was, but for the trained weights."""
-        if self.safe is not None:
-            self.safe.close()
+        """Restore the model except for its weights."""
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave the model as it was, but for the trained weights."""
+        """Restore the model except for its weights."""
         if self.safe is not None:
             self.safe.close()
 
     def _catch_up(self, trainer: Any) -> None:
-        """To the Trainer's optimizer steps: none in a batch that accumulates, one in others."""
+        """Step up to the Trainer's optimizer steps: none for a batch that only accumulates, else one."""
         while self.safe is not None and self.safe.steps < trainer.global_step:
             with trainer.precision_plugin.forward_context():
                 self.safe.step()
 
 
 def adapted_model(module: nn.Module) -> nn.Module:
-    """The outermost part of ``module`` that PEFT put adapters into.
+    """The outermost part of ``module`` with PEFT adapters.
 
     Raises:
         ModelError: there is none, or several.
@@ -127,16 +122,15 @@ def adapted_model(module: nn.Module) -> nn.Module:
     found = list(_adapted(module))
     if len(found) != 1:
         raise ModelError(
-            f"{type(module).__name__} holds {len(found)} models with adapters.",
-            cause="adafreeze freezes the adapters of one model, which PEFT put there.",
-            fix="self.model = get_peft_model(model, LoraConfig(...)) in its __init__"
-            if not found
-            else "Use Safe(...) for each of them, in your own training_step.",
+            f"{type(module).__name__} has {len(found)} models with PEFT adapters; it must have 1.",
+            fix="Use Safe(...) for each of them, in your own training_step."
+            if found
+            else "self.model = get_peft_model(model, LoraConfig(...)) in its __init__",
         )
     return found[0]
 
 
-def _adapted(module: nn.Module) -> Any:
+def _adapted(module: nn.Module) -> Iterator[nn.Module]:
     if getattr(module, "peft_config", None):
         yield module
     else:
@@ -151,6 +145,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    """Make AdapterFreezing on first use: its base class needs Lightning, which is optional."""
     if name != "AdapterFreezing":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from lightning.pytorch import Callback

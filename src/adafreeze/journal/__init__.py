@@ -1,6 +1,6 @@
-"""What a run wrote down: one writer and one reader."""
+"""The run journal: one writer and one reader."""
 
-from .events import Journal, find_journal, read_journal
-from .history import History, read_history
+from .events import JOURNAL_FILE, Journal, read_journal
+from .history import History, is_score, read_history
 
-__all__ = ["History", "Journal", "find_journal", "read_history", "read_journal"]
+__all__ = ["JOURNAL_FILE", "History", "Journal", "is_score", "read_history", "read_journal"]

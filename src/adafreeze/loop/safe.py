@@ -1,41 +1,35 @@
-"""Safe: the loop that measures, decides, freezes, and writes down what it did."""
+"""Safe: measures, decides and freezes while a model trains, and records what it did."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from ..cache import Progress
 from ..cache.run import RunCache
 from ..config import SafeConfig
-from ..decide.policy import freezes_prefixes
-from ..errors import ConfigError, ProbeError, RunError, note, warn
+from ..decide.policy import is_prefix_only
+from ..decide.run_length import RunLength
+from ..errors import ProbeError, note, warn
 from ..freeze import Freezer, Prefix
 from ..freeze.lr_scale import LRScaler
 from ..journal import Journal
-from ..measure import Probe
+from ..measure import Scorer
 from ..measure.draw import batch_size_of, samples_of
-from ..measure.scorer import Scorer
-from ..memory.budget import open_budget
+from ..memory.budget import Budget
 from ..model import find_stacks, find_units
 from ..model.backends import find_backend
-from ..model.blocks import device_of, unwrap
-from ..model.calls import loss_in
-from ..model.flow import chains_of, tensors_in
+from ..model.blocks import unwrap
+from ..model.flow import chains_of
 from ..model.patches import claim, forwarders, release
-from ..model.traces import traceless
-from ..model.units import blocks_below, units_along
+from ..model.units import blocks_below, something_else_trains, units_along
 from ..parallel import Ranks, find_parallel
 from .decider import Decider
-from .guard import Guard
-from .length import RunLength
-from .observer import Observer
+from .freezing import Freezing
 from .preflight import (
-    MOST_KINDS,
     check_parallel,
     check_run,
     check_units,
@@ -45,9 +39,15 @@ from .preflight import (
     frozen_at_start,
     paying_units,
 )
-from .resume import kept, take_up
+from .state import check_frozen, opened, packed_random_state, restore_random_state, sealed, settings_after
+from .watch import Watch
 
 __all__ = ["Safe"]
+
+# After a change of these settings, scores before and after cannot be compared.
+OF_THE_SCORE = {"score", "granularity", "normalize_rows"}
+# After a change of these, scores are measured at other steps.
+OF_THE_SCHEDULE = {*OF_THE_SCORE, "warmup", "ramp_end", "probe_tokens", "min_measurements", "overhead", "seed"}
 
 
 class Safe:
@@ -61,30 +61,33 @@ class Safe:
             safe.step()
         safe.close()
 
-    Nothing changes but what freezing does: no random state advances, no batch is taken, and with ``freeze_at_start=0``
-    losses are the same to the last bit until the first freeze. Of several processes every rank makes a Safe and calls
-    ``step``; rank 0 decides for all.
+    Only freezing changes the run: no random state advances, no batch is taken, and with ``freeze_at_start=0`` losses
+    are bit-identical until the first freeze. With several processes every rank makes a Safe and calls ``step``; rank 0
+    decides for all.
 
     Args:
         model: with PEFT adapters in its blocks; the module itself, or wrapped by DistributedDataParallel, torch.compile
             or DeepSpeed.
         config: settings; the defaults need no tuning.
-        optimizer: whose state for frozen adapters is freed.
+        optimizer: the state of frozen adapters is freed in it.
         probe: where scores are measured: the train dataloader (its dataset and collator are used, it is not
             iterated), a batch, or an iterable of batches.
         total_steps: optimizer steps of the whole run.
-        batch_size: samples of one micro-batch, for the check of a memory budget; if not given, the probe's.
-        samples_per_step: samples of one optimizer step on one rank; observed in the first step if not given.
-        samples_per_epoch: samples of one pass over the data, all ranks together; if not given, the probe's dataset's.
+        batch_size: samples of one micro-batch, to check a memory budget; default: the probe's.
+        samples_per_step: samples of one optimizer step on one rank; default: observed in the first step.
+        samples_per_epoch: samples of one pass over the data, all ranks together; default: of the probe's dataset.
         journal: a path or a Journal; None keeps the events in memory. Only rank 0 writes.
 
     Raises:
-        ModelError: the model has no adapters by block.
-        ProbeError: the probe holds nothing that the model takes.
+        ModelError: the model has no adapters in its blocks.
+        ProbeError: the probe contains nothing that the model takes.
         ConfigError: total_steps is not positive, or a unit to freeze by hand does not exist.
-        RunError: freezing would not be right for the run (nn.DataParallel, FSDP1, an unknown DeepSpeed), or the memory
+        RunError: freezing is not supported for this run (nn.DataParallel, FSDP1, an unknown DeepSpeed), or the memory
             budget is too small.
     """
+
+    # Called as look(safe, model) with each new Safe: `adafreeze doctor` examines a user's script here and ends it.
+    on_made: ClassVar[list[Callable[[Safe, nn.Module], None]]] = []
 
     def __init__(
         self,
@@ -104,67 +107,99 @@ class Safe:
         self.model = unwrap(model)
         close_earlier(self.model)
         self.total_steps = total_steps
-        self.samples_per_epoch = samples_per_epoch or samples_of(probe)
-        self.length = RunLength(total_steps, samples_per_step, self.samples_per_epoch, self.ranks.size)
-        self.steps = 0
-        self._given = model, optimizer, probe, batch_size or batch_size_of(probe), journal
+        samples_per_epoch = samples_per_epoch or samples_of(probe)
+        self.length = RunLength(total_steps, samples_per_step, samples_per_epoch, self.ranks.size)
+        self._wrapped, self._optimizer, self._source = model, optimizer, probe
         self._batches: Any = probe  # what the probe is drawn from
-        self._owns_journal = not isinstance(journal, Journal)
+        self._batch_size = batch_size or batch_size_of(probe)
+        self._journal, self._owns_journal = journal, not isinstance(journal, Journal)
         self._at_close: tuple[frozenset[str], dict[str, int]] | None = None
         self._build(config or SafeConfig())
+        for look in self.on_made:
+            look(self, model)
 
     def _build(self, config: SafeConfig, journal: Journal | None = None) -> None:
-        """Make all parts, by these settings, and freeze what is to be frozen from the start."""
-        self._asked = config  # what a checkpoint keeps: in another environment there may be a cache
-        model, optimizer, probe, batch_size, given = self._given
+        """Make all parts with these settings, and freeze what is frozen before step 0."""
+        self._asked = config  # for checkpoints: on another host the cache may be possible
         self.stacks = find_stacks(self.model)
         self.backend = find_backend(self.model)
         self.units = find_units(self.model, self.stacks, self.backend, config.granularity)
-        drawn = drawn_by_main(self._batches, self.model, config, self.ranks)
-        if samples_of(probe) is None:  # it may be gone through once only
-            self._batches = drawn.chunks
-        self.parallel = find_parallel(model, optimizer, self.units)
+        probe = drawn_by_main(self._batches, self.model, config, self.ranks)
+        if samples_of(self._source) is None:  # an iterable can be consumed only once
+            self._batches = probe.chunks
+        self.parallel = find_parallel(self._wrapped, self._optimizer, self.units)
         self.config = check_parallel(config, self.parallel)
-        check_units(self.config.freeze, self.units, optimizer, self.parallel)
-        self.freezer = Freezer(self.units, self.backend, optimizer)
+        check_units(self.config.freeze, self.units, self._optimizer, self.parallel)
+        self.freezer = Freezer(self.units, self.backend, self._optimizer)
         try:
-            flows = flows_of(self.model, self.stacks, drawn, collective=self.parallel.collective)
+            flows = flows_of(self.model, self.stacks, probe, collective=self.parallel.collective)
         except ProbeError:
             self.parallel.release()
             raise
         claim(self, self._claimed)
         self.prefix = Prefix(self.model, self.stacks, flows, keep_dropout=self.config.prefix_dropout)
-        self.prefix.on_end = self._prefix_ended
-        self.prefix.on_change = self._prefix_shrank
-        given = given if self.ranks.is_main else None
+        given = self._journal if self.ranks.is_main else None
         self.journal = journal or (given if isinstance(given, Journal) else Journal(given))
         self._write_start()
-        drops = self.prefix.drops_layers
-        self._guard = Guard(self.model, self.freezer, self.journal, drops_layers=drops)
         chains = units_along(chains_of(flows), self.stacks, self.units)
-        parts = self._new_scorer, self._guard, self.journal, self.ranks
-        collective = self.parallel.collective
-        self.decider = Decider(self.config, self.total_steps, chains, drawn, *parts, collective=collective)
-        rest = probe, self.ranks.size, self._cache_room
-        self.cache = RunCache(self.config, self.prefix, self.backend, self.journal, self._progress, *rest)
-        held = self.model, self.stacks, self.prefix, optimizer, self.journal, self._bytes_beside
-        self.budget = open_budget(self.config.memory_limit, drawn, batch_size, *held)
-        self._observer = Observer(self.model, optimizer, self._audit, self._look_at_gradients)
-        head, ranks_move = self._guard.something_else_trains(), self.backend.moves_ranks
-        self._pay = paying_units(self.config, self.model, self.stacks, self.units, flows, self.backend)
-        self._at_start = frozen_at_start(self.config, chains, self.journal, self._pay, head=head, ranks_move=ranks_move)
-        by_choice = [unit for name, unit in self.units.items() if name not in self._at_start]
-        self._lr_scaler = LRScaler(optimizer, self.config.lr_scale, by_choice)
+        scorer = Scorer(
+            self.model,
+            self.stacks,
+            self.units,
+            self.backend,
+            self.config,
+            probe,
+            collective=self.parallel.collective,
+        )
+        self.decider = Decider(self.config, self.total_steps, chains, scorer, self.journal, self.ranks)
+        self.cache = RunCache(
+            self.config, self.prefix, self.backend, self.journal, self.length, self._source, self.ranks.size
+        )
+        self.budget: Budget | None = None
+        if (limit := self.config.memory_limit) is None:
+            note("No memory budget: the first steps have the peak of the run. Set memory_budget=... to lower it.")
+        else:
+            self.budget = Budget(
+                limit,
+                probe,
+                self._batch_size,
+                self.model,
+                self.stacks,
+                self.prefix,
+                self._optimizer,
+                self.journal,
+            )
+        paying = paying_units(self.config, self.model, self.stacks, self.units, flows, self.backend)
+        head = something_else_trains(self.model, self.units)
+        at_start = frozen_at_start(
+            self.config, chains, self.journal, paying, head=head, ranks_move=self.backend.moves_ranks
+        )
+        scaled = [unit for name, unit in self.units.items() if name not in at_start]
+        self.freezing = Freezing(
+            config=self.config,
+            model=self.model,
+            stacks=self.stacks,
+            freezer=self.freezer,
+            prefix=self.prefix,
+            lr_scaler=LRScaler(self._optimizer, self.config.lr_scale, scaled),
+            parallel=self.parallel,
+            ranks=self.ranks,
+            cache=self.cache,
+            budget=self.budget,
+            length=self.length,
+            journal=self.journal,
+            paying=paying,
+            at_start=at_start,
+        )
+        self._watch = Watch(
+            self.model, self._optimizer, freezing=self.freezing, length=self.length, journal=self.journal
+        )
+        self._measured()
         if self.length.samples_per_step is not None:
             self._announce()
-        moments = getattr(self.freezer.optimizer, "state", {})
-        before = dict(moments)
         try:
-            # Even where no adapter stands at the bottom of the stack: until something freezes, the run is as it was.
-            self._freeze(self._at_start, by="start")
-            self._see_that_it_learns(drawn)
-            # Until the first training pass: a checkpoint that is loaded before may not have frozen them.
-            self._moments = {parameter: before[parameter] for parameter in before if parameter not in moments}
+            self.freezing.start(probe)
+            self._watch.after_freeze()
             if self.budget is not None:
                 self.budget.check()
         except BaseException:
@@ -172,6 +207,15 @@ class Safe:
             raise
 
     # What a host reads.
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done."""
+        return self.length.steps
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        self.length.steps = steps
 
     @property
     def frozen(self) -> frozenset[str]:
@@ -190,7 +234,7 @@ class Safe:
 
     @property
     def warmup_end(self) -> int | None:
-        """Optimizer steps from which the ramp rises; None before units may freeze."""
+        """Optimizer step from which the ramp rises; None while units may not freeze by score yet."""
         return self.decider.warmup_end
 
     @property
@@ -206,26 +250,26 @@ class Safe:
 
     @property
     def nested_flops(self) -> int:
-        """FLOPs spent inside training steps to compute what the prefix cache does not hold yet.
+        """FLOPs spent inside training steps to compute states for the prefix cache.
 
-        Counted from the first time that this is asked for: counting takes time, and most runs need none.
+        Counted from the first access on, since counting takes time and most runs do not need it.
         """
         return self.cache.flops
 
     def logs(self) -> dict[str, float]:
         """Scalars for the host's own logs.
 
-        ``safe/saved_mib`` is what autograd keeps of one average micro-batch: counted once after each freeze and
-        scaled by the mean number of tokens.
+        ``safe/saved_mib`` is what autograd saves of an average micro-batch: counted once after each freeze and scaled
+        by the mean number of tokens.
         """
         logs: dict[str, float] = {
             "safe/live_units": len(self.units) - len(self.frozen),
             "safe/frozen_units": len(self.frozen),
             "safe/frozen_prefix": sum(self.prefixes.values()),
             "safe/ramp": round(self.decider.ramp(self.steps), 4),
-            "safe/lr_scale": round(self._lr_scaler.scale, 4),
+            "safe/lr_scale": round(self.freezing.lr_scaler.scale, 4),
         }
-        if (saved := self._observer.saved_bytes) is not None:
+        if (saved := self._watch.saved_bytes) is not None:
             logs["safe/saved_mib"] = round(saved / 2**20, 3)
         if (total := sum(self.scores.values())) > 0:
             logs["safe/frozen_score_share"] = round(sum(self.scores.get(n, 0.0) for n in self.frozen) / total, 6)
@@ -234,33 +278,57 @@ class Safe:
     # What a host calls.
 
     def step(self) -> list[str]:
-        """To be called after each optimizer step, on every rank, gradients cleared. Returns the units frozen now.
+        """Call this after each optimizer step, on every rank, gradients cleared. Returns the units frozen now.
 
         Raises:
-            RunError: the ranks do not agree on what is frozen.
+            RunError: the ranks disagree on what is frozen.
         """
         self.steps += 1
         if self.decider.plan is None:
             self._announce()
-            step_samples = self.length.step_samples(*self._seen) * self.length.rows_per_sample(*self._seen)
-            self.decider.prepare(self.steps, step_samples)
+            self.decider.prepare(self.steps, self.length.step_samples * self.length.rows_per_sample)
+            self._measured()
         if not self.decider.due(self.steps):
             return []
         self.ranks.check_alike("frozen", self.frozen, self.steps)
-        self._take_the_strictest()
-        names = self.decider.decide(self.steps, self.frozen, self.prefixes, self._observer.take_losses())
-        names = [name for name in names if name in self._pay or not freezes_prefixes(self.config.policy)]
+        self.freezing.take_the_strictest()
+        names = self.decider.decide(
+            self.steps,
+            frozen=self.frozen,
+            prefixes=self.prefixes,
+            losses=self._watch.take_losses(),
+            learning=frozenset(self._watch.learning),
+            something_else_trains=self.freezing.something_else_trains(),
+        )
+        self._measured()
+        if is_prefix_only(self.config.policy):
+            names = [name for name in names if name in self.freezing.paying]
         if self.config.dry_run:
             if names:
                 self.journal.write("would_freeze", step=self.steps, units=names)
                 note(f"Step {self.steps} of {self.total_steps}: {len(names)} of {len(self.units)} units would freeze.")
             return []
-        self._freeze(names, by=self.config.to_dict()["policy"])
+        self.freeze(names, by=self.config.to_dict()["policy"])
         self.ranks.check_alike("frozen", self.frozen, self.steps)
         return names
 
+    def freeze(self, names: list[str], *, by: str = "hand") -> None:
+        """Freeze units now, on every rank, between two optimizer steps.
+
+        Args:
+            names: of units, as in ``units``.
+            by: for the journal.
+
+        Raises:
+            ConfigError: a name is no unit.
+        """
+        check_units(tuple(names), self.units, None, self.parallel)
+        if names:
+            self.freezing.freeze(names, by=by, ramp=self.decider.ramp(self.steps), scores=self.scores)
+            self._watch.after_freeze()
+
     def close(self) -> None:
-        """Leave the model as it was: flags, modules, hooks, forwards. Trained weights stay."""
+        """Restore the model: flags, modules, hooks, forwards. Trained weights stay."""
         if self._at_close is None:
             self._at_close = self.frozen, self.prefixes
             self._take_down()
@@ -268,204 +336,115 @@ class Safe:
             if self._owns_journal:
                 self.journal.close()
 
-    def _take_down(self) -> None:
-        self._observer.remove()
-        self._lr_scaler.remove()
-        self.cache.close()
-        self.prefix.restore()
-        if self.budget is not None:
-            self.budget.close()
-        self.freezer.restore()
-        self.parallel.release()
-        release(self, self._claimed)
-
     def state_dict(self, *, random_state: bool = True) -> dict[str, Any]:
-        """What a resumed run needs, as plain JSON values; that of rank 0 will do for all, but for the random state.
+        """What a resumed run needs, as plain JSON values; that of rank 0 is enough, except for the random state.
 
         Args:
-            random_state: with that of Python, NumPy and torch on this rank; False where the host keeps it.
+            random_state: include that of Python, NumPy and torch on this rank; False where the host saves it.
         """
-        return kept(self, random_state=random_state)
+        return sealed(
+            {
+                "settings": self._asked.to_dict(),
+                "length": self.length.state_dict(),
+                "watch": self._watch.state_dict(),
+                "frozen": sorted(self.frozen),
+                "probe": self.decider.probe.digest(),
+                "deciding": self.decider.state_dict(),
+                "cache": self.cache.state_dict(),
+                "budget": self.budget.state_dict() if self.budget is not None else None,
+                "journal": self.journal.mark(),
+                "random": packed_random_state(self.ranks.rank) if random_state else None,
+            }
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a run where ``state_dict`` was written; freezes its units at once.
+        """Continue a run where ``state_dict`` was written; freezes its units at once.
 
-        To be called last, when model, optimizer and scheduler have theirs: a random state that was kept is put back
-        here. What the journal holds of later steps is cut off: they come again.
+        Call it last, when model, optimizer and scheduler have their states: a saved random state is restored here. The
+        journal is cut off at the step of the checkpoint.
 
         Settings that were not given are the checkpoint's, from the start of the run on. If the run has another length
-        than was planned, the schedule is laid out anew from the step reached.
+        than planned, its schedule is planned again from the step reached.
 
         Raises:
-            RunError: cut off, edited, written by another version, or for a model with other units.
+            RunError: the state is truncated, edited, written by another version, or for a model with other units.
         """
-        take_up(self, state)
-
-    # What holds it together.
+        content = opened(state)
+        config, differing = settings_after(self._asked, content["settings"])
+        taken = config is not self._asked
+        if config.granularity == self.config.granularity:  # before anything changes
+            check_frozen(content["frozen"], self.units)
+        if taken:
+            self._build_anew(config)
+            check_frozen(content["frozen"], self.units)
+        if content["probe"] != self.decider.probe.digest():
+            warn(
+                "The probe differs from that of the checkpoint, so scores before and after are of two probes: the "
+                "train data, their order or SafeConfig(seed=, probe_tokens=) changed.",
+                fix="Resume with the same data, or pass probe= explicitly.",
+            )
+        self._watch.load_state_dict(content["watch"])
+        self.journal.rewind(content["journal"])
+        changes = self.length.load_state_dict(content["length"])
+        frozen = dict.fromkeys([*content["frozen"], *self.freezing.at_start])
+        if not self.frozen <= frozen.keys():
+            self.freezing.thaw(self.frozen)  # back to before a freeze
+        self.decider.load_state_dict(
+            content["deciding"],
+            self.steps,
+            other_schedule=bool(changes) or not differing.isdisjoint(OF_THE_SCHEDULE),
+            other_score=not differing.isdisjoint(OF_THE_SCORE),
+        )
+        self._measured()
+        if changes:
+            note(
+                f"Resumed at step {self.steps} with {', '.join(changes)}. The schedule is planned again from here: "
+                f"{self.decider.schedule_after(self.steps)}."
+            )
+        if changes or differing or taken:
+            settings = self.config.to_dict()
+            self.journal.write("replan", step=self.steps, total_steps=self.total_steps, config=settings, length=changes)
+        self.cache.load_state_dict(content["cache"], other_length=bool(changes))
+        if self.decider.plan is not None:
+            self._announce()
+        if self.budget is not None and content["budget"] is not None:
+            self.budget.load_state_dict(content["budget"])
+        again = [name for name in frozen if name not in self.frozen]
+        self.freezing.freeze(again, by="resume", ramp=self.decider.ramp(self.steps), scores=self.scores)
+        restore_random_state(content["random"], self.ranks.rank)
 
     def _build_anew(self, config: SafeConfig) -> None:
         """Make all parts again, as if these settings had been given before step 0."""
         self._take_down()
-        if self.freezer.optimizer is not None:
-            self.freezer.optimizer.state.update(self._moments)
+        self.freezing.restore_moments()
         try:
             self._build(config, self.journal)
         except BaseException:
             self._at_close = self._at_close or (frozenset(), {})
             raise
 
+    def _take_down(self) -> None:
+        self._watch.remove()
+        self.freezing.close()
+        release(self, self._claimed)
+
     @property
     def _claimed(self) -> list[nn.Module]:
         blocks = [block for stack in self.stacks for block in stack.blocks]
         return [self.model, *blocks, *forwarders(self.model)]
 
-    def _prefix_ended(self, path: str) -> None:
-        """Something that trains feeds the blocks of this stack, as a training pass has just shown."""
-        names = [name for name, unit in self.units.items() if unit.stack == path]
-        self._pay -= set(names)
-        # Of several ranks another one may not have seen it; and a unit that was frozen for some steps has no way back.
-        thawed = [name for name in names if name in self._at_start] if self.steps == 0 and self.ranks.size == 1 else []
-        if thawed:
-            self._at_start = [name for name in self._at_start if name not in thawed]
-            self._thaw(thawed)
-        self.cache.prefix_changed()
-        self.journal.write("prefix_ended", step=self.steps, stack=path)
-        note(
-            f"Step {self.steps}: something that trains feeds the blocks of {path} (a projector, a vision tower, inputs "
-            "that require grad). Its gradient passes through them, so they have no frozen prefix, and no cache; "
-            + (f"the {len(thawed)} units frozen there train again." if thawed else "nothing more freezes there.")
-        )
-
-    def _thaw(self, names: Collection[str]) -> None:
-        """Let these units train again."""
-        others = [name for name in self.frozen if name not in names]
-        self.freezer.restore()
-        if others:
-            self.freezer.freeze(others)
-        self._lr_scaler.after_freeze(self.frozen)
-        self.prefix.update()
-        self.parallel.after_freeze(self.frozen)
-        self.cache.prefix_changed()
-        units, frozen = [name for name in self.units if name in names], len(self.frozen)
-        self.journal.write("thaw", step=self.steps, units=units, frozen=frozen, prefixes=self.prefixes)
-
-    def _see_that_it_learns(self, probe: Probe) -> None:
-        """Before step 0: what is frozen at the start may be all that the loss depends on.
-
-        Raises:
-            ConfigError: the units were frozen by hand.
-        """
-        kinds = probe.kinds(device_of(self.model))[:MOST_KINDS] if self._at_start else []
-        cut = [one for one in kinds if not self._has_graph(one)]
-        if not cut:
-            return
-        names, by_hand = self._at_start, list(self.config.freeze)
-        self._thaw(names)
-        if not any(map(self._has_graph, cut)):  # nor has the model without a freeze
-            self._freeze(names, by="start")
-            return
-        if by_hand:
-            raise ConfigError(
-                f"With the {len(by_hand)} units of SafeConfig.freeze frozen, the loss has no gradient.",
-                cause="It does not depend on any of the blocks that are left: a head that reads lower ones.",
-                fix="SafeConfig(freeze=[...]) with fewer of the lowest blocks.",
-            )
-        self._at_start = []
-        note(
-            f"The {len(names)} units that would be frozen from the start train: the loss does not depend on any of the "
-            "blocks above them (a head that reads lower ones)."
-        )
-
-    def _has_graph(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether a training pass on these inputs could be followed by a backward pass; True where it fails.
-
-        BatchNorm does not take one sample in training mode, and that says nothing of a batch.
-        """
-        try:
-            with traceless(self.model.modules()), torch.enable_grad():
-                output = self.prefix.rehearse(**inputs)
-        except Exception:
-            return True
-        loss = loss_in(output)
-        return any(tensor.requires_grad for tensor in tensors_in(output if loss is None else loss))
-
-    def _nothing_learns(self) -> None:
-        """After a freeze no live unit has a gradient: whatever the cause, training goes on as if nothing had frozen.
-
-        Raises:
-            RunError: the units were frozen by hand, or other ranks would have to thaw theirs in the same step.
-        """
-        names = [name for name in self.units if name in self.frozen and name not in self.config.freeze]
-        fact = f"After the freeze at step {self.steps} no live unit has a gradient."
-        cause = (
-            "The loss does not depend on the blocks that are left (a head that reads lower ones), or the graph was cut "
-            "above the frozen prefix, by reentrant checkpointing or a detach."
-        )
-        fix = 'Use gradient_checkpointing_kwargs={"use_reentrant": False}, or freeze fewer blocks.'
-        if not names or self.ranks.size > 1:
-            raise RunError(fact, cause=cause, fix=fix)
-        self._pay, self._at_start = frozenset(), []
-        self.prefix.ended.update(stack.path for stack in self.stacks)
-        self._thaw(names)
-        warn(
-            fact,
-            cause=f"{cause} All units train again, and no more freeze; this step trained nothing.",
-            fix=fix,
-            stacklevel=4,
-        )
-
-    def _prefix_shrank(self, paths: list[str]) -> None:
-        """Somebody has made a parameter in the prefix trainable that belongs to no unit."""
-        self.cache.prefix_changed()
-        self.journal.write("prefix_shrank", step=self.steps, prefixes=self.prefixes)
-        left = ", ".join(f"{self.prefix.depths[path]} blocks of {path}" for path in paths)
-        note(f"Step {self.steps}: a parameter in the frozen prefix was made trainable; what is left of it is {left}.")
-
-    def _take_the_strictest(self) -> None:
-        """What one rank has found wrong, no rank does."""
-        cache, paths = self.cache.prefix_cache, [stack.path for stack in self.stacks]
-        wrong = [cache is not None and cache.distrusted, *(path in self.prefix.ended for path in paths)]
-        distrusted, *ended = self.ranks.any_of(wrong)
-        if distrusted and cache is not None:
-            cache.switch_off("another rank has found that its passes cannot be served")
-        for path, is_so in zip(paths, ended, strict=True):
-            if is_so and path not in self.prefix.ended:
-                self.prefix.ended.add(path)
-                self.prefix.update()
-                self._prefix_ended(path)
-
-    @property
-    def _seen(self) -> tuple[int, int]:
-        """Optimizer steps, and the rows that the model got in them on this rank."""
-        return self.steps, self._observer.samples
-
-    def _bytes_beside(self) -> int:
-        """Bytes on the device beside what a training step holds: of measuring and cache only where that is the host."""
-        if device_of(self.model).type != "cpu":
-            return self.parallel.extra_bytes
-        scorer = self.decider.scorer
-        return self.parallel.extra_bytes + (scorer.nbytes if scorer is not None else 0) + self.cache.memory
-
-    def _cache_room(self) -> int | None:
-        """Bytes that the memory budget leaves to a cache in memory; None where it does not count that."""
-        if self.budget is None or device_of(self.model).type != "cpu":
-            return None
-        return self.budget.room()
-
-    def _progress(self) -> Progress:
-        return self.length.progress(*self._seen)
+    def _measured(self) -> None:
+        """Pass on what the decider's scorer is and holds now."""
+        scorer = self._watch.scorer = self.decider.scorer
+        self.freezing.measuring_bytes = scorer.nbytes if scorer is not None else 0
+        self.freezing.share_memory()
 
     def _announce(self) -> None:
-        at_start = blocks_below(self.decider.chains, self._at_start)
-        epoch = self.length.epoch_steps(*self._seen)
-        self.cache.announce(sum(map(len, self.stacks)), epoch, self.total_steps, at_start)
-
-    def _new_scorer(self, probe: Probe) -> Scorer:
-        parts = self.model, self.stacks, self.units, self.backend, self.config
-        return Scorer(*parts, probe, collective=self.parallel.collective)
+        at_start = blocks_below(self.decider.chains, self.freezing.at_start)
+        self.cache.announce(sum(map(len, self.stacks)), at_start)
 
     def _write_start(self) -> None:
-        from ..env import environment  # here, or `python -m adafreeze.env` finds itself imported already
+        from ..env import environment  # here, or `python -m adafreeze.env` would import itself twice
 
         self.journal.write(
             "start",
@@ -479,47 +458,3 @@ class Safe:
             units=list(self.units),
             environment=environment(),
         )
-
-    def _freeze(self, names: list[str], by: str) -> None:
-        if not names:
-            return
-        self.freezer.freeze(names)
-        self._lr_scaler.after_freeze(self.frozen)
-        self.prefix.update()
-        self.parallel.after_freeze(self.frozen)
-        self.cache.prefix_changed()
-        self._observer.count_again()
-        self._guard.check_gradients = by != "resume" and not self.parallel.clears_gradients
-        self.journal.write(
-            "resume" if by == "resume" else "freeze",
-            step=self.steps,
-            units=names,
-            by=by,
-            ramp=self.decider.ramp(self.steps),
-            scores={name: self.scores.get(name) for name in names},
-            frozen=len(self.frozen),
-            prefixes=self.prefixes,
-            lr_scale=self._lr_scaler.scale,
-        )
-        if by != "resume":
-            scale = self._lr_scaler.scale
-            note(
-                f"Step {self.steps} of {self.total_steps}: {len(self.frozen)} of {len(self.units)} units are frozen"
-                f"{' (freeze_at_start)' if by == 'start' and self.config.share_at_start else ''}, "
-                f"{sum(self.prefixes.values())} of {sum(map(len, self.stacks))} blocks are in the prefix"
-                + (f", learning rates × {scale:.3g}." if scale != 1 else ".")
-            )
-
-    # What the observer calls.
-
-    def _audit(self) -> None:
-        self._moments = {}
-        if self._guard.audit(self.steps):
-            self.prefix.update()
-            self.cache.prefix_changed()
-
-    def _look_at_gradients(self) -> None:
-        if self.decider.scorer is not None:
-            self.decider.scorer.listen()
-        if not self._guard.look_at_gradients(self.steps):
-            self._nothing_learns()

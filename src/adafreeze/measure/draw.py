@@ -1,4 +1,4 @@
-"""Drawing samples for the probe from whatever the user has: a dataloader, batches, one batch."""
+"""Draws samples for the probe from a dataloader, batches, or one batch."""
 
 from __future__ import annotations
 
@@ -29,61 +29,84 @@ from ..model.batch import (
 from ..model.random_state import keep_random_state
 from ..model.untouched import untouched
 
-__all__ = [
-    "batch_size_of",
-    "collect",
-    "samples_of",
-    "split",
-    "train_samples",
-    "varies",
-]
+__all__ = ["batch_size_of", "collect", "samples_of", "split", "train_samples", "varies"]
 
-# Tokens come from at least this many samples where the data has them, so that one long document is not the probe.
+# At least this many samples, if available, so that the probe is not a single long document.
 LEAST_SAMPLES = 32
 MOST_SAMPLES = 512
 
-# Names that hold one entry per sample in every collator; of others, samples are collated alone to see.
+# Names with one entry per sample in every collator. For other names, samples are also collated alone to check.
 BY_SAMPLE = {*INPUTS, "attention_mask", "token_type_ids", "labels", "decoder_input_ids", "decoder_attention_mask"}
 
-OWN_SAMPLES = "Give samples of your own: SafeCallback(probe=[batch, ...]) or Safe(..., probe=[batch, ...])"
+OWN_SAMPLES = "Pass your own samples: SafeCallback(probe=[batch, ...]) or Safe(..., probe=[batch, ...])"
 
 
 def split(batch: Any, pad_token_id: int | None = None) -> Iterator[Chunk]:
-    """Check a batch, and cut it into chunks of CHUNK samples where it can be cut; of an empty one there are none."""
-    chunk = _checked(batch, pad_token_id)
+    """Check a batch and cut it into chunks of CHUNK samples, if it can be cut; an empty batch yields nothing."""
+    chunk = as_mapping(batch)
+    if chunk is None:
+        raise ProbeError(
+            f"A probe batch is a {type(batch).__name__}, not a mapping from input names to tensors, but the model is "
+            "called as model(**batch).",
+            fix="Return a dict from the collator, or pass batches by the names of the model's forward: "
+            'probe=[{"input_ids": ..., "attention_mask": ...}, ...]',
+        )
+    if main_input(chunk) is None:
+        names = "labels" if set(chunk) == {"labels"} else ", ".join(chunk) or "nothing"
+        raise ProbeError(
+            f"A probe batch contains only {names}, no tensor whose first dimension is the samples.",
+            fix="Pass batches as the model gets them in training: probe=train_dataloader",
+        )
+    ids = chunk.get("input_ids")
+    if isinstance(ids, Tensor) and chunk.get("attention_mask") is None and pad_token_id is not None and ids.ndim == 2:
+        real = ids != pad_token_id
+        if not bool((real[:, 0] & real[:, -1]).all()):
+            warn(
+                "The probe has padded rows and no attention_mask: the model attends to the padding, in training too; "
+                "only the scores leave it out.",
+                fix="Return attention_mask from the collator.",
+            )
+            chunk[REAL_TOKENS] = real
     if rows_of(chunk):
         yield from chunks_of(chunk)
 
 
 def collect(source: Any, tokens: int, seed: int, pad_token_id: int | None) -> list[Chunk]:
-    """Chunks from ``source`` until they hold ``tokens`` real tokens and LEAST_SAMPLES samples.
+    """Chunks from ``source`` with at least ``tokens`` real tokens and LEAST_SAMPLES samples, if it has that many.
 
-    Of a dataloader neither dataset nor collator keeps a trace of it.
+    Does not change the state of a dataloader's dataset and collator.
 
     Raises:
-        ProbeError: nothing can be drawn from it, or only by using it up.
+        ProbeError: ``source`` has no usable samples, or drawing would use them up.
     """
-    if not _is_loader(source):
-        return _enough((c for batch in _batches(source) for c in split(batch, pad_token_id)), tokens)
-    dataset = train_samples(source).dataset
-    try:
-        with untouched(dataset, source.collate_fn):
-            return _enough(_from_loader(source, seed, pad_token_id), tokens)
-    except AdafreezeError:
-        raise
-    except Exception as error:  # of the user's own code, on samples in an order of the probe's
+    if _is_loader(source):
+        dataset = train_samples(source).dataset
+        try:
+            with untouched(dataset, source.collate_fn):
+                return _enough(_from_loader(source, seed), tokens, pad_token_id)
+        except AdafreezeError:
+            raise
+        except Exception as error:  # from the user's code, on samples in the probe's order
+            raise ProbeError(
+                f"Collating single samples of {type(dataset).__name__} for the probe failed: "
+                f"{type(error).__name__}: {error}",
+                fix=OWN_SAMPLES,
+            ) from error
+    if as_mapping(source) is not None:
+        source = [source]
+    if not isinstance(source, Iterable):
         raise ProbeError(
-            f"No probe can be drawn from the train data: {type(error).__name__}: {error}",
-            cause=f"{type(dataset).__name__} was asked for single samples, and they were collated as the dataloader "
-            "does it.",
-            fix=OWN_SAMPLES,
-        ) from error
+            f"A probe cannot be drawn from {type(source).__name__}: it is not a dataloader, a batch, or an iterable of "
+            "batches.",
+            fix="Safe(model, probe=train_dataloader, ...)",
+        )
+    return _enough(source, tokens, pad_token_id)
 
 
-def _enough(chunks: Iterator[Chunk], tokens: int) -> list[Chunk]:
+def _enough(batches: Iterable[Any], tokens: int, pad_token_id: int | None) -> list[Chunk]:
     taken: list[Chunk] = []
     seen_tokens = seen_samples = 0
-    for chunk in chunks:
+    for chunk in itertools.chain.from_iterable(split(batch, pad_token_id) for batch in batches):
         taken.append(chunk)
         seen_samples += rows_of(chunk)
         seen_tokens += real_tokens(chunk)
@@ -92,80 +115,40 @@ def _enough(chunks: Iterator[Chunk], tokens: int) -> list[Chunk]:
     return taken
 
 
-def _batches(source: Any) -> Iterable[Any]:
-    if as_mapping(source) is not None:
-        return [source]
-    if isinstance(source, Iterable):
-        return source
-    raise ProbeError(
-        f"A probe cannot be drawn from {type(source).__name__}.",
-        cause="It is neither a dataloader, nor a batch, nor an iterable of batches.",
-        fix="Safe(model, probe=train_dataloader, ...)",
-    )
-
-
 def _is_loader(source: Any) -> bool:
     return hasattr(source, "dataset") and hasattr(source, "collate_fn")
 
 
 def train_samples(loader: Any) -> Any:
-    """A dataloader of the run, if samples can be drawn from its dataset by index.
+    """``loader``, if its dataset has samples by index.
 
     Raises:
-        ProbeError: it can only be gone through, as training does; perhaps only once.
+        ProbeError: its samples come in order only, perhaps only once.
     """
     dataset = getattr(loader, "dataset", None)
     by_index = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     if not _is_loader(loader) or isinstance(dataset, IterableDataset) or not by_index:
         raise ProbeError(
             f"A probe cannot be drawn from {type(loader if dataset is None else dataset).__name__} without using up "
-            "samples of the run.",
-            cause="Its samples cannot be taken by index, and may come only once: what the probe takes, training would "
-            "miss.",
+            "samples of the run: it has no samples by index.",
             fix=OWN_SAMPLES,
         )
     return loader
 
 
-def _from_loader(loader: Any, seed: int, pad_token_id: int | None) -> Iterator[Chunk]:
-    collate = loader.collate_fn
+def _from_loader(loader: Any, seed: int) -> Iterator[Any]:
+    """Batches in random order; of samples of similar length, since padding costs time and is not scored."""
+    dataset, collate = loader.dataset, loader.collate_fn
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(dataset), generator=generator)[:MOST_SAMPLES].tolist()
+    samples = (dataset[index] for index in order)
     if getattr(loader, "batch_sampler", loader) is None:  # the dataset's entries are batches
-        for batch in _samples(loader.dataset, seed):
-            yield from split(collate(batch), pad_token_id)
+        yield from map(collate, samples)
         return
-    for samples in _sample_groups(loader.dataset, seed):
-        for batch in _collated(collate, samples):
-            yield from split(batch, pad_token_id)
-
-
-def _collated(collate: Any, samples: list[Any]) -> list[Any]:
-    """One batch of these samples if it can be cut again, else each sample alone."""
-
-    def of(some: list[Any]) -> Any:
-        return collate([copy.copy(one) if isinstance(one, (dict, list)) else one for one in some])  # some pop from it
-
-    with suppress(Exception):  # lengths that only fit one by one, as in training with batches of one
-        batch = of(samples)
-        inputs = as_mapping(batch) or {}
-        if main_input(inputs) is None:
-            return [batch]  # which is refused
-        # Padding-free, it has one row of them all.
-        fits = by_sample(inputs) and rows_of(inputs) >= len(samples)
-        if fits and (inputs.keys() <= BY_SAMPLE or all(_has_one_each(of([sample])) for sample in samples)):
-            return [batch]
-    return [of([sample]) for sample in samples]
-
-
-def _has_one_each(batch: Any) -> bool:
-    return all(len(value) == 1 for _, value in leaves(as_mapping(batch)) if isinstance(value, Tensor) and value.ndim)
-
-
-def _sample_groups(dataset: Any, seed: int) -> Iterator[list[Any]]:
-    """Groups of CHUNK samples; sorted by length within a window, since padding is computed and not looked at."""
-    samples = _samples(dataset, seed)
     while window := list(itertools.islice(samples, LEAST_SAMPLES)):
         window.sort(key=_length)
-        yield from (window[start : start + CHUNK] for start in range(0, len(window), CHUNK))
+        for start in range(0, len(window), CHUNK):
+            yield from _collated(collate, window[start : start + CHUNK])
 
 
 def _length(sample: Any) -> int:
@@ -173,49 +156,36 @@ def _length(sample: Any) -> int:
     return len(ids) if ids is not None else 0
 
 
-def _samples(dataset: Any, seed: int) -> Iterator[Any]:
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(dataset), generator=generator)[:MOST_SAMPLES].tolist()
-    return (dataset[index] for index in order)
+def _collated(collate: Any, samples: list[Any]) -> list[Any]:
+    """These samples in one batch if that can be cut by sample, else one batch per sample."""
+
+    def collated(some: list[Any]) -> Any:  # copies, since some collators pop from the samples
+        return collate([copy.copy(one) if isinstance(one, (dict, list)) else one for one in some])
+
+    with suppress(Exception):  # lengths that cannot be stacked, as in training with batches of one
+        batch = collated(samples)
+        inputs = as_mapping(batch) or {}
+        if main_input(inputs) is None:
+            return [batch]  # which ``split`` refuses
+        # A padding-free collator puts all samples into one row.
+        fits = by_sample(inputs) and rows_of(inputs) >= len(samples)
+        if fits and (inputs.keys() <= BY_SAMPLE or all(_has_one_each(collated([sample])) for sample in samples)):
+            return [batch]
+    return [collated([sample]) for sample in samples]
 
 
-def _checked(batch: Any, pad_token_id: int | None) -> Chunk:
-    chunk = as_mapping(batch)
-    if chunk is None:
-        raise ProbeError(
-            f"A probe batch is a {type(batch).__name__}.",
-            cause="The model is called as model(**batch), so a batch must map input names to tensors.",
-            fix="Let the collator return a dict, or give batches by the names in the model's forward: "
-            'probe=[{"input_ids": ..., "attention_mask": ...}, ...]',
-        )
-    if main_input(chunk) is None:
-        only = "only labels" if set(chunk) == {"labels"} else f"only {', '.join(chunk) or 'nothing'}"
-        raise ProbeError(
-            f"A probe batch holds {only}.",
-            cause="Scores are measured on a forward pass, which needs a tensor with the samples as first dimension.",
-            fix="Pass batches as the model gets them in training: probe=train_dataloader",
-        )
-    ids = chunk.get("input_ids")
-    if isinstance(ids, Tensor) and chunk.get("attention_mask") is None and pad_token_id is not None and ids.ndim == 2:
-        real = ids != pad_token_id
-        if not bool((real[:, 0] & real[:, -1]).all()):
-            warn(
-                "The probe has padded rows and no attention_mask.",
-                cause="The model attends to the padding, in training too; scores leave it out by the pad token id.",
-                fix="Let the collator return attention_mask.",
-            )
-            chunk[REAL_TOKENS] = real
-    return chunk
+def _has_one_each(batch: Any) -> bool:
+    return all(len(value) == 1 for _, value in leaves(as_mapping(batch)) if isinstance(value, Tensor) and value.ndim)
 
 
 def samples_of(source: Any) -> int | None:
-    """Samples of one pass over a dataloader; None where that is not known."""
+    """Number of samples in a dataloader; None if unknown."""
     dataset: Any = getattr(source, "dataset", None)
     return len(dataset) if hasattr(dataset, "__len__") and hasattr(source, "collate_fn") else None
 
 
 def batch_size_of(source: Any) -> int:
-    """Samples of a micro-batch: of a dataloader, or of a batch; 1 where that is not known."""
+    """Number of samples in a batch of a dataloader, or in a batch; 1 if unknown."""
     for one in (source, getattr(source, "batch_sampler", None)):
         size = getattr(one, "batch_size", None)
         if isinstance(size, int):
@@ -226,11 +196,11 @@ def batch_size_of(source: Any) -> int:
 
 
 def varies(source: Any) -> bool:
-    """Whether a dataloader gives the same samples other inputs when asked again (random masking, augmentation).
+    """Whether a dataloader returns other inputs for the same samples each time (random masking, augmentation).
 
-    Draws a few samples twice; no random state of the run advances. False where it cannot be told.
+    Draws a few samples twice without advancing random states of the run. False if this cannot be checked.
     """
-    with suppress(Exception):  # whatever is wrong with the data, training itself will say it
+    with suppress(Exception):  # training itself raises what is wrong with the data
         dataset, collate = train_samples(source).dataset, source.collate_fn
         batched = getattr(source, "batch_sampler", source) is not None
         index = range(min(CHUNK if batched else 1, len(dataset)))

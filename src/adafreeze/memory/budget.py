@@ -1,4 +1,4 @@
-"""Budget: the most memory that a training step may hold, from the first step on."""
+"""Budget: keeps every training step under a number of bytes, by activation checkpointing."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from ..model.blocks import device_of
 from ..model.flow import tensors_in
 from ..model.patches import forward_pre_hook
 from ..sizes import readable
-from .checkpointing import Block, BlockCost, Checkpointing, least_recompute
+from .checkpointing import Block, BlockCost, Checkpointing, fewest_checkpointed
 from .optimizer import optimizer_bytes
 from .rehearsal import Rehearsal, failing_module, largest_that_fits, rehearse
 
-__all__ = ["Budget", "open_budget"]
+__all__ = ["Budget"]
 
-# Lengths are rounded up to one of so many between powers of two, so that few kinds of batches are rehearsed.
+# Round lengths up to 8 buckets per octave, so that few kinds of batches are rehearsed.
 LENGTHS_PER_OCTAVE = 8
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is recomputed for one kind of batch; bytes of the step with it, without any, and of what it always holds."""
+    """The checkpointed blocks for one kind of batch; bytes of the step with them, with none, and at least."""
 
     chosen: frozenset[Block]
     peak: int
@@ -41,34 +41,29 @@ class Choice:
 
 
 class Budget:
-    """Keeps every training step of a model under a number of bytes, by recomputing as few blocks as that takes.
+    """Keeps every training step of a model under a number of bytes, by checkpointing as few blocks as possible.
 
-    Each kind of batch (its shapes, lengths rounded up) is rehearsed on fake tensors before it first comes, with the
-    prefix as it is then, and the blocks to recompute are chosen so that weights, buffers, optimizer state, gradients,
-    saved bytes and transients stay under the budget together: by counting, so that the choice is the same on every
-    run. When the prefix grows, fewer blocks are recomputed.
+    Each kind of batch (its shapes, lengths rounded up) is rehearsed on fake tensors before its first step, at the
+    present prefix. The checkpointed blocks are chosen by counting weights, buffers, optimizer state, gradients, saved
+    bytes, transients and ``beside``, so the choice is the same in every run. A deeper prefix needs fewer of them.
 
-    On CUDA the allocator's peaks of the steps show what counting cannot see (workspaces of kernels, other attention
-    kernels): the most that a step held beyond its plan is added to all plans. A peak below the plan proves nothing:
-    whoever else resets the allocator's statistics makes it so.
-
-    What counts is what a training step holds, and ``extra``: DDP's buckets, and on the CPU what measuring scores holds
-    and the prefix cache in memory, which elsewhere are in host memory. The cache gets half of what the step leaves.
+    On CUDA the allocator's peak shows what counting cannot see, such as workspaces of kernels: the most that a step
+    held beyond its plan is added to all plans. Never corrected downward: other code may reset the peak statistics.
 
     Args:
         limit: ``memory_budget`` of SafeConfig.
-        probe: whose longest sample makes the micro-batch that it is checked by.
-        rows: samples in it.
-        model: that the host calls.
+        probe: its longest sample, ``rows`` times, is the micro-batch of ``check``.
+        rows: samples per micro-batch.
+        model: as the host calls it.
         stacks: of the model.
-        prefix: whose blocks keep nothing anyway.
-        optimizer: whose state counts; None: as AdamW's.
+        prefix: its blocks save nothing.
+        optimizer: its state counts; None: as AdamW's.
         journal: of the run.
-        extra: bytes on the device beside what the step of one process holds.
 
     Attributes:
         limit: bytes.
         excess: the most bytes that a step held beyond its plan.
+        beside: bytes on the device outside the step: DDP's buckets, and on the CPU the scorer and the cache in memory.
 
     Raises:
         ConfigError: the budget is larger than the device.
@@ -84,7 +79,6 @@ class Budget:
         prefix: Prefix,
         optimizer: Any,
         journal: Journal,
-        extra: Callable[[], int] = lambda: 0,
     ) -> None:
         self.probe, self.rows = probe, rows
         self.model = model
@@ -93,33 +87,33 @@ class Budget:
         self.optimizer = getattr(optimizer, "optimizer", optimizer) or "adamw_torch"
         self.journal = journal
         self.device = device_of(model)
-        self.extra = extra
+        self.beside = 0
         weights = bytes_of((*model.parameters(), *model.buffers()))
         self.limit = memory_limit(limit, self.device, weights)
         self._auto = limit == "auto"
         self.excess = 0
-        self.measured_peak: Callable[[], int] | None = self._allocator_peak if self.device.type == "cuda" else None
-        self.recompute = Checkpointing(model, stacks)
+        self.measured_peak: Callable[[], int] | None = None
+        if self.device.type == "cuda":
+            self.measured_peak, self._highest = self._new_peak, torch.cuda.max_memory_allocated(self.device)
+        self.checkpointing = Checkpointing(model, stacks)
         self._choices: dict[Any, Choice] = {}
         self._rehearsed: dict[Any, Rehearsal] = {}
         self._current: Choice | None = None
         self._undisturbed = False
         self._failed = False
         self._warned = False
-        self.recompute.install()
-        # First of all hooks: whoever counts a step from a hook does not count its rehearsal.
+        self.checkpointing.install()
+        # Before all other hooks, so that none of them counts the rehearsal as part of the step.
         self._hook = forward_pre_hook(model, self._before, prepend=True)
-
-    # What the loop reads and calls.
 
     @property
     def state_key(self) -> tuple[int, ...]:
-        """Changes when what is recomputed of a batch may: with what is held beside the step, in 64ths of the limit."""
-        return self.excess, 64 * self.extra() // self.limit
+        """Changes when the choice for a batch may: with the excess, and with ``beside`` in 64ths of the limit."""
+        return self.excess, 64 * self.beside // self.limit
 
     def logs(self) -> dict[str, float]:
-        """Blocks that the last step recomputed, and its planned peak."""
-        logs: dict[str, float] = {"safe/recomputed_blocks": len(self.recompute.chosen)}
+        """Blocks that the last step checkpointed, and its planned peak."""
+        logs: dict[str, float] = {"safe/recomputed_blocks": len(self.checkpointing.chosen)}
         if self._current is not None:
             logs["safe/planned_peak_mib"] = round(self._current.peak / 2**20, 3)
         return logs
@@ -130,27 +124,25 @@ class Budget:
         return {"limit": self.limit, "excess": self.excess, "choices": choices}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what ``state_dict`` wrote; ``"auto"`` stays what it was, unless less is free now."""
-        self.excess = state.get("excess", 0)
-        limit = state.get("limit", 0)
-        if self._auto and limit:
+        """Continue where ``state_dict`` was written; ``"auto"`` keeps its limit, unless less is free now."""
+        self.excess, limit = state["excess"], state["limit"]
+        if self._auto:
             self.limit = min(self.limit, limit)
         self._choices.clear()
-        # Earlier versions corrected by a ratio, downward as well, on peaks that somebody else had reset.
-        for kind, chosen, peak, *others in state["choices"] if "excess" in state else ():
-            if limit == self.limit or peak <= self.limit < limit:  # with more room fewer would be recomputed
+        for kind, chosen, peak, *others in state["choices"]:
+            if limit == self.limit or peak <= self.limit < limit:  # with more room fewer blocks would be chosen
                 self._choices[_tupled(kind)] = Choice(frozenset(map(tuple, chosen)), peak, *others)
 
     def close(self) -> None:
         """Leave the model as it was."""
         self._hook.remove()
-        self.recompute.restore()
+        self.checkpointing.restore()
 
     def check(self) -> None:
-        """Refuse a budget that full recompute cannot meet, and say in one line what it costs.
+        """Log what the budget costs.
 
         Raises:
-            RunError: with the numbers, and the micro-batch that fits.
+            RunError: not even checkpointing all blocks meets the budget; names the micro-batch that fits.
         """
         rows = self.rows
         choice = self._choice((), self._longest())
@@ -160,7 +152,7 @@ class Budget:
         if choice.peak <= self.limit:
             note(
                 f"Memory budget {readable(self.limit)}: a step on {rows} samples holds {readable(choice.peak)} with "
-                f"{len(choice.chosen)} of {blocks} blocks recomputed ({readable(choice.plain_peak)} with none)."
+                f"{len(choice.chosen)} of {blocks} blocks checkpointed ({readable(choice.plain_peak)} with none)."
             )
             return
         peaks = {rows: choice.peak}
@@ -172,13 +164,12 @@ class Budget:
             return peaks[fewer]
 
         fits = largest_that_fits(peak, rows, choice.held, self.limit, most=rows)
-        part = max((n for n in range(1, fits + 1) if rows % n == 0), default=0)  # so that as many make a step as before
+        part = max((n for n in range(1, fits + 1) if rows % n == 0), default=0)  # keeps the effective batch size
         raise RunError(
-            f"The memory budget of {readable(self.limit)} cannot be met: with all blocks recomputed, a step on {rows} "
-            f"samples of the probe's longest length holds {readable(choice.peak)} ({readable(choice.plain_peak)} with "
-            "none).",
-            cause=f"{readable(choice.held)} of it are weights, gradients and optimizer state. "
-            + (f"A micro-batch of {fits} fits." if fits else f"One sample takes {readable(peak(1))}."),
+            f"The memory budget of {readable(self.limit)} cannot be met: with all blocks checkpointed, a step on "
+            f"{rows} samples of the probe's longest length holds {readable(choice.peak)}, {readable(choice.held)} of "
+            "it weights, gradients and optimizer state; "
+            + (f"a micro-batch of {fits} fits." if fits else f"one sample takes {readable(peak(1))}."),
             fix=f"--per_device_train_batch_size {part} --gradient_accumulation_steps {rows // part}"
             if fits
             else f'SafeConfig(memory_budget="{-(-choice.peak // 2**20)}MiB"), or shorter samples, or a smaller model',
@@ -192,35 +183,36 @@ class Budget:
         choice = self._choice((), self._longest())
         return None if choice is None else max(0, self.limit - choice.peak)
 
-    # Before each forward pass.
-
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         measured = self.measured_peak() if self.measured_peak is not None else 0
         if not model.training or not torch.is_grad_enabled():
-            self._undisturbed = False  # what is measured next belongs to no training step alone
+            self._undisturbed = False  # the next peak includes this pass
             return
         if self._current is not None and self._undisturbed and measured:
             self._correct(self._current, measured)
         elif self._failed and self._undisturbed and measured > self.limit:
-            self._warn_above("A step", measured, "The model could not be rehearsed before the run.")
+            self._warn_above("A step", measured)
         self._undisturbed = True
         self._current = self._choice(args, kwargs)
-        self.recompute.chosen = self._current.chosen if self._current else frozenset(self.recompute.blocks)
+        self.checkpointing.chosen = self._current.chosen if self._current else frozenset(self.checkpointing.blocks)
 
     def _choice(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Choice | None:
-        """For batches like this one; None if they cannot be rehearsed."""
+        """The choice for batches of this kind; None if they cannot be rehearsed."""
         if self._failed:
             return None
         args, kwargs = self._rounded(args, kwargs)
         shapes = _shapes((args, kwargs))
-        kind = shapes, tuple(self.prefix.depths.values()), self.extra()
+        kind = shapes, tuple(self.prefix.depths.values()), self.beside
         if kind not in self._choices:
-            for other, choice in self._choices.items():  # what holds more and needs nothing speaks for this one
+            for (
+                other,
+                choice,
+            ) in self._choices.items():  # a larger step that fits without checkpointing decides this one
                 if not choice.chosen and choice.peak <= self.limit and _holds_more(other, kind):
                     return choice
             try:
                 self._choices[kind] = self._choose(args, kwargs)
-            except Exception as error:  # the model's own code, on tensors without data
+            except Exception as error:  # from the model's own code, on fake tensors
                 self._give_up(error)
                 return None
             choice = self._choices[kind]
@@ -233,10 +225,9 @@ class Budget:
                 peak=choice.peak,
                 plain_peak=choice.plain_peak,
             )
-            if choice.peak > self.limit and self._current is not None:  # before the first step it is an error
-                what = f"A batch ({', '.join(str(shape) for shape, _ in shapes[:2])})"
-                cause = "It is longer than the samples by which the budget was checked before the run."
-                self._warn_above(what, choice.peak, cause)
+            if choice.peak > self.limit and self._current is not None:  # before the first step, check() raises
+                what = f"A batch ({', '.join(str(shape) for shape, _ in shapes[:2])}), longer than all probe samples,"
+                self._warn_above(what, choice.peak)
         return self._choices[kind]
 
     def _choose(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Choice:
@@ -249,22 +240,21 @@ class Budget:
 
         plain = rehearsed(frozenset())
         names = [(stack.path, index) for stack in self.stacks for index in range(len(stack))]
-        # Of a block in the prefix nothing is saved.
         costs = {
             name: BlockCost(freed=saved, flops=flops)
             for name, (saved, flops) in zip(names, plain.parts, strict=True)
-            if name in self.recompute.blocks
+            if name in self.checkpointing.blocks
         }
-        chosen = least_recompute(costs, lambda chosen: self._total(rehearsed(chosen)), self.limit)
+        chosen = fewest_checkpointed(costs, lambda chosen: self._total(rehearsed(chosen)), self.limit)
         if chosen is None:  # not even with all of them
             useful = frozenset(name for name, cost in costs.items() if cost.freed > 0)
             chosen = min((frozenset(), useful), key=lambda chosen: rehearsed(chosen).peak)
         state, _ = self._optimizer_bytes()
-        held = plain.resident + plain.gradients + state + self.extra()
+        held = plain.resident + plain.gradients + state + self.beside
         return Choice(chosen, self._total(rehearsed(chosen)), self._total(plain), held)
 
     def _rehearse(self, chosen: frozenset[Block], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Rehearsal:
-        before, self.recompute.chosen = self.recompute.chosen, chosen
+        before, self.checkpointing.chosen = self.checkpointing.chosen, chosen
         places = {f"_{index}": value for index, value in enumerate(args)}
         try:
             return rehearse(
@@ -275,17 +265,17 @@ class Budget:
                 parts=[block for stack in self.stacks for block in stack.blocks],
             )
         finally:
-            self.recompute.chosen = before
+            self.checkpointing.chosen = before
 
     def _optimizer_bytes(self) -> tuple[int, int]:
         return optimizer_bytes(self.optimizer, [p for p in self.model.parameters() if p.requires_grad])
 
     def _total(self, step: Rehearsal) -> int:
-        """Bytes of a whole optimizer step: its passes or the optimizer's own work, whichever holds more."""
+        """Peak bytes of a whole optimizer step: of its passes, or of the optimizer's own work if that is more."""
         state, temporary = self._optimizer_bytes()
         held = step.resident + step.gradients
-        # The batch that comes next may be there already.
-        return max(step.peak + self.excess, held + temporary) + state + step.inputs + self.extra()
+        # step.inputs: the next batch may be on the device already.
+        return max(step.peak + self.excess, held + temporary) + state + step.inputs + self.beside
 
     def _rounded(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """The same inputs, their length rounded up."""
@@ -308,29 +298,27 @@ class Budget:
         self._failed = True
         self.journal.write("budget_unknown", error=f"{type(error).__name__}: {error}")
         warn(
-            f"The memory budget cannot be planned: {failing_module(error)} does not run on tensors without data "
+            f"The memory budget cannot be planned: {failing_module(error)} does not run on fake tensors "
             f"({type(error).__name__}: {next(iter(str(error).splitlines()), '')}).",
-            cause="It reads values of its tensors, or uses an operator whose shapes torch does not know.",
-            fix="All blocks that may be are recomputed now, which holds the least there is; whether that is under the "
-            "budget is not known before the run.",
+            fix="All blocks are checkpointed now, which holds the least; watch the peak of the first steps.",
         )
 
-    def _warn_above(self, what: str, nbytes: int, cause: str) -> None:
+    def _warn_above(self, what: str, nbytes: int) -> None:
         if not self._warned:
             self._warned = True
             warn(
-                f"{what} holds {readable(nbytes)} with all blocks recomputed, and the memory budget is "
+                f"{what} holds {readable(nbytes)} with all blocks checkpointed, more than the memory budget of "
                 f"{readable(self.limit)}.",
-                cause=cause,
-                fix="A smaller --per_device_train_batch_size, or a smaller --max_seq_length. Training goes on.",
+                fix="Use a smaller --per_device_train_batch_size or --max_seq_length; training continues.",
             )
 
-    # Corrected by what the allocator measures.
+    def _new_peak(self) -> int:
+        """The allocator's peak if it changed since the last call, else 0: a lower one stays hidden behind it.
 
-    def _allocator_peak(self) -> int:
-        peak = torch.cuda.max_memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        return peak
+        Resetting it for each step would show more, but the statistics are the user's.
+        """
+        before, self._highest = self._highest, torch.cuda.max_memory_allocated(self.device)
+        return self._highest if self._highest != before else 0
 
     def _correct(self, choice: Choice, measured: int) -> None:
         if not getattr(self.optimizer, "state", None):  # before its first step the optimizer has none
@@ -342,28 +330,12 @@ class Budget:
             self.journal.write("budget_corrected", excess=self.excess, measured=measured, planned=choice.peak)
 
 
-def open_budget(limit: int | float | str | None, *parts: Any) -> Budget | None:
-    """A ``Budget``, not yet checked; or one line that says what having none means.
-
-    Args:
-        limit: None for no budget.
-        parts: the other arguments of Budget.
-
-    Raises:
-        ConfigError: the budget is larger than the device.
-    """
-    if limit is not None:
-        return Budget(limit, *parts)
-    note("No memory budget: the peak of the run is that of its first steps; SafeConfig(memory_budget=...) lowers it.")
-    return None
-
-
 def _shapes(value: Any) -> tuple[tuple[tuple[int, ...], str], ...]:
     return tuple((tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors_in(value))
 
 
 def _tupled(kind: Any) -> Any:
-    """A kind of batch as it is known by, from what JSON made of it."""
+    """A kind of batch, from its JSON form."""
     return tuple(map(_tupled, kind)) if isinstance(kind, (list, tuple)) else kind
 
 

@@ -1,4 +1,4 @@
-"""Which blocks compute their activations again in the backward pass, so that a step stays under a memory budget."""
+"""Activation checkpointing of chosen blocks, as few as a memory budget needs."""
 
 from __future__ import annotations
 
@@ -15,46 +15,38 @@ from torch.utils.checkpoint import checkpoint
 from ..model.blocks import Stack, without_cache
 from ..model.patches import held_attribute, patched_forward
 
-__all__ = ["BlockCost", "Checkpointing", "least_recompute"]
+__all__ = ["BlockCost", "Checkpointing", "fewest_checkpointed"]
 
 Block = tuple[str, int]
 """A block: path of its stack, and its index."""
 
-# Blocks whose FLOPs differ by less are of one kind. Of bytes freed per FLOP the lowest block gives less, as its input
-# needs no gradient: up to that difference the lower one goes first.
+# Blocks whose FLOPs differ by less count as equal. The lowest block frees fewer bytes per FLOP, since its input needs
+# no gradient: up to ALIKE_GAIN the lower block comes first all the same.
 ALIKE = 0.02
 ALIKE_GAIN = 0.25
 
 
 @dataclass(frozen=True)
 class BlockCost:
-    """What recomputing one block gives, and what it costs.
-
-    Attributes:
-        freed: bytes that it saves for the backward pass, less its input, which is all that recomputing keeps.
-        flops: of its forward pass.
-    """
+    """Bytes that checkpointing one block frees (all that it saves, less its input), and FLOPs of its forward pass."""
 
     freed: int
     flops: int
 
 
 class Checkpointing:
-    """Lets chosen blocks keep only their input, and compute the rest again when the backward pass needs it.
+    """Switches activation checkpointing on for single blocks.
 
-    Whole blocks, by torch's non-reentrant checkpointing: random states are put back for the second pass, so that
-    dropout draws the same masks, and losses and gradients are those of a run that keeps everything.
-
-    Blocks on which checkpointing is on already are the only ones that are recomputed, and are the most that is:
-    whoever switched it on for all blocks gets back what fits. In a model without, any block may be.
+    It is torch's non-reentrant checkpointing, which restores random states: losses and gradients are those of a run
+    without it. In a model whose checkpointing is on already, only its checkpointed blocks are candidates.
 
     Args:
-        model: whose ``training`` flag decides.
+        model: as the host calls it; blocks are checkpointed in training mode only.
         stacks: of the model.
 
     Attributes:
-        blocks: those that may be recomputed, bottom to top.
-        chosen: those that are, from the next forward pass on.
+        blocks: candidates, bottom to top.
+        chosen: those that are checkpointed, from the next forward pass on.
     """
 
     def __init__(self, model: nn.Module, stacks: list[Stack]) -> None:
@@ -66,7 +58,7 @@ class Checkpointing:
         self._undo = ExitStack()
 
     def install(self) -> None:
-        """Take over from the model's own checkpointing, until ``restore``."""
+        """Replace the model's own checkpointing, until ``restore``."""
         for name, block in self.blocks.items():
             self._undo.enter_context(held_attribute(block, "gradient_checkpointing", False))
             self._undo.enter_context(patched_forward(block, self._forward(name, block)))
@@ -82,32 +74,32 @@ class Checkpointing:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if name not in self.chosen or not self.model.training or not torch.is_grad_enabled():
                 return original(*args, **kwargs)
-            # The second pass would put the same keys and values into a cache once more.
+            # Without the key-value cache: the second forward pass would append the same entries again.
             args, kwargs = without_cache(args, kwargs)
             return checkpoint(original, *args, use_reentrant=False, **kwargs)
 
         return forward
 
 
-def least_recompute(
+def fewest_checkpointed(
     costs: Mapping[Block, BlockCost], peak: Callable[[frozenset[Block]], int], limit: int
 ) -> frozenset[Block] | None:
-    """The blocks to recompute so that ``peak`` is at most ``limit``, for the fewest FLOPs.
+    """The blocks to checkpoint so that ``peak`` is at most ``limit``, for the fewest FLOPs.
 
-    Blocks come by bytes freed per FLOP, equal ones from the bottom up, and as many as are needed. The bottom first,
-    because what the top blocks keep is used up before the backward pass comes to the others, and because the bottom is
-    what freezes first. Where blocks differ, those are dropped again that turn out not to be needed.
+    Blocks are taken by bytes freed per FLOP, equal ones from the bottom up: the backward pass frees the top blocks'
+    activations before it reaches the bottom, and the bottom freezes first. If blocks differ in size, those that turn
+    out not to be needed are dropped.
 
     Args:
-        costs: of each block that may be recomputed, bottom to top.
-        peak: bytes of a step that recomputes these; asked a few times, near where the freed bytes say to look.
+        costs: of each candidate, bottom to top.
+        peak: bytes of a step that checkpoints these blocks; called a few times.
         limit: bytes.
 
     Returns:
         None if even all of them do not suffice.
 
     >>> blocks = {("layers", index): BlockCost(freed=10, flops=5) for index in range(4)}
-    >>> sorted(least_recompute(blocks, lambda chosen: 60 - 10 * len(chosen), limit=45))
+    >>> sorted(fewest_checkpointed(blocks, lambda chosen: 60 - 10 * len(chosen), limit=45))
     [('layers', 0), ('layers', 1)]
     """
     if (excess := peak(frozenset()) - limit) <= 0:

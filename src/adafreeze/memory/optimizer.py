@@ -1,4 +1,4 @@
-"""Bytes of an optimizer: what it keeps for each parameter, and what its step holds for a moment."""
+"""Bytes of an optimizer: its state, and the temporaries of its step."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..costs.memory import bytes_of
 
 __all__ = ["optimizer_bytes", "optimizer_names", "state_bytes"]
 
-# Tensors like the parameter that an optimizer keeps whose name contains this; "ademamix" before "adam".
+# State tensors per parameter, by a part of the optimizer's name; "ademamix" before "adam".
 _TENSORS = {"adafactor": 0, "ademamix": 3, "adam": 2, "rmsprop": 1, "adagrad": 1, "lion": 1, "sgd": 0}
-# These keep what depends on more than the parameter's shape.
+# The state of these depends on more than the parameter's shape.
 _OTHERS = ("galore", "apollo", "schedule", "lomo", "grok", "anyprecision", "stable")
-# Of a fused step nothing shows; one parameter after the other takes two temporaries of the largest; foreach one of all.
+# Temporaries of an optimizer that updates one parameter at a time, in sizes of the largest parameter.
 _STEP_TEMPORARIES = 2
 
 
 def optimizer_names() -> list[str]:
-    """Names of optimizers whose state is known, of those that ``TrainingArguments.optim`` takes.
+    """The values of ``TrainingArguments.optim`` whose state is known.
 
     >>> {"adamw_torch", "sgd", "adamw_bnb_8bit"} <= set(optimizer_names())
     True
@@ -35,10 +35,10 @@ def optimizer_names() -> list[str]:
 
 
 def state_bytes(name: str, parameters: Iterable[Tensor]) -> int:
-    """Bytes of state that the optimizer ``name`` keeps for ``parameters``, all of them once stepped.
+    """Bytes of state that the optimizer ``name`` keeps for ``parameters`` after its first step.
 
-    Adam and AdamW: two tensors like the parameter, and a step counter of 4 bytes; 8-bit ones with one byte an
-    element; SGD without momentum: nothing; Adafactor: a row and a column of each matrix.
+    Adam and AdamW keep two tensors like the parameter and a step counter of 4 bytes, 8-bit variants one byte per
+    element; SGD without momentum keeps nothing; Adafactor keeps a row and a column of each matrix.
 
     >>> state_bytes("adamw_torch", [torch.zeros(8, 4)])
     260
@@ -46,40 +46,32 @@ def state_bytes(name: str, parameters: Iterable[Tensor]) -> int:
     name = name.lower()
     tensors = next((count for part, count in _TENSORS.items() if part in name), 2)
     total = 0.0
-    for one in parameters:
-        width = 1 if "8bit" in name else 0.5 if "4bit" in name else one.element_size()
-        total += tensors * one.numel() * width + (4 if tensors else 0)
+    for parameter in parameters:
+        width = 1 if "8bit" in name else 0.5 if "4bit" in name else parameter.element_size()
+        total += tensors * parameter.numel() * width + (4 if tensors else 0)
         if "adafactor" in name:
-            total += 4 * (sum(one.shape[-2:]) if one.ndim > 1 else one.numel())
+            total += 4 * (sum(parameter.shape[-2:]) if parameter.ndim > 1 else parameter.numel())
     return int(total)
 
 
 def optimizer_bytes(optimizer: Any, parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
-    """State of an optimizer for ``parameters``, and what its step holds beside it, in bytes.
+    """Bytes of an optimizer's state for ``parameters``, and of the temporaries of its step.
 
-    State that is there already is counted, the rest is estimated by the optimizer's name.
-
-    Args:
-        optimizer: a torch optimizer, or the name of one.
-        parameters: that train.
+    Existing state is counted; missing state, and that of an optimizer given by name, is estimated.
     """
     parameters = list(parameters)
-    named = isinstance(optimizer, str)
-    name = optimizer if named else type(optimizer).__name__
-    state: dict[Any, Any] = {} if named else optimizer.state
-    stepped = [parameter for parameter in parameters if state.get(parameter)]
-    kept = [value for parameter in stepped for value in state[parameter].values() if isinstance(value, Tensor)]
-    known = {id(parameter) for parameter in stepped}
-    total = bytes_of(kept) + state_bytes(name, (p for p in parameters if id(p) not in known))
-    return total, _step_bytes(optimizer, parameters)
-
-
-def _step_bytes(optimizer: Any, parameters: list[nn.Parameter]) -> int:
-    sizes = [parameter.numel() * parameter.element_size() for parameter in parameters]
-    groups = [] if isinstance(optimizer, str) else optimizer.param_groups
-    if (optimizer if isinstance(optimizer, str) else "").endswith("fused") or any(g.get("fused") for g in groups):
-        return 0
-    on_device = any(parameter.device.type == "cuda" for parameter in parameters)
-    if any(group.get("foreach") for group in groups) or (on_device and isinstance(optimizer, torch.optim.Optimizer)):
-        return sum(sizes)
-    return _STEP_TEMPORARIES * max(sizes, default=0)
+    sizes = [parameter.nbytes for parameter in parameters]
+    if isinstance(optimizer, str):
+        temporary = 0 if optimizer.endswith("fused") else _STEP_TEMPORARIES * max(sizes, default=0)
+        return state_bytes(optimizer, parameters), temporary
+    state: dict[Any, Any] = optimizer.state
+    kept = [v for p in parameters for v in (state.get(p) or {}).values() if isinstance(v, Tensor)]
+    missing = (parameter for parameter in parameters if not state.get(parameter))
+    total = bytes_of(kept) + state_bytes(type(optimizer).__name__, missing)
+    groups = optimizer.param_groups
+    on_cuda = any(parameter.device.type == "cuda" for parameter in parameters)
+    if any(group.get("fused") for group in groups):
+        return total, 0
+    if any(group.get("foreach") for group in groups) or (on_cuda and isinstance(optimizer, torch.optim.Optimizer)):
+        return total, sum(sizes)
+    return total, _STEP_TEMPORARIES * max(sizes, default=0)

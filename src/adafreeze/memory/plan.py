@@ -1,4 +1,4 @@
-"""Plan: memory and FLOPs of a run before it starts, without its weights and without an accelerator."""
+"""``plan``: memory and FLOPs of a run, from shapes alone."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..costs.devices import GPUS, usable_memory
 from ..decide.policy import PolicyInput, bottom_up
 from ..errors import AdafreezeError, ConfigError, ModelError, warn
 from ..model.batch import rows_of
+from ..model.blocks import users_class
 from ..sizes import readable
 from ..tasks.weightless import PLANNED_TASKS, adapted, build, configuration, example_inputs
-from ._stage import QUANTISED, Stage
+from ._planner import QUANTIZED, PlannedStep, StepPlanner
 from .optimizer import optimizer_names
-from .planned import PlannedStep
-from .rehearsal import failing_module, largest_that_fits
+from .rehearsal import error_line, failing_module, largest_that_fits
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -32,21 +32,22 @@ __all__ = ["GPUS", "Plan", "PlannedStep", "plan"]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is going to hold and to compute.
+    """Predicted memory and FLOPs of a run.
 
     Attributes:
         model: its class.
         blocks: in all stacks.
-        steps: at prefix depth 0, that of SafeConfig() at the start, a half, three quarters, and the deepest; by depth.
-        plain: plain adapter-tuning: nothing frozen, nothing recomputed.
-        checkpointed: the same with activation checkpointing of every block, as transformers switches it on.
-        limit: bytes that may be held; None if no device was named.
-        micro_batches: how many samples fit: ``"plain"``, ``"safe"`` (SafeConfig() at the start), and
-            ``"checkpointed"``, which is what a memory budget can come down to. Empty without a device.
-        causes: what makes it hold more than it would have to, with the remedy.
-        advice: what to change, if not even one sample fits.
-        estimated: parts that are estimates and not counted.
-        settings: what was planned for.
+        steps: one per prefix depth, ascending: none, that of SafeConfig() at the start, a half, three quarters, the
+            deepest.
+        plain: plain adapter-tuning: nothing frozen, no activation checkpointing.
+        checkpointed: the same with activation checkpointing of every block.
+        limit: usable bytes of the device; None without a device.
+        micro_batches: samples that fit: ``"plain"``, ``"safe"`` (SafeConfig() at the start), and
+            ``"checkpointed"``, the most that a memory budget can reach. Empty without a device.
+        causes: what costs avoidable memory, each with its fix.
+        advice: what to change if not even one sample fits.
+        estimated: parts that are estimated, not counted.
+        settings: the arguments of ``plan``.
     """
 
     model: str
@@ -86,39 +87,39 @@ def plan(
     device_memory: int | str | None = None,
     **hub: Any,
 ) -> Plan:
-    """Memory and FLOPs of a run, from shapes alone: no weights are loaded, and no accelerator is needed.
+    """Predict memory and FLOPs of a run from shapes alone, without weights and without an accelerator.
 
-    The model is built without memory, the adapter put in, and the training step run on tensors without data, once for
-    each prefix depth: the model's own code, torch's own autograd, counted to the byte.
+    Builds the model on ``meta``, adds the adapter and runs the training step on tensors without data, once for each
+    prefix depth: the model's own code with torch's autograd, counted to the byte.
 
     Args:
-        model: a name on the Hub, a folder, the path of a config.json, a configuration, or a module (with its adapters
-            in it, or none yet; it is left as it was).
-        adapter: for ``peft.get_peft_model``; None if the module has its adapters.
-        task: one of ``"text-classification"``, ``"regression"``, ``"causal-lm"``, ``"seq2seq-lm"``,
-            ``"image-classification"``; not for a module with ``inputs``.
-        batch_size: samples of one micro-batch.
-        max_length: tokens of its longest sample.
-        inputs: of a module's forward pass, in the place of those that follow from the task; shapes and dtypes matter.
-        dtype: of the weights; ``"auto"`` as the configuration says.
-        mixed_precision: bfloat16 autocast, as of ``TrainingArguments.bf16``.
-        quantization: ``"nf4"`` or ``"int8"``: weights of the blocks' linear layers as bitsandbytes keeps them. An
-            estimate.
-        optim: as of ``TrainingArguments``.
-        checkpointing: activation checkpointing is on: all blocks above the prefix recompute.
-        padding: batches hold padding, so that attention has a mask.
-        accumulate: over several micro-batches, so that gradients are there from the start.
-        autocast_adapter_dtype: PEFT's own switch: float32 adapters in a model of half precision.
-        target: where the run will be, ``"cuda"`` or ``"cpu"``: their attention kernels keep different tensors.
-        device_memory: of the device: bytes, a text such as ``"24GiB"``, or a name in ``GPUS``. Of CUDA memory
-            1 GiB is left for the context, workspaces and fragments.
+        model: a name on the Hub, a folder, the path of a config.json, a configuration, or a module with or without
+            adapters; a module is not changed.
+        adapter: for ``peft.get_peft_model``; None if the module has adapters.
+        task: ``"text-classification"``, ``"regression"``, ``"question-answering"``, ``"causal-lm"``,
+            ``"seq2seq-lm"`` or ``"image-classification"``; ignored for a module with ``inputs``.
+        batch_size: samples per micro-batch.
+        max_length: tokens of the longest sample.
+        inputs: a batch for a module's forward; only shapes and dtypes matter. Replaces the inputs that follow from
+            ``task``, ``batch_size`` and ``max_length``.
+        dtype: of the weights; ``"auto"`` reads it from the configuration.
+        mixed_precision: bfloat16 autocast, like ``TrainingArguments.bf16``.
+        quantization: ``"nf4"`` or ``"int8"``: estimate the linear layers of the blocks as bitsandbytes stores them.
+        optim: as in ``TrainingArguments``.
+        checkpointing: activation checkpointing of all blocks above the prefix.
+        padding: batches are padded, so attention needs a mask.
+        accumulate: gradients are accumulated over micro-batches, so they exist before the forward pass.
+        autocast_adapter_dtype: as in ``peft.get_peft_model``: float32 adapters on a half-precision model.
+        target: ``"cuda"`` or ``"cpu"``, whose attention kernels save different tensors.
+        device_memory: bytes, a text such as ``"24GiB"``, or a name in ``GPUS``. Reserves 1 GiB of CUDA memory for
+            the context, workspaces and fragmentation.
         hub: ``revision``, ``cache_dir``, ``token`` and ``trust_remote_code`` for the configuration.
 
     Raises:
         ConfigError: a setting is unknown or out of range.
-        ModelError: there is no such model, or none can be built, or it has no adapters by block.
+        ModelError: the model does not exist, cannot be built, or has no adapters in its blocks.
     """
-    rows = batch_size if inputs is None else _rows_of(inputs)
+    rows = batch_size if inputs is None else rows_of(inputs)
     settings = {
         "task": task,
         "batch_size": rows,
@@ -132,70 +133,78 @@ def plan(
         "target": target,
         "device_memory": device_memory,
     }
-    _one_of("task", task, PLANNED_TASKS)
-    _one_of("target", target, ("cpu", "cuda"))
-    _one_of("quantization", quantization, (None, *QUANTISED))
-    _one_of("optim", optim, optimizer_names())
+    _check("task", task, PLANNED_TASKS)
+    _check("target", target, ("cpu", "cuda"))
+    _check("quantization", quantization, (None, *QUANTIZED))
+    _check("optim", optim, optimizer_names())
     limit = usable_memory(device_memory, target)
-    weights = _dtype(dtype)
+    if isinstance(dtype, str):
+        _check("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+    weights = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     config = getattr(model, "config", None) if isinstance(model, nn.Module) else configuration(model, **hub)
-
-    def module_on(device: str) -> nn.Module:
-        module = model if isinstance(model, nn.Module) else build(config, task, weights, device)  # type: ignore[arg-type]
-        return module if adapter is None else adapted(module, adapter, autocast_adapter_dtype)
 
     def batch(rows: int, module: nn.Module) -> dict[str, Any]:
         if inputs is not None:
-            return {name: _with_rows(value, rows, _rows_of(inputs)) for name, value in inputs.items()}
+            return {name: _with_rows(value, rows, rows_of(inputs)) for name, value in inputs.items()}
         own = next(p.dtype for p in module.parameters() if p.is_floating_point())
         return example_inputs(config, task, rows, max_length, padded=padding, dtype=own)  # type: ignore[arg-type]
 
-    options = (batch, optim, mixed_precision, quantization, accumulate)
-    traced = 1 if inputs is None else rows  # whoever gives inputs may give tensors that cannot be cut into samples
+    def planned(device: str, target: str, fake: bool) -> Plan:
+        module = model if isinstance(model, nn.Module) else build(config, task, weights, device)  # type: ignore[arg-type]
+        planner = StepPlanner(
+            module if adapter is None else adapted(module, adapter, autocast_adapter_dtype),
+            batch,
+            optimizer=optim,
+            mixed_precision=mixed_precision,
+            quantization=quantization,
+            accumulate=accumulate,
+            target=target,
+            fake=fake,
+            rows=1 if inputs is None else rows,  # given tensors may not be divisible by sample
+        )
+        with planner:
+            return _plan(planner, rows, checkpointing, limit, settings, given=inputs is not None)
+
     try:
-        with Stage(module_on("meta"), *options, target=target, fake=True, rows=traced) as stage:
-            return _drawn_up(stage, rows, checkpointing, limit, settings, given=inputs is not None)
+        return planned("meta", target, fake=True)
     except AdafreezeError:
         raise
-    except Exception as error:  # the model's own code, on tensors without data
+    except Exception as error:  # from the model's own code, on tensors without data
         warn(
-            f"{failing_module(error)} cannot be built or run without data "
-            f"({type(error).__name__}: {next(iter(str(error).splitlines()), '')}).",
-            cause="It reads values of its tensors, or uses an operator whose shapes torch does not know.",
-            fix="One real step at each depth is measured instead, on the CPU and with random weights: that takes the "
-            "memory of the model.",
+            f"{failing_module(error)} cannot be built or run without data ({error_line(error)}): one real step at each "
+            "depth is measured instead, on the CPU and with random weights.",
+            fix="Nothing, if the model fits into host memory; else plan a smaller configuration of it.",
         )
     try:
-        with Stage(module_on("cpu"), *options, target="cpu", fake=False, rows=traced) as stage:
-            return _drawn_up(stage, rows, checkpointing, limit, settings, given=inputs is not None)
+        return planned("cpu", "cpu", fake=False)
     except AdafreezeError:
         raise
     except Exception as error:
+        names = inputs if inputs is not None else batch(1, nn.Linear(1, 1))
         raise ModelError(
-            f"A training step of the model fails: {failing_module(error)}: {type(error).__name__}: "
-            f"{next(iter(str(error).splitlines()), '')}",
-            cause="It was called with "
-            + ", ".join(inputs if inputs is not None else batch(1, nn.Linear(1, 1)))
-            + ". A field may be missing from the configuration.",
-            fix="Correct --task or the configuration, or call adafreeze.plan(model, inputs=batch) with a real batch.",
+            f"A training step of the model with {', '.join(names)} fails in {failing_module(error)}: "
+            f"{error_line(error)}",
+            fix="Correct --task, add what config.json lacks, or call adafreeze.plan(model, inputs=batch) with a real "
+            "batch.",
         ) from error
 
 
-def _drawn_up(
-    stage: Stage, rows: int, checkpointing: bool, limit: int | None, settings: Mapping[str, Any], *, given: bool
+def _plan(
+    planner: StepPlanner, rows: int, checkpointing: bool, limit: int | None, settings: Mapping[str, Any], *, given: bool
 ) -> Plan:
-    plain, checkpointed = stage.step(rows), stage.step(rows, recompute=True)
-    causes = tuple(stage.causes(rows))
+    plain, checkpointed = planner.step(rows), planner.step(rows, checkpointed=True)
+    causes = tuple(planner.causes(rows))
+    checkpointing = checkpointing or planner.was_checkpointed
     micro_batches = {}
 
-    def fit(name: str, known: PlannedStep, recompute: bool) -> None:
+    def fit(name: str, known: PlannedStep, checkpointed: bool) -> None:
         if limit is None:
             return
         peaks = {rows: known.peak}
 
         def peak(count: int) -> int:
             if count not in peaks:
-                peaks[count] = stage.step(count, recompute=recompute).peak
+                peaks[count] = planner.step(count, checkpointed=checkpointed).peak
             return peaks[count]
 
         try:
@@ -204,66 +213,52 @@ def _drawn_up(
             if not given:
                 raise
             warn(
-                f"How many samples fit is not known: the model does not take another number than {rows} "
-                f"({type(error).__name__}: {next(iter(str(error).splitlines()), '')}).",
-                cause="Some tensors of inputs= do not hold the same number of entries for each sample.",
-                fix="Plan with a batch of the size that is to be used.",
+                f"How many samples fit is not known: inputs= work only with {rows} samples ({error_line(error)}).",
+                fix="Plan with a batch of the size that the run will use.",
             )
 
-    recompute = checkpointing or stage.was_checkpointed
     fit("plain", plain, False)
     fit("checkpointed", checkpointed, True)
-    steps = [checkpointed if recompute else plain]
-    at_start = _at_start(stage)
-    for names in _choices(stage, at_start):
-        if not stage.freezer.frozen.issuperset(names):
-            stage.freeze(names)
-            steps.append(stage.step(rows, recompute=recompute))
+    steps = [checkpointed if checkpointing else plain]
+    # What SafeConfig() freezes before step 0: nothing if the adapters move ranks, as AdaLoRA does.
+    lowest = bottom_up(PolicyInput(0, 1.0, {}, planner.chains, freeze_share=AT_START))
+    at_start = [name for name in lowest if name in planner.paying and not planner.freezer.backend.moves_ranks]
+    blocks = sum(map(len, planner.chains))
+    choices = [at_start, *(planner.lowest(round(share * blocks)) for share in (0.5, 0.75, 1))]
+    for names in sorted(set(map(frozenset, choices)), key=len):
+        if not planner.freezer.frozen.issuperset(names):
+            planner.freeze(names)
+            steps.append(planner.step(rows, checkpointed=checkpointing))
         if names == frozenset(at_start):
-            fit("safe", steps[-1], recompute)
+            fit("safe", steps[-1], checkpointing)
     estimated = []
-    if stage.quantization is not None:
-        estimated.append(f"weights in {stage.quantization}, by their bytes an element")
-    if stage.target != settings["target"]:
+    if planner.quantization is not None:
+        estimated.append(f"weights in {planner.quantization}, from their bytes per element")
+    if planner.target != settings["target"]:
         estimated.append("attention and dropout, as measured on the CPU")
-    if stage.mixed_precision and settings["target"] == "cuda":
-        estimated.append("mixed precision, by what autocast casts on the CPU")
+    if planner.mixed_precision and settings["target"] == "cuda":
+        estimated.append("mixed precision, from what autocast casts on the CPU")
     return Plan(
-        model=stage.name,
-        blocks=sum(map(len, stage.stacks)),
+        model=users_class(planner.module),
+        blocks=len(planner.blocks),
         steps=tuple(steps),
         plain=plain,
         checkpointed=checkpointed,
         limit=limit,
         micro_batches=micro_batches,
         causes=causes,
-        advice=tuple(_advice(checkpointed, rows, limit, stage.quantization)),
+        advice=tuple(_advice(checkpointed, rows, limit, planner.quantization)),
         estimated=tuple(estimated),
         settings=settings,
     )
 
 
-def _at_start(stage: Stage) -> list[str]:
-    """Units that SafeConfig() freezes before step 0."""
-    if stage.freezer.backend.moves_ranks:
-        return []
-    lowest = bottom_up(PolicyInput(0, 1.0, {}, stage.chains, freeze_share=AT_START))
-    return [name for name in lowest if name in stage.paying]
-
-
-def _choices(stage: Stage, at_start: list[str]) -> list[frozenset[str]]:
-    """Units to freeze: ``at_start``, those of a half and of three quarters of the blocks, and all that may freeze."""
-    blocks = sum(map(len, stage.chains))
-    choices = [at_start, *(stage.lowest(round(share * blocks)) for share in (0.5, 0.75, 1))]
-    return sorted(set(map(frozenset, choices)), key=len)
-
-
 def _advice(leanest: PlannedStep, rows: int, limit: int | None, quantization: str | None) -> Iterator[str]:
-    """What to change where not even full recompute fits."""
+    """What to change if checkpointing all blocks is not enough."""
     if limit is None or leanest.peak <= limit:
         return
     if rows > 1:
-        yield "--per_device_train_batch_size 1 --gradient_accumulation_steps " + str(rows)
+        yield f"--per_device_train_batch_size 1 --gradient_accumulation_steps {rows}"
     yield "a smaller --max_seq_length"
     if quantization is None and leanest.weights > 0.4 * limit:
         yield "--quantization nf4 (QLoRA)"
@@ -271,32 +266,18 @@ def _advice(leanest: PlannedStep, rows: int, limit: int | None, quantization: st
         yield f"a smaller model: the weights alone take {readable(leanest.weights)}"
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    _one_of("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
-    return None if dtype == "auto" else getattr(torch, dtype)
-
-
-def _one_of(name: str, value: Any, known: Iterable[Any]) -> None:
+def _check(name: str, value: Any, known: Iterable[Any]) -> None:
     if value not in known:
-        close = difflib.get_close_matches(str(value), [str(one) for one in known], n=1)
-        raise ConfigError(
-            f"--{name} is {value!r}.",
-            cause=f"It must be one of {', '.join(str(one) for one in known if one is not None)}.",
-            fix=f"--{name} {close[0] if close else next(str(one) for one in known if one is not None)}",
-        )
-
-
-def _rows_of(inputs: Mapping[str, Any]) -> int:
-    return rows_of(inputs) or next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
+        names = [str(one) for one in known if one is not None]
+        close = difflib.get_close_matches(str(value), names, n=1) or names
+        raise ConfigError(f"--{name} is {value!r}, not one of {', '.join(names)}.", fix=f"--{name} {close[0]}")
 
 
 def _with_rows(value: Any, rows: int, before: int) -> Any:
-    """A batch's tensor for another number of rows: of a tensor that holds several entries a row, as many a row."""
+    """An input for ``rows`` samples instead of ``before``; keeps the number of entries per sample."""
     if not isinstance(value, Tensor) or not value.ndim or len(value) % before:
         return value
     length = len(value) // before * rows
     if value.is_meta:
         return torch.empty((length, *value.shape[1:]), dtype=value.dtype, device="cpu")
-    return value.cpu()[torch.arange(length) % len(value)]  # a model that needs data gets those
+    return value.cpu()[torch.arange(length) % len(value)]  # with its data, for a model that needs some

@@ -1,4 +1,4 @@
-"""Methods of training, one small class each: plain, SAFE, and its rivals."""
+"""Training methods that ``adafreeze compare`` compares: plain, SAFE and its rivals."""
 
 from .find import METHODS, find_method, in_order
 from .method import Combined, Method, Setup
@@ -6,12 +6,15 @@ from .outcome import Outcome, outcome_of
 from .summary import Difference, Row, default_metric, summarize
 
 __all__ = [
-    "METHODS",
+    # what a method is
     "Combined",
     "Method",
     "Setup",
+    # which methods there are
+    "METHODS",
     "find_method",
     "in_order",
+    # results
     "Difference",
     "Outcome",
     "Row",

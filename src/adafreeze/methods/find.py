@@ -1,4 +1,4 @@
-"""Methods by what is typed: a name, several joined by +, or a class of the user's own."""
+"""The table of methods, and finding a method by the text after ``--methods``."""
 
 from __future__ import annotations
 
@@ -10,72 +10,66 @@ from pathlib import Path
 from types import ModuleType
 
 from ..errors import ConfigError
-from .adapter_drop import AdapterDrop
-from .lora_variants import DoRA, LoRAFA
 from .method import Combined, Method
-from .plain import Checkpointing, EqualFlops, Plain, TopBlocks
-from .rivals import AutoFreeze, BottomUp, GradES, RandomFreezing, StaticPrefix
-from .safe import Safe, SafeBudget, SafeNoCache, SafePaper
-from .sparse_adapter import SparseAdapter
 
 __all__ = ["METHODS", "find_method", "in_order"]
 
-METHODS: dict[str, type[Method]] = {
-    kind.name: kind
-    for kind in (
-        *(Plain, Safe, SafePaper, SafeNoCache, SafeBudget),
-        *(BottomUp, RandomFreezing, StaticPrefix, AutoFreeze, GradES),
-        *(TopBlocks, EqualFlops, Checkpointing),
-        *(AdapterDrop, SparseAdapter, LoRAFA, DoRA),
-    )
+METHODS = {
+    "plain": "adafreeze.methods.plain:Plain",
+    "safe": "adafreeze.methods.safe:Safe",
+    "safe-paper": "adafreeze.methods.safe:SafePaper",
+    "safe-no-cache": "adafreeze.methods.safe:SafeNoCache",
+    "safe-budget": "adafreeze.methods.safe:SafeBudget",
+    "bottom-up": "adafreeze.methods.rivals:BottomUp",
+    "random": "adafreeze.methods.rivals:RandomFreezing",
+    "static-prefix": "adafreeze.methods.rivals:StaticPrefix",
+    "autofreeze": "adafreeze.methods.rivals:AutoFreeze",
+    "grades": "adafreeze.methods.rivals:GradES",
+    "top-blocks": "adafreeze.methods.plain:TopBlocks",
+    "equal-flops": "adafreeze.methods.plain:EqualFlops",
+    "checkpointing": "adafreeze.methods.plain:Checkpointing",
+    "adapterdrop": "adafreeze.methods.adapter_drop:AdapterDrop",
+    "sparse-adapter": "adafreeze.methods.sparse_adapter:SparseAdapter",
+    "lora-fa": "adafreeze.methods.lora_variants:LoRAFA",
+    "dora": "adafreeze.methods.lora_variants:DoRA",
 }
 
 
 def find_method(text: str) -> Method:
-    """The method that ``text`` names.
-
-    Args:
-        text: a name in ``METHODS``; ``"a+b"``, both in one run; ``"file.py:Class"`` or ``"package.module:Class"``.
+    """The method by name; ``"a+b"`` for both in one run; ``"file.py:Class"`` or ``"package.module:Class"``.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such method.
 
     >>> find_method("safe+lora-fa").name
     'safe+lora-fa'
     """
-    if "+" in text and ":" not in text:
+    place = METHODS.get(text, text)
+    if ":" in place:
+        return _load(place)
+    if "+" in text:
         return Combined([find_method(part) for part in text.split("+")])
-    if ":" in text:
-        return _own(text)
-    if text not in METHODS:
-        close = difflib.get_close_matches(text, METHODS, n=1)
-        raise ConfigError(
-            f"There is no method {text!r}.",
-            cause=f"There are {', '.join(METHODS)}; two together are joined by +.",
-            fix=f"--methods {close[0] if close else 'plain safe'}, or one of your own: my_method.py:MyMethod",
-        )
-    return METHODS[text]()
+    close = difflib.get_close_matches(text, METHODS, n=1)
+    raise ConfigError(
+        f"There is no method {text!r}; the methods are {', '.join(METHODS)}.",
+        fix=f"--methods {close[0] if close else 'plain safe'}, or a class of your own: my_method.py:MyMethod",
+    )
 
 
 def in_order(methods: list[Method]) -> list[Method]:
-    """Each behind those whose results it needs.
+    """Sort the methods so that each comes after those whose results it needs.
 
     Raises:
-        ConfigError: one of those is missing, or two have one name.
+        ConfigError: a method is missing or named twice, or methods need each other.
     """
     names = [method.name for method in methods]
     for method in methods:
         if names.count(method.name) > 1:
-            raise ConfigError(
-                f"The method {method.name!r} is named twice.",
-                cause="Its results would be the same.",
-                fix="Name it once.",
-            )
+            raise ConfigError(f"The method {method.name!r} is named twice.", fix="Name it once.")
         for needed in method.after:
             if needed not in names:
                 raise ConfigError(
                     f"The method {method.name!r} needs the result of {needed!r}.",
-                    cause="It is to train for as many steps, or as many blocks.",
                     fix=f"--methods {' '.join([needed, *names])}",
                 )
     placed: list[Method] = []
@@ -84,38 +78,35 @@ def in_order(methods: list[Method]) -> list[Method]:
         ready = [method for method in methods if method not in placed and done.issuperset(method.after)]
         if not ready:
             raise ConfigError(
-                "The methods wait for one another.",
-                cause="Each of them has another in its `after`.",
-                fix="Take one out of the other's `after`.",
+                f"The methods {', '.join(name for name in names if name not in done)} need each other's results.",
+                fix="Remove one of them from the `after` of another.",
             )
         placed += ready
     return placed
 
 
-def _own(text: str) -> Method:
+def _load(text: str) -> Method:
     place, _, name = text.rpartition(":")
     try:
-        module = _file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
         kind = getattr(module, name)
     except (ImportError, AttributeError, OSError, SyntaxError) as error:
         raise ConfigError(
             f"There is no method {text!r} ({type(error).__name__}: {error}).",
-            cause="Before the colon stands a Python file or module, behind it a class in there.",
-            fix="--methods plain safe my_method.py:MyMethod",
+            fix="Give a Python file or module and a class in it: --methods plain safe my_method.py:MyMethod",
         ) from error
     if not (isinstance(kind, type) and issubclass(kind, Method) and isinstance(getattr(kind, "name", None), str)):
         raise ConfigError(
-            f"{text} is no method.",
-            cause="It must be a subclass of adafreeze.methods.Method with a name.",
+            f"{text} is not a subclass of adafreeze.methods.Method with a name.",
             fix=f'class {name}(Method): name = "{name.lower()}"',
         )
     return kind()
 
 
-def _file(path: Path) -> ModuleType:
+def _load_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # so that its classes know where they are from
+    sys.modules[path.stem] = module  # Method.digest finds the source of its classes there
     spec.loader.exec_module(module)
     return module

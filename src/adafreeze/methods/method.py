@@ -1,4 +1,4 @@
-"""Method: a way to train, as a small class that changes what it must of a run and nothing else."""
+"""Method: one way to train, as a small class that changes the setup of a run."""
 
 from __future__ import annotations
 
@@ -9,37 +9,35 @@ import sys
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ..config import SafeConfig
 from ..errors import ConfigError
-
-if TYPE_CHECKING:
-    import torch
-    from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
-
-    from .outcome import Outcome
+from .outcome import Outcome
 
 __all__ = ["Combined", "Method", "Setup"]
 
 
 @dataclass
 class Setup:
-    """A run before it starts. A method changes what stands in it.
+    """A run before it starts; methods change its fields.
 
     Attributes:
-        safe: how adapters freeze while it trains; None: they do not.
-        settings: the fields of SafeConfig that the user gave, for all methods that freeze.
-        collator: what makes a batch of rows.
+        safe: the freezing during training; None for no freezing.
+        settings: fields of SafeConfig that the user set, for all methods that freeze.
+        collator: makes a batch of rows.
         training: arguments of the Trainer.
         adapter: configuration of the adapters.
-        base: the pre-trained model, before the adapters are put in.
-        rows: that are trained on, prepared; None before the adapters are in.
-        found: what the methods named in ``Method.after`` came to, on the same task and seed.
-        callbacks: of the Trainer, in front of SafeCallback.
-        optimizer: instead of the Trainer's own.
-        kinds: each is asked before every step for something hashable that changes when the cost of a step does.
+        base: the pre-trained model without adapters.
+        rows: prepared training rows; None until the adapters are in the model.
+        found: outcomes of the methods in ``Method.after`` on the same task and seed.
+        callbacks: of the Trainer, called before SafeCallback.
+        optimizer: replaces the Trainer's own.
+        kinds: called before every step; a changed return value means that a step now has other costs.
     """
 
     safe: SafeConfig | None
@@ -54,53 +52,63 @@ class Setup:
     optimizer: torch.optim.Optimizer | None = None
     kinds: list[Callable[[], Hashable]] = field(default_factory=list)
 
-    def is_lora(self) -> bool:
-        """Whether the adapters are LoRA's, DoRA among it."""
-        return str(getattr(self.adapter.peft_type, "value", self.adapter.peft_type)) == "LORA"
+    def freeze(self, **fields: Any) -> None:
+        """Freeze with the user's settings, overridden by ``fields``."""
+        self.safe = SafeConfig.from_dict({**self.settings, **fields})
 
-    def outcome(self, method: str) -> Outcome:
-        """What ``method`` came to.
+    def lora(self, method: str) -> Any:
+        """The configuration of the adapters if they are LoRA or DoRA.
 
         Raises:
-            ConfigError: it was not run, or did not fit.
+            ConfigError: they are not, but ``method`` needs it.
+        """
+        if self.adapter.peft_type != "LORA":
+            kind = getattr(self.adapter.peft_type, "value", self.adapter.peft_type)
+            raise ConfigError(f"{method} is a kind of LoRA, but the adapters are {kind}.", fix="--adapter lora")
+        return self.adapter
+
+    def outcome(self, method: str) -> Outcome:
+        """The outcome of ``method``.
+
+        Raises:
+            ConfigError: it was not run, or failed.
         """
         found = self.found.get(method)
         if found is None or found.reason is not None:
+            reason = "it was not run" if found is None else found.reason
             raise ConfigError(
-                f"There is no result of {method!r} on this task and seed.",
-                cause="It was not run, or failed." if found is None or found.reason is None else found.reason,
-                fix=f"--methods {method} ...",
+                f"There is no result of {method!r} on this task and seed: {reason}", fix=f"--methods {method} ..."
             )
         return found
 
 
 class Method:
-    """Plain adapter-tuning; each subclass is one other way.
+    """Adapter-tuning with the user's settings; subclasses change it.
 
-    A method of your own is a subclass in a file: ``adafreeze compare --methods plain safe my_method.py:MyMethod``.
+    Use a subclass from your own file with ``adafreeze compare --methods plain safe my_method.py:MyMethod``.
 
     Attributes:
         name: as typed after ``--methods``.
         after: methods whose results it needs, on the same task and seed.
     """
 
-    name: ClassVar[str]
-    after: ClassVar[tuple[str, ...]] = ()
+    name: str
+    after: tuple[str, ...] = ()
 
     def configure(self, setup: Setup) -> None:
-        """Before the adapters are put in.
+        """Change the setup before the adapters are added.
 
         Raises:
             AdafreezeError: the method does not fit this model or these adapters; the table shows the reason.
         """
 
     def prepare(self, model: PeftModel, setup: Setup) -> None:
-        """With the adapters in, before there is a Trainer; raises as ``configure``."""
+        """Change the setup after the adapters are added, before the Trainer is made; raises as ``configure``."""
 
     def digest(self, found: Mapping[str, Outcome]) -> str:
-        """Of the files of this class and those that it is made from, and of the results ``found`` that it builds on.
+        """A digest of the source files of this class and its bases, and of the results ``found`` that it builds on.
 
-        Cells of a table are taken up only if it is the same. Files are read once, when this is first asked.
+        `compare` reuses a finished cell only if the digest is unchanged. Each file is read once.
         """
         kinds = [kind for kind in type(self).__mro__ if kind not in (Method, object)]
         parts = [type(self).__qualname__, *dict.fromkeys(_source(kind.__module__) for kind in kinds)]
@@ -110,10 +118,10 @@ class Method:
 
 @cache
 def _source(module: str) -> str:
-    """Its code without comments and docstrings, which change no result."""
+    """Its code without comments and docstrings, which do not change results."""
     try:
         tree = ast.parse(inspect.getsource(sys.modules[module]))
-    except (OSError, TypeError, SyntaxError):  # typed at a prompt, or edited since
+    except (OSError, TypeError, SyntaxError):  # defined in an interactive session, or the file has changed
         return module
     for node in ast.walk(tree):
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
@@ -122,27 +130,23 @@ def _source(module: str) -> str:
 
 
 class Combined(Method):
-    """Several methods in one run, each in its turn.
-
-    Args:
-        parts: in order; where two change the same thing, the later one wins.
-    """
+    """Several methods in one run, applied in order; later ones override earlier ones."""
 
     def __init__(self, parts: list[Method]) -> None:
         self.parts = parts
-        self.name = "+".join(part.name for part in parts)  # type: ignore[misc]
-        self.after = tuple(dict.fromkeys(name for part in parts for name in part.after))  # type: ignore[misc]
+        self.name = "+".join(part.name for part in parts)
+        self.after = tuple(dict.fromkeys(name for part in parts for name in part.after))
 
     def digest(self, found: Mapping[str, Outcome]) -> str:
-        """Of all parts."""
+        """A digest of all parts."""
         return hashlib.sha256(" ".join(part.digest(found) for part in self.parts).encode()).hexdigest()[:16]
 
     def configure(self, setup: Setup) -> None:
-        """Each part's."""
+        """Configure by all parts."""
         for part in self.parts:
             part.configure(setup)
 
     def prepare(self, model: PeftModel, setup: Setup) -> None:
-        """Each part's."""
+        """Prepare by all parts."""
         for part in self.parts:
             part.prepare(model, setup)

@@ -1,4 +1,4 @@
-"""Outcome: what one run of a method on one task with one seed came to."""
+"""Outcome: the result of one method on one task with one seed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..costs import expected_ratios
-from ..journal import read_journal
+from ..journal import is_score, read_history
 
 __all__ = ["Outcome", "outcome_of"]
 
@@ -22,21 +22,20 @@ class Outcome:
 
     Attributes:
         task, method, seed: which run.
-        reason: why the method does not fit; None where it ran. All that follows is then empty.
-        metrics: of the evaluation at the end, without ``eval_``.
-        seconds: of training, measuring and evaluations during it included.
-        cpu_seconds: of the process in that time; 0 where that was not written down.
-        flops: counted, those of measuring included.
-        peak_saved_bytes: the most that autograd kept of a micro-step.
-        mean_saved_bytes: on average over micro-steps.
+        reason: why the method could not run; the numbers are then empty.
+        metrics: of the final evaluation, without the prefix ``eval_``.
+        seconds: of training, with scoring and the evaluations during training.
+        cpu_seconds: CPU time of the process meanwhile.
+        flops: counted, with scoring.
+        peak_saved_bytes, mean_saved_bytes: saved by autograd in a micro-step.
         steps: optimizer steps.
         epochs: passes over the data.
-        blocks: of all stacks; 0 where nobody asked.
-        units: names of what can freeze, bottom to top.
-        freezes: (step, units frozen by then, blocks in the prefixes by then), one entry a freeze.
+        blocks: of all stacks; 0 for runs without SAFE.
+        units: names, bottom to top.
+        freezes: (step, units frozen from then on, blocks in the prefixes from then on) per freeze.
         cached: whether the prefix cache was used.
-        settings: flags of the run, but for its folder.
-        made_by: digest of the method's code and of what it took over from others; None where it was not written down.
+        settings: flags of the run without its folder.
+        made_by: digest of the method's code and of the results that it builds on.
     """
 
     task: str
@@ -56,7 +55,7 @@ class Outcome:
     freezes: tuple[tuple[int, int, int], ...] = ()
     cached: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
-    made_by: str | None = None
+    made_by: str = ""
 
     @property
     def frozen(self) -> int:
@@ -64,39 +63,40 @@ class Outcome:
         return self.freezes[-1][1] if self.freezes else 0
 
     def theory(self) -> tuple[float, float] | None:
-        """Saved bytes and FLOPs against plain by arithmetic, for the freezes as they happened; None without blocks."""
+        """Expected saved bytes and FLOPs relative to plain, for the freezes as they happened; None without blocks."""
         if not self.blocks or not self.steps:
             return None
         depths = [max((depth for at, _, depth in self.freezes if at <= step), default=0) for step in range(self.steps)]
         return expected_ratios(self.blocks, depths, self.steps / self.epochs if self.cached and self.epochs else None)
 
     def save(self, path: Path) -> None:
-        """As JSON; whole or not at all."""
+        """Write JSON; a crash leaves no partial file."""
         draft = path.with_suffix(".part")
         draft.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
         os.replace(draft, path)
 
     @classmethod
     def load(cls, path: Path) -> Outcome:
-        """What ``save`` wrote.
+        """Read what ``save`` wrote.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: the file contains something else.
         """
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
+            if missing := [f.name for f in dataclasses.fields(cls) if f.name not in found]:
+                raise ValueError(f"it has no {', '.join(missing)}")
             return cls(**{**found, "units": tuple(found["units"]), "freezes": tuple(map(tuple, found["freezes"]))})
-        except (TypeError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no result of `adafreeze compare`: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a result of `adafreeze compare`: {error}") from error
 
 
 def outcome_of(
     journal: Path, metrics: Mapping[str, Any], *, task: str, method: str, seed: int, settings: Mapping[str, Any]
 ) -> Outcome:
-    """The outcome of a run that ended, from its journal and from what ``adafreeze train`` returned."""
-    events = list(read_journal(journal))
-    start: dict[str, Any] = next((event for event in events if event["event"] == "start"), {})
-    frozen = [(e["step"], e["frozen"], sum(e["prefixes"].values())) for e in events if e["event"] in ("freeze", "thaw")]
+    """The outcome of a finished run, from its journal and the metrics that ``adafreeze train`` returned."""
+    history = read_history(journal)
+    counts = [sum(len(names) for at, names, _ in history.freezes if at <= step) for step, _, _ in history.freezes]
     return Outcome(
         task=task,
         method=method,
@@ -104,22 +104,18 @@ def outcome_of(
         metrics={
             name.removeprefix("eval_"): float(value)
             for name, value in metrics.items()
-            if name.startswith("eval_") and isinstance(value, (int, float)) and not _is_speed(name)
+            if is_score(name) and isinstance(value, (int, float))
         },
         seconds=metrics["train_runtime"],
-        cpu_seconds=metrics.get("train_cpu_seconds", 0.0),
+        cpu_seconds=metrics["train_cpu_seconds"],
         flops=metrics.get("train_flops", 0) + metrics.get("score_flops", 0),
         peak_saved_bytes=metrics.get("train_peak_saved_bytes", 0),
         mean_saved_bytes=metrics.get("train_mean_saved_bytes", 0),
-        steps=next((event["step"] for event in reversed(events) if event["event"] == "done"), 0),
+        steps=history.steps,
         epochs=metrics.get("epoch", 0),
-        blocks=sum(start.get("stacks", {}).values()),
-        units=tuple(start.get("units", ())),
-        freezes=tuple(frozen),
-        cached=any(event["event"] == "cache" for event in events),
+        blocks=sum(history.stacks.values()),
+        units=tuple(history.units),
+        freezes=tuple((step, count, depth) for (step, depth), count in zip(history.depths, counts, strict=True)),
+        cached=history.cache is not None,
         settings=settings,
     )
-
-
-def _is_speed(name: str) -> bool:
-    return name.endswith(("_runtime", "_per_second"))

@@ -1,15 +1,12 @@
-"""Plain adapter-tuning, and what can be had without freezing: fewer blocks, fewer steps, recomputation."""
+"""Plain adapter-tuning, and alternatives to freezing: fewer blocks, fewer steps, activation checkpointing."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from peft import PeftModel
 
 from ..errors import ConfigError
 from ..model import find_stacks
 from .method import Method, Setup
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 __all__ = ["Checkpointing", "EqualFlops", "Plain", "TopBlocks"]
 
@@ -20,24 +17,24 @@ class Plain(Method):
     name = "plain"
 
     def configure(self, setup: Setup) -> None:
-        """Nothing freezes."""
+        """Disable freezing."""
         setup.safe = None
 
 
 class TopBlocks(Plain):
-    """Adapters on as many top blocks as SAFE leaves live, and on no other: PEFT's ``layers_to_transform``."""
+    """Adapters only on as many top blocks as SAFE leaves live, by PEFT's ``layers_to_transform``."""
 
     name = "top-blocks"
     after = ("safe",)
 
     def configure(self, setup: Setup) -> None:
-        """Leave the lower blocks out."""
+        """Leave out the lower blocks."""
         super().configure(setup)
         safe, stacks = setup.outcome("safe"), find_stacks(setup.base)
         if len(stacks) > 1 or not hasattr(setup.adapter, "layers_to_transform"):
             raise ConfigError(
-                "Adapters cannot be put on the top blocks alone.",
-                cause="layers_to_transform counts blocks of one stack, and not every adapter has it.",
+                f"layers_to_transform cannot select the top blocks: the model has {len(stacks)} stacks, or "
+                f"{type(setup.adapter).__name__} has no such field.",
                 fix="--adapter lora, and a model with one stack",
             )
         given = setup.adapter.layers_to_transform
@@ -46,7 +43,7 @@ class TopBlocks(Plain):
 
 
 class EqualFlops(Plain):
-    """Plain, for as many steps as SAFE's FLOPs pay for; the learning rate comes down within them."""
+    """Plain for as many steps as SAFE's FLOPs pay for; the learning rate schedule is shortened with it."""
 
     name = "equal-flops"
     after = ("plain", "safe")
@@ -56,22 +53,18 @@ class EqualFlops(Plain):
         super().configure(setup)
         plain, safe = setup.outcome("plain"), setup.outcome("safe")
         if not plain.flops:
-            raise ConfigError("FLOPs were not counted.", cause="--count_costs false", fix="--count_costs true")
+            raise ConfigError("The FLOPs of plain were not counted.", fix="--count_costs true")
         setup.training.max_steps = max(1, round(plain.steps * safe.flops / plain.flops))
 
 
 class Checkpointing(Plain):
-    """Every block recomputes its activations in the backward pass (Chen et al. 2016)."""
+    """Activation checkpointing of every block (Chen et al. 2016)."""
 
     name = "checkpointing"
 
     def prepare(self, model: PeftModel, setup: Setup) -> None:
-        """Switch it on."""
+        """Enable it."""
         try:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         except ValueError as error:
-            raise ConfigError(
-                f"{type(setup.base).__name__} has no activation checkpointing.",
-                cause=str(error).splitlines()[0],
-                fix="Leave out checkpointing.",
-            ) from error
+            raise ConfigError(str(error).splitlines()[0], fix="Leave out checkpointing.") from error

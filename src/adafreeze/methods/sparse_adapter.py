@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from ..errors import ProbeError
 from ..measure.draw import collect
 from ..model.blocks import device_of
 from ..model.random_state import keep_random_state
 from .method import Method, Setup
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 __all__ = ["SparseAdapter"]
 
@@ -25,19 +23,19 @@ TOKENS = 2048
 class SparseAdapter(Method):
     """SparseAdapter (He et al. 2022), by the sensitivity of SNIP (Lee et al. 2019).
 
-    Of each adapter matrix the weights with the smallest |w · ∂loss/∂w| are set to zero and stay there. Our reading,
-    for adapters that start as the identity: where the whole product is zero it is |∂loss/∂w| that counts (LoRA's B,
-    which starts at zero), and where that is zero too, |w| (LoRA's A).
+    In each adapter matrix the weights with the smallest |w · ∂loss/∂w| are set to zero and stay zero. Our reading for
+    adapters that start as the identity: if the product is zero for the whole matrix, |∂loss/∂w| decides (LoRA's B,
+    which starts at zero), and if that is zero too, |w| (LoRA's A).
 
     Attributes:
         sparsity: the share of each matrix that is pruned.
     """
 
     name = "sparse-adapter"
-    sparsity: ClassVar[float] = 0.5
+    sparsity = 0.5
 
     def prepare(self, model: PeftModel, setup: Setup) -> None:
-        """Prune when the training data is there."""
+        """Add the callback that prunes when the training data is available."""
         setup.callbacks.append(_Prune(self.sparsity, setup.training.seed))
 
 
@@ -46,10 +44,8 @@ class _Prune(TrainerCallback):
         self.sparsity, self.seed = sparsity, seed
         self.handles: list[Any] = []
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Look at some samples, prune, and let no gradient reach what is pruned; random states stay."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Prune, and mask the gradients of pruned weights; random states are unchanged."""
         model = kwargs["model"]
         adapters = {
             name: p for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name
@@ -62,16 +58,14 @@ class _Prune(TrainerCallback):
                 parameter.mul_(kept)
             self.handles.append(parameter.register_hook(kept.mul))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take the hooks off."""
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
 
 
 def _gradients(model: nn.Module, adapters: dict[str, nn.Parameter], source: Any, seed: int) -> dict[str, Tensor]:
-    """Of the loss on some samples, without dropout."""
+    """Gradients of the loss on some training samples, without dropout."""
     training, device = model.training, device_of(model)
     model.eval()
     sums = {name: torch.zeros_like(parameter) for name, parameter in adapters.items()}
@@ -81,25 +75,23 @@ def _gradients(model: nn.Module, adapters: dict[str, nn.Parameter], source: Any,
             loss = getattr(model(**moved), "loss", None)
             if loss is None:
                 raise ProbeError(
-                    "The model gives no loss for samples of its training data.",
-                    cause="They hold no labels that it knows, and pruning goes by the gradient of the loss.",
+                    "sparse-adapter prunes by the gradient of the loss, but the model returns no loss for its training "
+                    "data, such as when labels are missing.",
                     fix="Leave out sparse-adapter.",
                 )
-            found = torch.autograd.grad(loss, list(adapters.values()), allow_unused=True)
-            for name, gradient in zip(adapters, found, strict=True):
-                if gradient is not None:
-                    sums[name] += gradient
+            found = torch.autograd.grad(loss, list(adapters.values()), materialize_grads=True)
+            for total, gradient in zip(sums.values(), found, strict=True):
+                total += gradient
     finally:
         model.train(training)
     return sums
 
 
 def _kept(weight: Tensor, gradient: Tensor, sparsity: float) -> Tensor:
-    """1 where a weight stays, 0 where it is pruned."""
+    """1 for weights that stay, 0 for pruned ones."""
     score = (weight * gradient).abs()
     if not score.any():
         score = gradient.abs() if gradient.any() else weight.abs()
     kept = torch.zeros_like(weight).flatten()
-    most = score.flatten().topk(weight.numel() - int(sparsity * weight.numel())).indices
-    kept[most] = 1
+    kept[score.flatten().topk(weight.numel() - int(sparsity * weight.numel())).indices] = 1
     return kept.view_as(weight)

@@ -1,4 +1,4 @@
-"""A batch as the model takes it: its samples, its tokens, and how it is cut."""
+"""Batches of model inputs: their samples and tokens, and how to cut them."""
 
 from __future__ import annotations
 
@@ -9,56 +9,44 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from .blocks import base_model
 
 __all__ = [
-    "CHUNK",
-    "INPUTS",
-    "REAL_TOKENS",
-    "Chunk",
-    "arguments",
-    "as_mapping",
-    "by_sample",
-    "chunks_of",
-    "cut",
-    "forward_names",
-    "leaves",
-    "main_input",
-    "masks",
-    "padded_tokens",
-    "real_tokens",
-    "repeated",
-    "rows_of",
-]
+    "CHUNK", "INPUTS", "REAL_TOKENS", "Chunk",
+    "arguments", "as_mapping", "by_sample", "chunks_of", "cut", "forward_names", "leaves", "main_input", "masks",
+    "padded_tokens", "real_tokens", "repeated", "rows_of",
+]  # fmt: skip
 
 Chunk = dict[str, Any]
-"""What a model is called with: its keyword arguments, one of which may be a dictionary of features."""
+"""Keyword arguments of a model; one of them may be a dictionary of features."""
 
-# One forward pass of the probe takes this many samples: enough to be efficient, few enough to cut finely.
+# Samples in one forward pass of the probe: enough to be efficient, few enough to cut finely.
 CHUNK = 8
 
-# A mask for the probe alone: under its own name, since passing it on would change what the model computes.
+# A mask for the probe only. It has its own name because passing it to the model would change the result.
 REAL_TOKENS = "real_tokens"
 
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
 
-# Positions of an image, a sound or a time series are counted only by the model; so many a sample are enough to spread.
+# Only the model knows the positions of an image, a sound or a time series; this estimate per sample is enough.
 UNKNOWN_TOKENS = 64
 
 
 def as_mapping(batch: Any) -> Chunk | None:
-    """The inputs in a batch by name: of a mapping, a dataclass or a named tuple; None where it names none."""
+    """The inputs of a mapping, dataclass or named tuple by name; None for a batch without names."""
     if isinstance(batch, Mapping):
         return {str(name): as_mapping(value) if isinstance(value, Mapping) else value for name, value in batch.items()}
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         return as_mapping({field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)})
     if isinstance(batch, tuple) and hasattr(batch, "_asdict"):
         return as_mapping(batch._asdict())
-    data = getattr(batch, "data", None)
-    return as_mapping(data) if isinstance(data, Mapping) else None
+    return None
 
 
 def arguments(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Chunk:
-    """What ``model`` is called with, by the names of its forward's parameters.
+    """The arguments of a call of ``model``, by the names of its forward's parameters.
 
     >>> arguments(nn.Linear(2, 2), ["x"], {})
     {'input': 'x'}
@@ -68,17 +56,16 @@ def arguments(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
 def forward_names(model: nn.Module) -> list[str]:
     """Names of the positional parameters of its forward."""
-    # Of the class: on the instance somebody may have replaced it.
+    # Of the class: the instance may have another forward.
     parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    base = getattr(model, "get_base_model", None)
-    if not names and base is not None and base() is not model:
-        return forward_names(base())  # PeftModel hands on whatever it gets
+    if not names and base_model(model) is not model:  # PeftModel passes everything on
+        return forward_names(base_model(model))
     return names or [INPUTS[0]]
 
 
 def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """All values in nested dictionaries, in their order, with the names that lead to them."""
+    """(path of names, value) of all values in nested dictionaries."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             yield from leaves(item, (*path, name))
@@ -87,14 +74,14 @@ def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 
 
 def _kind(name: str) -> str | None:
-    """The known input that this is one of, such as ``"anchor_input_ids"``; none of a decoder's."""
+    """The known input that ``name`` ends with (``"anchor_input_ids"``); None for inputs of a decoder."""
     if name.startswith("decoder_"):
         return None
     return next((known for known in INPUTS if name == known or name.endswith(f"_{known}")), None)
 
 
 def main_input(chunk: Mapping[str, Any]) -> Tensor | None:
-    """The input whose first dimension is the batch: of a known name, of a known kind, else the first but labels."""
+    """The input whose first dimension is the batch: a known name, else a known kind, else the first but labels."""
     tensors = {path: value for path, value in leaves(chunk) if isinstance(value, Tensor) and value.ndim}
     known = {path: _kind(path[-1]) for path in tensors}
     for paths in ([path for path in known if path[-1] in INPUTS], [path for path, kind in known.items() if kind]):
@@ -104,7 +91,7 @@ def main_input(chunk: Mapping[str, Any]) -> Tensor | None:
 
 
 def rows_of(chunk: Mapping[str, Any]) -> int:
-    """The number of samples in a chunk: the first dimension of its model input.
+    """The number of samples: the first dimension of the main input.
 
     >>> rows_of({"labels": torch.ones(3), "input": {"token_ids": torch.ones(2, 5)}})
     2
@@ -114,10 +101,10 @@ def rows_of(chunk: Mapping[str, Any]) -> int:
 
 
 def by_sample(chunk: Mapping[str, Any]) -> bool:
-    """Whether every tensor holds one entry per sample, so that the chunk can be cut.
+    """Whether every tensor has one entry per sample, so that the chunk can be cut.
 
-    Equal lengths alone do not say so: images of all samples may stand in one tensor, one sample with two of them and
-    another with none. So a chunk with media beside text, with a list, or with one tensor of another length stays whole.
+    Equal lengths are not enough: one tensor may contain the images of all samples, two of one and none of another. So
+    a chunk with media beside text, with a list, or with a tensor of another length stays whole.
 
     >>> by_sample({"input_ids": torch.ones(2, 5), "labels": torch.ones(2)})
     True
@@ -142,19 +129,12 @@ def _batch_dimension(name: str, value: Tensor) -> int:
 
 
 def cut(chunk: Chunk, rows: Any) -> Chunk:
-    """Some samples of a chunk that is ``by_sample``: indices, or a slice."""
-    return {
-        name: cut(value, rows)
-        if isinstance(value, dict)
-        else value[rows]
-        if isinstance(value, Tensor) and value.ndim
-        else value
-        for name, value in chunk.items()
-    }
+    """Some samples (indices or a slice) of a chunk that is ``by_sample``."""
+    return tree_map_only(Tensor, lambda value: value[rows] if value.ndim else value, chunk)
 
 
 def chunks_of(batch: Chunk) -> Iterator[Chunk]:
-    """A batch in chunks of CHUNK samples; whole where it cannot be cut."""
+    """Cut a batch into chunks of CHUNK samples, if it can be cut."""
     rows = rows_of(batch)
     if rows <= CHUNK or not by_sample(batch):
         yield batch
@@ -164,7 +144,7 @@ def chunks_of(batch: Chunk) -> Iterator[Chunk]:
 
 
 def repeated(chunk: Chunk, rows: int) -> Chunk:
-    """The shapes of a batch of at least ``rows`` samples, as those of the chunk; of one sample, views without data."""
+    """Repeat the samples of a chunk up to at least ``rows``; one sample is expanded, without using memory."""
     count = rows_of(chunk)
     times = -(-rows // count)
 
@@ -184,7 +164,7 @@ def repeated(chunk: Chunk, rows: int) -> Chunk:
 
 
 def _texts(chunk: Mapping[str, Any]) -> list[tuple[int, Tensor | None]]:
-    """Positions of each text among the inputs, with its (samples, tokens) mask."""
+    """Positions of each text among the inputs, and its (samples, tokens) mask."""
     found = dict(leaves(chunk))
     texts: list[tuple[int, Tensor | None]] = []
     for path, value in found.items():
@@ -198,7 +178,7 @@ def _texts(chunk: Mapping[str, Any]) -> list[tuple[int, Tensor | None]]:
 
 
 def masks(chunk: Mapping[str, Any]) -> list[Tensor]:
-    """The padding masks of a chunk: the probe's own first."""
+    """The padding masks of a chunk, the probe's own first."""
     own = chunk.get(REAL_TOKENS)
     every = {path: value for path, value in leaves(chunk) if path[-1].endswith("attention_mask")}
     named = [value for path, value in every.items() if not path[-1].startswith("decoder_")]
@@ -206,7 +186,7 @@ def masks(chunk: Mapping[str, Any]) -> list[Tensor]:
 
 
 def padded_tokens(chunk: Mapping[str, Any]) -> int:
-    """Positions that the model computes for a chunk."""
+    """Positions that the model computes, padding included."""
     texts = _texts(chunk)
     if texts:
         return sum(positions for positions, _ in texts)
@@ -216,7 +196,7 @@ def padded_tokens(chunk: Mapping[str, Any]) -> int:
 
 
 def real_tokens(chunk: Mapping[str, Any]) -> int:
-    """Those of them that are no padding."""
+    """Positions that are not padding."""
     own = chunk.get(REAL_TOKENS)
     if isinstance(own, Tensor):
         return int(own.sum())

@@ -1,4 +1,4 @@
-"""Stacks and blocks: where they are, what a block hands on, and how to run a model from block k."""
+"""Stacks of blocks: how to find them, and how to run a model from block k."""
 
 from __future__ import annotations
 
@@ -13,24 +13,19 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from .patches import patched_forward
+from .restore import temporarily
 
 __all__ = [
-    "Stack",
-    "StopForward",
-    "find_stacks",
-    "hidden_states",
-    "modules_outside",
-    "starting_at",
-    "unwrap",
+    "Stack", "StopForward", "base_model", "find_stacks", "hidden_states", "modules_outside", "starting_at", "unwrap",
     "without_cache",
-]
+]  # fmt: skip
 
-# PEFT wraps the user's model twice; its prefix says nothing to a reader of logs and journals.
-_WRAPPER_PREFIXES = ("base_model.model.",)
+# PEFT wraps the user's model twice.
+_WRAPPER_PREFIX = "base_model.model."
 
 
 class StopForward(Exception):
-    """Raised inside a forward pass to leave it once everything of interest was seen."""
+    """Raised to end a forward pass early."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +33,8 @@ class Stack:
     """The ordered blocks of one encoder or decoder.
 
     Attributes:
-        path: the dotted name of its ModuleList in the user's model, e.g. ``"bert.encoder.layer"``.
-        blocks: the blocks, bottom to top.
+        path: the name of its ModuleList in the user's model, such as ``"bert.encoder.layer"``.
+        blocks: bottom to top.
     """
 
     path: str
@@ -56,14 +51,12 @@ class Stack:
 def find_stacks(model: nn.Module) -> list[Stack]:
     """Find the stacks of ``model`` in the order of its modules (an encoder before its decoder).
 
-    A stack is an outermost ``nn.ModuleList`` whose entries are all transformers' ``GradientCheckpointingLayer``. Beside
-    those, where they hold an adapter (or the model has none yet): an outermost ``nn.ModuleList`` or ``nn.Sequential``
-    of at least two entries of one class that look like transformer blocks, each with a norm and two matrices; lists of
-    such lists are a stack each. A model that has neither may have its adapters in any list of like modules.
+    A stack is an outermost ``nn.ModuleList`` or ``nn.Sequential`` of transformers' ``GradientCheckpointingLayer``; or
+    of at least two modules of one class that look like transformer blocks (a norm and two matrices each), if it
+    contains an adapter or the model has none yet. Without either, any list of modules of one class with adapters.
 
     Raises:
-        ModelError: nothing in the model looks like a stack of blocks, all its layers share one block, or it is no
-            ``nn.Module``.
+        ModelError: there is no stack, its layers share their weights, or ``model`` is not an ``nn.Module``.
     """
     if not isinstance(model, nn.Module):
         raise _no_module(model)
@@ -73,7 +66,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     def adapted(entries: list[nn.Module]) -> bool:
         return not holding or any(id(entry) in holding for entry in entries)
 
-    # Those of transformers count without adapters too: an adapted decoder may read such an encoder.
+    # Those of transformers count even without adapters: an adapted decoder may read such an encoder.
     lists = _outermost_lists(model, _of_transformers)
     own = list(lists)
     lists |= _outermost_lists(model, lambda entries: _alike(entries, _is_block), apart_from=own)
@@ -83,11 +76,9 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     if kept:
         return [Stack(user_name(name), tuple(kept[name])) for name, _ in model.named_modules() if name in kept]
     adapted_names = [name for name, module in model.named_modules() if _is_adapted(module)]
-    elsewhere = f"the adapters of this model are in none: {user_name(adapted_names[0])}." if adapted_names else ""
+    around = f" around its adapter {user_name(adapted_names[0])}" if adapted_names else ""
     raise ModelError(
-        f"No stack of transformer blocks was found in {users_class(model)}.",
-        cause="adafreeze looks for an nn.ModuleList or nn.Sequential of like blocks, and "
-        + (elsewhere or "this model has none."),
+        f"No stack of transformer blocks was found in {users_class(model)}: no nn.ModuleList or nn.Sequential{around}.",
         fix="Use a transformers model, or keep your blocks in one nn.ModuleList.",
     )
 
@@ -99,21 +90,18 @@ def _of_transformers(entries: list[nn.Module]) -> bool:
 
 
 def _alike(entries: list[nn.Module], each: Callable[[nn.Module], bool] = lambda _: True) -> bool:
-    """Whether these are at least two modules of one class, with weights, that run by themselves."""
-    kinds = {type(entry) for entry in entries}
-    return len(entries) > 1 and len(kinds) == 1 and all(_runs(entry) and each(entry) for entry in entries)
+    """Whether these are at least two modules of one class, each with weights and a forward pass."""
+    one_class = len({type(entry) for entry in entries}) == 1
+    return len(entries) > 1 and one_class and all(_runs(entry) and each(entry) for entry in entries)
 
 
 def _runs(module: nn.Module) -> bool:
-    """Whether it has a forward pass (an nn.ModuleList has none), and weights."""
+    """Whether it has a forward pass (an nn.ModuleList has none) and weights."""
     return type(module).forward is not nn.Module.forward and any(True for _ in module.parameters())
 
 
 def _is_block(module: nn.Module) -> bool:
-    """Whether it looks like a transformer block, and not like a convolution or one of several heads.
-
-    No list of families and no guess from the model's names: a block normalizes, and multiplies by two matrices.
-    """
+    """Whether it has a norm and two matrices, unlike a convolution or one of several heads."""
     normalizes = any("norm" in type(part).__name__.lower() for part in module.modules())
     return normalizes and sum(parameter.ndim == 2 for parameter in module.parameters()) > 1
 
@@ -121,7 +109,7 @@ def _is_block(module: nn.Module) -> bool:
 def _outermost_lists(
     model: nn.Module, is_stack: Callable[[list[nn.Module]], bool], apart_from: Sequence[str] = ()
 ) -> dict[str, list[nn.Module]]:
-    """Entries of each fitting list by its name, but for lists that stand in one of ``apart_from`` or around it."""
+    """Entries of each matching list by its name, except lists inside or around one of ``apart_from``."""
     found: dict[str, list[nn.Module]] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{path}.") for path in (*found, *apart_from))
@@ -133,7 +121,7 @@ def _outermost_lists(
 
 
 def _holding_adapters(model: nn.Module) -> set[int]:
-    """Ids of the modules that PEFT adapted, and of all that contain one."""
+    """Ids of the modules that are or contain an adapted layer of PEFT."""
     return {id(module) for module in model.modules() if any(map(_is_adapted, module.modules()))}
 
 
@@ -149,34 +137,35 @@ def _refuse_shared_layers(model: nn.Module) -> None:
     if isinstance(layers, int) and isinstance(groups, int) and groups < layers:  # ALBERT
         blocks = groups * getattr(config, "inner_group_num", 1)
         raise ModelError(
-            f"All {layers} layers of {users_class(model)} share the weights of {blocks} block{'s' * (blocks > 1)}.",
-            cause="Freezing one layer would freeze every other that runs with its weights; there is nothing to select.",
-            fix="Use a model whose layers have weights of their own, or leave adafreeze out.",
+            f"All {layers} layers of {users_class(model)} share the weights of {blocks} block{'s' * (blocks > 1)}, "
+            "so no layer can freeze alone.",
+            fix="Use a model whose layers have separate weights, or train without adafreeze.",
         )
 
 
 def _no_module(model: Any) -> ModelError:
-    """For what holds a model and is none: a SetFitModel, a pipeline, a Trainer."""
+    """For an object around a model: a SetFitModel, a pipeline, a Trainer."""
     inner = next((name for name, value in getattr(model, "__dict__", {}).items() if isinstance(value, nn.Module)), None)
     return ModelError(
-        f"The model is a {type(model).__name__}, and no nn.Module.",
-        cause="adafreeze needs the module whose forward pass is trained"
-        + (f"; this object holds one as .{inner}." if inner else "."),
+        f"The model is a {type(model).__name__}, not the nn.Module whose forward pass is trained.",
         fix=f"Safe(model.{inner}, ...)" if inner else "Safe(model, ...) with the nn.Module itself",
     )
 
 
-def users_class(model: nn.Module) -> str:
-    """The class of the user's model, inside PEFT's wrapper."""
+def base_model(model: nn.Module) -> nn.Module:
+    """The user's model inside PEFT's wrapper."""
     base = getattr(model, "get_base_model", None)
-    return type(base() if callable(base) else model).__name__
+    return base() if callable(base) else model
+
+
+def users_class(model: nn.Module) -> str:
+    """Name of the class of ``base_model(model)``."""
+    return type(base_model(model)).__name__
 
 
 def user_name(name: str) -> str:
-    """The dotted name as in the model before PEFT wrapped it."""
-    for prefix in _WRAPPER_PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
+    """A dotted name without PEFT's prefix."""
+    return name.removeprefix(_WRAPPER_PREFIX)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -198,7 +187,7 @@ def modules_outside(modules: Iterable[nn.Module], stacks: Sequence[Stack]) -> li
 
 
 def hidden_states(output: Any) -> Tensor:
-    """The hidden states in what a block returned: the tensor itself, or the first of a tuple or a mapping."""
+    """The hidden states in a block's output: the tensor itself, or the first entry of a tuple or mapping."""
     if isinstance(output, Mapping):
         return hidden_states(next(iter(output.values())))
     return output if isinstance(output, Tensor) else output[0]
@@ -207,13 +196,7 @@ def hidden_states(output: Any) -> Tensor:
 def without_cache(
     args: tuple[Any, ...], kwargs: dict[str, Any], *, filled: bool = True
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A block's arguments without the cache for generation that decoders hand to it in training too.
-
-    Args:
-        args: of the block.
-        kwargs: of the block.
-        filled: leave it out although it holds something.
-    """
+    """Remove the key-value cache, which decoders pass even in training; a filled one only if ``filled``."""
 
     def dropped(value: Any) -> bool:
         length = getattr(value, "get_seq_length", None)
@@ -231,9 +214,8 @@ def without_cache(
 def starting_at(boundary: Mapping[int, Any], stacks: list[Stack], depths: Mapping[str, int]) -> Iterator[None]:
     """Skip the lowest ``depths[path]`` blocks of each stack: they return ``boundary[position of the stack]``.
 
-    Every skipped block returns the recorded output of the last one, whole: a T5 block hands on a tuple with the
-    position bias that block 0 made, and whoever calls the blocks unpacks what its own family returns.
-    Embeddings, masks, rotary tables and head run untouched.
+    Every skipped block returns the whole recorded output of the last one: a T5 block returns a tuple with the position
+    bias that block 0 computed. Embeddings, masks, rotary tables and head run as usual.
     """
     with ExitStack() as undo:
         for position, stack in enumerate(stacks):
@@ -245,34 +227,20 @@ def starting_at(boundary: Mapping[int, Any], stacks: list[Stack], depths: Mappin
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without key-value cache, checkpointing or compiled code; every flag is put back as it was."""
-    training = [(module, module.training) for module in model.modules()]
-    checkpointing = [
-        (module, module.gradient_checkpointing)
-        for module in model.modules()
-        if "gradient_checkpointing" in module.__dict__
+    """Evaluation mode without key-value cache, activation checkpointing or compiled code."""
+    modules = list(model.modules())
+    configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
+    changes = [
+        *((module, "training", False) for module in modules),
+        *((m, "gradient_checkpointing", False) for m in modules if "gradient_checkpointing" in m.__dict__),
+        *((config, "use_cache", False) for config in configs.values() if hasattr(config, "use_cache")),
     ]
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    caching = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
-    try:
-        for module, _ in training:
-            module.training = False
-        for module, _ in checkpointing:
-            module.gradient_checkpointing = False  # type: ignore[assignment]
-        for config, _ in caching:
-            config.use_cache = False
-        with torch.compiler.set_stance("force_eager"):  # each look at a compiled block would compile it once more
-            yield
-    finally:
-        for module, flag in training:
-            module.training = flag
-        for module, value in checkpointing:
-            module.gradient_checkpointing = value
-        for config, value in caching:
-            config.use_cache = value
+    # Eager, because each pass through a compiled block would compile it once more.
+    with temporarily(changes), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's inputs belong: the device of its first parameter; of those put away nobody knows."""
+    """The device of the model's first parameter that is not offloaded (meta)."""
     devices = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
     return next(devices, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Calls: what a model is called with in one pass, whatever form the host gives it, and the loss that it returns."""
+"""The arguments of one call of a model in any form, and the loss it returns."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["Call", "loss_in"]
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module, with every argument under a name.
+    """One call of a module, with a name for every argument.
 
-    Hosts call a model with keywords (Trainer), with positional tensors, or with one dictionary of features
-    (sentence-transformers). ``inputs`` is flat: what stands in a dictionary has its key for a name.
+    Hosts call a model with keywords (Trainer), positional tensors, or one dictionary of features
+    (sentence-transformers).
 
     Attributes:
-        module: that was called.
-        inputs: name to value.
-        places: where each name came from: (position or keyword, key in the dictionary there or None).
-        positions: how many positional arguments there were.
+        module: the called module.
+        inputs: name to value; a value inside a dictionary has its key as its name.
+        places: name to (position or keyword, key in the dictionary there or None).
+        positions: number of positional arguments.
     """
 
     module: nn.Module
@@ -54,7 +54,7 @@ class Call:
         return cls(module, inputs, places, len(args))
 
     def arguments(self, inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same call with other values; every dictionary is a new one, since a model may write into what it gets."""
+        """The same call with other values; dictionaries are new, since a model may write into its inputs."""
         found: dict[int | str, Any] = {}
         for name, value in inputs.items():
             place, key = self.places[name]
@@ -67,7 +67,7 @@ class Call:
 
 
 def loss_in(output: Any) -> Tensor | None:
-    """The loss in what a model returned: its ``loss``, or, where transformers returns a tuple, the first of it."""
+    """The loss in a model's output: its ``loss``, or the first entry of a tuple."""
     if isinstance(output, Mapping):
         loss = output.get("loss")
     elif isinstance(output, tuple) and not hasattr(output, "loss"):

@@ -1,4 +1,4 @@
-"""What flows into a stack: the parameters and dropouts below it, read off one traced forward pass."""
+"""The parameters and dropouts below each stack, found in one traced forward pass."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from .blocks import Stack, StopForward, quiet
+from .blocks import Stack, StopForward, modules_outside, quiet
 from .patches import patched_forward
 
-__all__ = ["Flow", "chains_of", "leaves", "tensors_in", "trace_flow"]
+__all__ = ["Flow", "chains_of", "graph_leaves", "tensors_in", "trace_flow"]
 
 
 @dataclass
 class Flow:
-    """What stands upstream of one stack.
+    """What is upstream of one stack.
 
     Attributes:
-        places: module and name of each parameter outside the stack whose gradient passes through it (trainable
-            embeddings; for a decoder, the adapters of the encoder it attends to). Places, since FSDP2 puts other
-            Parameter objects there for the time of a forward pass.
+        places: (module, name) of each parameter outside the stack whose gradient passes through it: trainable
+            embeddings, or for a decoder the adapters of its encoder. FSDP2 replaces Parameter objects during a
+            forward pass, so they are looked up at each use.
         dropouts: dropout modules outside the blocks that ran before block 0.
-        reads: paths of the stacks whose parameters are among them.
+        reads: paths of the stacks that contain some of these parameters.
     """
 
     places: list[tuple[nn.Module, str]] = field(default_factory=list)
@@ -35,12 +35,12 @@ class Flow:
 
     @property
     def upstream(self) -> list[nn.Parameter]:
-        """The parameters that stand in ``places`` now."""
-        # By get, as units do: ZeRO-3 listens to [name].
+        """The parameters that are at ``places`` now."""
+        # get, not [name]: ZeRO-3 hooks into [name].
         return [parameter for module, name in self.places if (parameter := module._parameters.get(name)) is not None]
 
     def add(self, other: Flow) -> None:
-        """Take in what another sample has shown."""
+        """Add what another sample's pass has shown."""
         known = {(id(module), name) for module, name in self.places}
         self.places += [place for place in other.places if (id(place[0]), place[1]) not in known]
         ran = {id(module) for module in self.dropouts}
@@ -49,28 +49,25 @@ class Flow:
 
     @property
     def live(self) -> bool:
-        """Whether something upstream still trains, so that the stack can have no prefix."""
+        """Whether something upstream still trains, so that the stack cannot have a prefix."""
         return any(parameter.requires_grad for parameter in self.upstream)
 
 
 def trace_flow(
     model: nn.Module, stacks: list[Stack], batch: dict[str, Any], *, to_the_end: bool = False
 ) -> dict[str, Flow]:
-    """Run ``batch`` once with gradients and read what each stack depends on off the autograd graph.
+    """Run ``batch`` once with gradients, and find in the autograd graph what each stack depends on.
 
-    Exact for any architecture: no list of model families, no guess from names. The pass is left at the last block,
-    unless ``to_the_end``: what wraps the model may wait for its end.
+    Exact for any architecture: no list of model families, no guess from names. The pass ends at the last block, unless
+    ``to_the_end``: a wrapper may need the whole pass.
     """
     inside: dict[int, str] = {}
     places: dict[int, tuple[nn.Module, str]] = {}
-    in_blocks = {id(m) for stack in stacks for block in stack.blocks for m in block.modules()}
     flows = {stack.path: Flow() for stack in stacks}
     reached: dict[str, dict[int, nn.Parameter]] = {stack.path: {} for stack in stacks}
-    started: set[str] = set()
-    waiting = [m for m in model.modules() if isinstance(m, _DropoutNd) and id(m) not in in_blocks]
-    ran: list[nn.Module] = []
+    ran: list[nn.Module] = []  # dropouts
     finished: set[str] = set()
-    walked: dict[str, set[Any]] = {stack.path: set() for stack in stacks}
+    walked: dict[str, set[Any]] = {}
 
     def watch(stack: Stack, block: nn.Module) -> Any:
         original = block.forward
@@ -79,11 +76,11 @@ def trace_flow(
             inside.update({id(p): stack.path for p in block.parameters()})
             for module in model.modules():
                 places.update({id(p): (module, name) for name, p in module._parameters.items() if p is not None})
-            if stack.path not in started:
-                started.add(stack.path)
+            if stack.path not in walked:
+                walked[stack.path] = set()
                 flows[stack.path].dropouts, ran[:] = list(ran), []
-            found = leaves((args, kwargs), walked[stack.path])
-            # A hook that makes embeddings require grad gives a leaf that is no Parameter.
+            found = graph_leaves((args, kwargs), walked[stack.path])
+            # A hook that makes embeddings require grad creates a leaf that is not a Parameter.
             reached[stack.path].update({id(p): p for p in found if isinstance(p, nn.Parameter)})
             if block is stack.blocks[-1]:
                 finished.add(stack.path)
@@ -99,9 +96,9 @@ def trace_flow(
         for stack in stacks:
             for block in stack.blocks:
                 undo.enter_context(patched_forward(block, watch(stack, block)))
-        for dropout in waiting:
-            handle = dropout.register_forward_hook(lambda module, *_: ran.append(module))
-            undo.callback(handle.remove)
+        for module in modules_outside(model.modules(), stacks):
+            if isinstance(module, _DropoutNd):
+                undo.callback(module.register_forward_hook(lambda module, *_: ran.append(module)).remove)
         with suppress(StopForward):
             model(**batch)
     for path, flow in flows.items():
@@ -111,10 +108,10 @@ def trace_flow(
     return flows
 
 
-def leaves(value: Any, seen: set[Any] | None = None) -> Iterator[Tensor]:
-    """The leaves of the graph from which any tensor in ``value`` was computed, through nodes not yet ``seen``.
+def graph_leaves(value: Any, seen: set[Any] | None = None) -> Iterator[Tensor]:
+    """The leaves (parameters, tensors that require grad) of the autograd graph of all tensors in ``value``.
 
-    Parameters, and tensors that somebody made require grad; a tensor in ``value`` may be one itself.
+    Nodes in ``seen`` are skipped, and visited nodes added to it.
     """
     seen, todo = set() if seen is None else seen, []
     for tensor in tensors_in(value):
@@ -146,7 +143,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def chains_of(flows: Mapping[str, Flow]) -> list[list[str]]:
-    """Stacks in data-flow order, those that read each other in one chain."""
+    """Stacks in data-flow order; stacks that read each other are in one chain."""
     chains: list[list[str]] = []
     for path, flow in flows.items():
         chain = next((chain for chain in chains if set(chain) & set(flow.reads)), None)

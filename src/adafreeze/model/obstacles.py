@@ -1,4 +1,4 @@
-"""Obstacles: what trains to the end below adapters, so that freezing these would save hardly any memory or time."""
+"""Obstacles: parameters below adapters that never freeze, so that freezing the adapters would save almost nothing."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["Obstacle", "find_obstacles", "remedies", "units_below"]
 
 @dataclass(frozen=True)
 class Obstacle:
-    """A trainable parameter that freezing adapters cannot freeze, in or below a block that holds adapters.
+    """A parameter, in or below a block with adapters, that trains to the end.
 
     Attributes:
         name: as in ``model.named_parameters()``.
-        stack: path of the stack whose backward pass it keeps long.
-        block: the lowest block of that stack through which its gradient passes, or in which it stands.
-        owners: names of the units that share it; none if it belongs to no unit.
+        stack: path of the stack that its gradient passes through.
+        block: the lowest block of that stack that its gradient passes through.
+        owners: names of the units that share it; empty if it belongs to no unit.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Obstacle:
 
     @property
     def short(self) -> str:
-        """Its name in the model before PEFT wrapped it."""
+        """Its name without PEFT's prefix."""
         return user_name(self.name)
 
 
@@ -42,22 +42,17 @@ def find_obstacles(
 ) -> list[Obstacle]:
     """Find them, stack by stack and bottom to top, with those below a stack first.
 
-    A parameter that units share is one if a unit of the topmost adapted block shares it: that block stays live.
+    A shared parameter is one if the topmost adapted block uses it: that block stays live.
     """
-    own = {id(parameter) for unit in units.values() for parameter in unit.parameters()}
+    top: dict[str, int] = {}
     owners: dict[int, list[str]] = {}
     for name, unit in units.items():
+        top[unit.stack] = max(unit.block, top.get(unit.stack, 0))
         for parameter in unit.shared_parameters():
             owners.setdefault(id(parameter), []).append(name)
-    top: dict[str, int] = {}
-    for unit in units.values():
-        top[unit.stack] = max(unit.block, top.get(unit.stack, 0))
-    staying = {key for key, names in owners.items() if any(units[n].block == top[units[n].stack] for n in names)}
+    freezable = {id(parameter) for unit in units.values() for parameter in unit.parameters()}
+    freezable |= {key for key, shared in owners.items() if all(units[n].block < top[units[n].stack] for n in shared)}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-
-    def trains_on(parameter: nn.Parameter) -> bool:
-        key = id(parameter)
-        return parameter.requires_grad and key not in own and (key not in owners or key in staying)
 
     def places(stack: Stack) -> Iterator[tuple[int, nn.Parameter]]:
         yield from ((0, parameter) for parameter in flows[stack.path].upstream)
@@ -65,25 +60,25 @@ def find_obstacles(
             yield from ((index, parameter) for parameter in block.parameters())
 
     found: dict[tuple[str, int], Obstacle] = {}
-    for stack in stacks:
-        for index, parameter in places(stack) if stack.path in top else ():
+    for stack in (stack for stack in stacks if stack.path in top):
+        for index, parameter in places(stack):
             key = id(parameter)
-            if trains_on(parameter) and (stack.path, key) not in found:
+            if parameter.requires_grad and key not in freezable and (stack.path, key) not in found:
                 name = names.get(key, "a parameter outside the model")
                 found[stack.path, key] = Obstacle(name, stack.path, index, tuple(owners.get(key, ())))
     return list(found.values())
 
 
 def units_below(units: Mapping[str, Unit], obstacles: Sequence[Obstacle]) -> frozenset[str]:
-    """Names of the units that stand below the lowest obstacle of their stack: freezing these can pay."""
+    """Names of the units below the lowest obstacle of their stack: freezing these saves memory and time."""
     lowest: dict[str, int] = {}
     for obstacle in obstacles:
         lowest[obstacle.stack] = min(obstacle.block, lowest.get(obstacle.stack, obstacle.block))
     return frozenset(name for name, unit in units.items() if unit.block < lowest.get(unit.stack, unit.block + 1))
 
 
-def remedies(obstacles: Sequence[Obstacle], backend: Backend, most: int = 3) -> str:
-    """What to change so that none of them trains: the first ``most``, each once."""
-    shared = "a method with weights of its own in each block, such as LoRA, DoRA or IA3"
+def remedies(obstacles: Sequence[Obstacle], backend: Backend) -> str:
+    """What to change so that these parameters do not train: the first three fixes, each once."""
+    shared = "a method with separate weights in each block, such as LoRA, DoRA or IA3"
     found = list(dict.fromkeys(shared if one.owners else backend.remedy(one.name) for one in obstacles))
-    return "; ".join([*found[:most], *([f"and {len(found) - most} more of the kind"] if found[most:] else [])])
+    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more of the kind" if found[3:] else "")

@@ -1,4 +1,4 @@
-"""Batches as text: for a checkpoint, or for the other ranks."""
+"""Batches as JSON, for checkpoints and for other ranks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from torch import Tensor
 
 __all__ = ["packed", "unpacked"]
 
-
-# Stands for a tensor among the plain values; the name of an input it cannot be.
+# Marks a tensor among the plain values; no input has this name.
 _TENSOR = "<tensor>"
 
 
 def packed(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Batches of tensors, and of JSON values beside them, as JSON values; tensors as base64 safetensors.
+    """Batches of tensors and JSON values as JSON values; tensors become base64 safetensors.
 
     >>> import torch
     >>> batch = {"input": {"input_ids": torch.tensor([[1, 2]])}, "use_cache": False}
@@ -30,7 +29,7 @@ def packed(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
             name = str(len(tensors))
-            tensors[name] = value.detach().to("cpu", copy=True).contiguous()  # no two may share their storage
+            tensors[name] = value.detach().to("cpu", copy=True).contiguous()  # safetensors refuses shared storages
             return {_TENSOR: name}
         if isinstance(value, Mapping):
             return {name: plain(item) for name, item in value.items()}
@@ -41,7 +40,7 @@ def packed(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def unpacked(state: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What ``packed`` was given; tuples come back as lists."""
+    """Undo ``packed``; tuples come back as lists."""
     from safetensors.torch import load
 
     tensors = load(base64.b64decode(state["tensors"]))
@@ -51,9 +50,4 @@ def unpacked(state: Mapping[str, Any]) -> list[dict[str, Any]]:
             return tensors[value[_TENSOR]] if _TENSOR in value else {name: whole(item) for name, item in value.items()}
         return [whole(item) for item in value] if isinstance(value, list) else value
 
-    batches: list[dict[str, Any]] = [whole(batch) for batch in state["rest"]]
-    for key, tensor in tensors.items():
-        place, dot, name = key.partition(".")
-        if dot:  # as written before batches could be nested
-            batches[int(place)][name] = tensor
-    return batches
+    return [whole(batch) for batch in state["rest"]]

@@ -1,4 +1,4 @@
-"""Patches: what adafreeze puts on a user's modules, taken off without a trace and never carried into a copy."""
+"""Patches on a user's modules: they come off without a trace, and copies of the model are made without them."""
 
 from __future__ import annotations
 
@@ -11,25 +11,16 @@ from typing import Any
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = [
-    "Hook",
-    "before_call",
-    "claim",
-    "forward_hook",
-    "forwarders",
-    "forward_pre_hook",
-    "held_attribute",
-    "owners",
-    "patched",
-    "patched_forward",
-    "release",
-    "replaced_child",
-    "trainable_in_copies",
-]
+from .restore import ABSENT
 
-_ABSENT = object()
-# What torch keeps hooks in; the last two hold the ids of hooks that want keyword arguments, or to be called always.
-_HOOK_TABLES = (
+__all__ = [
+    "before_call", "held_attribute", "patched", "patched_forward", "replaced_child", "trainable_in_copies",
+    "Hook", "forward_hook", "forward_pre_hook",
+    "claim", "forwarders", "owners", "release",
+]  # fmt: skip
+
+# What torch keeps hooks in; the last three contain the ids of hooks that want keyword arguments, or always a call.
+HOOK_TABLES = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_forward_hooks_with_kwargs",
@@ -41,17 +32,16 @@ _HOOK_TABLES = (
 class _Patches:
     """All patches of one module.
 
-    It stands in the module's ``__dict__`` as ``__deepcopy__``, and its method ``reduce`` as ``__reduce_ex__``: these
-    two are what ``copy.deepcopy``, ``pickle`` and ``torch.save`` ask an instance for, so a copy can be made as if no
-    patch were there. A subclass put in by ``__class__`` would do too, but people compare ``type(module)`` and its name.
+    It is stored in the module's ``__dict__`` as ``__deepcopy__``, and its method ``reduce`` as ``__reduce_ex__``:
+    ``copy.deepcopy``, ``pickle`` and ``torch.save`` look there, so a copy can be made as if there were no patch. A
+    subclass put in by ``__class__`` would also work, but people compare ``type(module)`` and its name.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.owner: Any = None
-        self.layers: dict[str, list[list[Any]]] = {}  # attribute: [value before, the same in a copy] of each patch
+        self.layers: dict[tuple[str, str], list[patched]] = {}  # (table, name): patches, the oldest first
         self.hooks: set[int] = set()
-        self.children: dict[str, nn.Module] = {}
         self.trainable: set[str] = set()
 
     @classmethod
@@ -64,39 +54,40 @@ class _Patches:
         return found
 
     def drop_if_empty(self) -> None:
-        if not (self.owner is not None or self.layers or self.hooks or self.children or self.trainable):
+        if not (self.owner is not None or self.layers or self.hooks or self.trainable):
             self.module.__dict__.pop("__deepcopy__", None)
             self.module.__dict__.pop("__reduce_ex__", None)
 
     def __call__(self, memo: dict[int, Any]) -> Any:
-        # Not copy.deepcopy: it asks the instance again, and PEFT's wrappers hand what they lack on to the model inside.
+        # Not copy.deepcopy: it looks at the instance again, and PEFT's wrappers pass that on to the model inside.
         kind = type(self.module)
-        with self._ordinary():
+        with self._unpatched():
             if hasattr(kind, "__deepcopy__"):
                 return kind.__deepcopy__(self.module, memo)
             reduced = kind.__reduce_ex__(self.module, 4)
             return copy._reconstruct(self.module, memo, *reduced)  # type: ignore[attr-defined]
 
     def reduce(self, protocol: int) -> Any:
-        with self._ordinary():
+        with self._unpatched():
             reduced = type(self.module).__reduce_ex__(self.module, protocol)
             if isinstance(reduced, tuple) and len(reduced) > 2 and reduced[2] is self.module.__dict__:
                 reduced = (*reduced[:2], dict(self.module.__dict__), *reduced[3:])
             return reduced
 
     @contextmanager
-    def _ordinary(self) -> Iterator[None]:
-        """The module as it would be without adafreeze; for the time that it takes to copy it."""
+    def _unpatched(self) -> Iterator[None]:
+        """The module without any patch, while it is copied."""
         content = self.module.__dict__
         before = dict(content)
         try:
-            for name, layers in self.layers.items():
-                _put(content, name, layers[0][1]() if callable(layers[0][1]) else layers[0][0])
-            for table in _HOOK_TABLES:
+            content["_modules"] = dict(content["_modules"])
+            for (table, name), layers in self.layers.items():
+                first = layers[0]
+                value = first.in_copies() if first.in_copies is not None else first.before
+                _put(content if table == "__dict__" else content[table], name, value)
+            for table in HOOK_TABLES:
                 if table in content:
                     content[table] = OrderedDict((key, v) for key, v in content[table].items() if key not in self.hooks)
-            if self.children:
-                content["_modules"] = {**content["_modules"], **self.children}
             if self.trainable:
                 content["_parameters"] = {
                     name: _trainable(p) if name in self.trainable and p is not None else p
@@ -110,18 +101,18 @@ class _Patches:
 
 
 def _put(content: dict[str, Any], name: str, value: Any) -> None:
-    if value is _ABSENT:
+    if value is ABSENT:
         content.pop(name, None)
     else:
         content[name] = value
 
 
-# One twin for one Parameter, so that a weight which two modules share is shared in a copy too.
+# One twin per Parameter, so that a weight which two modules share is shared in a copy too.
 _TWINS = WeakIdKeyDictionary()
 
 
 def _trainable(parameter: nn.Parameter) -> nn.Parameter:
-    """A Parameter that trains, of the same storage."""
+    """A Parameter with the same storage that requires gradients."""
     twin = _TWINS.get(parameter)
     if twin is None or not twin.is_set_to(parameter):
         twin = _TWINS[parameter] = nn.Parameter(parameter.detach(), requires_grad=True)
@@ -129,53 +120,66 @@ def _trainable(parameter: nn.Parameter) -> nn.Parameter:
 
 
 class patched(AbstractContextManager[None]):
-    """Give the instance ``module`` an attribute until the context is left, and put back exactly what was there.
+    """Give the instance ``module`` an attribute within the block; patches may come off in any order.
 
-    No generator: one that hangs in an ExitStack on a user's module would run its ``finally`` at the interpreter's end.
+    No generator: one that waits in an ExitStack on a user's module would run its ``finally`` as the interpreter exits.
 
     Args:
         module: of the user.
-        name: of the attribute in the module's ``__dict__``.
-        value: what stands there meanwhile.
-        in_copies: asked for the attribute of a copy that is made meanwhile; None: what was there before.
+        name: of the attribute.
+        value: its value within the block.
+        in_copies: returns the value for a copy that is made meanwhile; None: the value before.
+        table: the dict to patch: the module's ``"__dict__"`` or its ``"_modules"``.
     """
 
-    def __init__(self, module: nn.Module, name: str, value: Any, *, in_copies: Callable[[], Any] | None = None) -> None:
-        self.module, self.name, self.value, self.in_copies = module, name, value, in_copies
-        self._layer: list[Any] | None = None
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        value: Any,
+        *,
+        in_copies: Callable[[], Any] | None = None,
+        table: str = "__dict__",
+    ) -> None:
+        self.module, self.value, self.in_copies = module, value, in_copies
+        self.before: Any = ABSENT
+        self._place = table, name
 
     def __enter__(self) -> None:
-        content = self.module.__dict__
-        self._layer = [content.get(self.name, _ABSENT), self.in_copies]
-        _Patches.of(self.module).layers.setdefault(self.name, []).append(self._layer)
-        content[self.name] = self.value
+        table, name = self._place
+        content = getattr(self.module, table)
+        self.before = content.get(name, ABSENT)
+        _Patches.of(self.module).layers.setdefault(self._place, []).append(self)
+        content[name] = self.value
 
     def __exit__(self, *_: object) -> None:
         patches = _Patches.of(self.module)
-        layers = patches.layers[self.name]
-        index = next(i for i, layer in enumerate(layers) if layer is self._layer)
+        layers = patches.layers[self._place]
+        index = layers.index(self)
         if index + 1 == len(layers):
-            _put(self.module.__dict__, self.name, layers[index][0])
-        else:  # something of ours lies on top: it is what will put this back
-            layers[index + 1][:] = layers[index]
+            table, name = self._place
+            _put(getattr(self.module, table), name, self.before)
+        else:  # another patch is on top: it now puts back what this one found
+            above = layers[index + 1]
+            above.before, above.in_copies = self.before, self.in_copies
         del layers[index]
         if not layers:
-            del patches.layers[self.name]
+            del patches.layers[self._place]
         patches.drop_if_empty()
 
 
 def patched_forward(module: nn.Module, forward: Callable[..., Any]) -> patched:
-    """Replace ``module.forward`` on the instance, and put back exactly what was there."""
+    """Replace ``module.forward`` on the instance."""
     return patched(module, "forward", forward)
 
 
 def held_attribute(module: nn.Module, name: str, value: Any) -> AbstractContextManager[None]:
-    """Set ``module.name`` where the instance has it, until the context is left."""
+    """Set ``module.name`` if the instance has it."""
     return patched(module, name, value) if name in module.__dict__ else nullcontext()
 
 
 def before_call(module: nn.Module, method: str, notice: Callable[[], None]) -> patched:
-    """Have ``notice`` called before each call of a method of ``module``, until the context is left."""
+    """Call ``notice`` before each call of a method of ``module``."""
     original = getattr(module, method)
 
     def noticed(*args: Any, **kwargs: Any) -> Any:
@@ -185,12 +189,13 @@ def before_call(module: nn.Module, method: str, notice: Callable[[], None]) -> p
     return patched(module, method, noticed)
 
 
-class Hook:
-    """A hook of adafreeze's on a user's module.
+def replaced_child(parent: nn.Module, name: str, child: nn.Module) -> patched:
+    """Put ``child`` in the place of ``parent.name``."""
+    return patched(parent, name, child, table="_modules")
 
-    Attributes:
-        module: that it is on.
-    """
+
+class Hook:
+    """A forward hook of adafreeze on a user's ``module``."""
 
     def __init__(self, module: nn.Module, handle: Any) -> None:
         self.module = module
@@ -198,13 +203,13 @@ class Hook:
         _Patches.of(module).hooks.add(handle.id)
 
     def go_last(self) -> None:
-        """Behind all that were registered since: TRL switches checkpointing, and its hook, off and on in each step."""
+        """Move behind all later hooks: TRL switches checkpointing, and its hook, off and on in each step."""
         table: Any = self.module._forward_hooks
         if self._handle.id in table and next(reversed(table)) != self._handle.id:
             table.move_to_end(self._handle.id)
 
     def remove(self) -> None:
-        """Take it off."""
+        """Remove the hook."""
         self._handle.remove()
         patches = _Patches.of(self.module)
         patches.hooks.discard(self._handle.id)
@@ -212,41 +217,24 @@ class Hook:
 
 
 def forward_pre_hook(module: nn.Module, call: Callable[..., Any], *, prepend: bool = False) -> Hook:
-    """Have ``call(module, args, kwargs)`` made before each forward pass of ``module``."""
+    """Call ``call(module, args, kwargs)`` before each forward pass of ``module``."""
     return Hook(module, module.register_forward_pre_hook(call, with_kwargs=True, prepend=prepend))
 
 
 def forward_hook(module: nn.Module, call: Callable[..., Any], *, always: bool = False) -> Hook:
-    """Have ``call(module, args, output)`` made after each forward pass; ``always``: also after one that failed."""
+    """Call ``call(module, args, output)`` after each forward pass; with ``always`` also after one that failed."""
     return Hook(module, module.register_forward_hook(call, always_call=always))
 
 
-def replaced_child(parent: nn.Module, name: str, child: nn.Module) -> Callable[[], None]:
-    """Put ``child`` in the place of ``parent.name``; copies have the old one. Returns what undoes it."""
-    patches, old = _Patches.of(parent), parent.get_submodule(name)
-    patches.children[name] = old
-    parent._modules[name] = child
-
-    def undo() -> None:
-        parent._modules[name] = old
-        patches.children.pop(name, None)
-        patches.drop_if_empty()
-
-    return undo
-
-
 def trainable_in_copies(module: nn.Module, name: str, on: bool) -> None:
-    """Whether a copy of ``module`` has its Parameter ``name`` require gradients, whatever the flag says here."""
+    """Let the Parameter ``name`` require gradients in copies of ``module``, although it is frozen here."""
     patches = _Patches.of(module)
-    if on:
-        patches.trainable.add(name)
-    else:
-        patches.trainable.discard(name)
+    (patches.trainable.add if on else patches.trainable.discard)(name)
     patches.drop_if_empty()
 
 
 def claim(owner: Any, modules: Iterable[nn.Module]) -> None:
-    """Write on ``modules`` that ``owner`` has them, for ``owners``."""
+    """Mark ``modules`` as used by ``owner``."""
     for module in modules:
         _Patches.of(module).owner = owner
 
@@ -260,19 +248,16 @@ def release(owner: Any, modules: Iterable[nn.Module]) -> None:
         patches.drop_if_empty()
 
 
-def forwarders(model: nn.Module) -> list[nn.Module]:
-    """Modules that hand attributes which they lack on to another one, as PEFT's wrappers do.
+def owners(model: nn.Module) -> list[Any]:
+    """Everyone who has claimed any part of ``model``, each once."""
+    patches = (module.__dict__.get("__deepcopy__") for module in model.modules())
+    found = [one.owner for one in patches if isinstance(one, _Patches) and one.owner is not None]
+    return list({id(owner): owner for owner in found}.values())
 
-    Where that other one has patches, these need some too, or a copy of them would be a copy of what is inside.
+
+def forwarders(model: nn.Module) -> list[nn.Module]:
+    """Modules that look up unknown attributes in another module, as PEFT's wrappers do.
+
+    Where the other module has patches they need their own, or a copy of them would be a copy of the module inside.
     """
     return [module for module in model.modules() if type(module).__getattr__ is not nn.Module.__getattr__]
-
-
-def owners(model: nn.Module) -> list[Any]:
-    """Who has claimed any part of ``model``, each once."""
-    found: dict[int, Any] = {}
-    for module in model.modules():
-        patches = module.__dict__.get("__deepcopy__")
-        if isinstance(patches, _Patches) and patches.owner is not None:
-            found[id(patches.owner)] = patches.owner
-    return list(found.values())

@@ -1,4 +1,4 @@
-"""The random states of this process: Python's, NumPy's, and torch's on all devices."""
+"""The random states of Python, NumPy and torch (all devices) in this process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["keep_random_state", "random_state", "set_random_state"]
 
 
 def random_state() -> dict[str, Any]:
-    """The random states of Python, NumPy, torch's CPU and all accelerators of this process."""
+    """The current random states."""
     devices = _accelerators()
     every = getattr(devices, "get_rng_state_all", None) or (lambda: [devices.get_rng_state()])
     return {
@@ -26,13 +26,13 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what ``random_state`` found; of accelerators, on as many as there are."""
+    """Restore ``random_state()``; states of accelerators that this machine does not have are ignored."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["cpu"])
     devices = _accelerators()
     for index, one in enumerate(state["accelerators"][: torch.accelerator.device_count()]):
-        numbered = hasattr(devices, "set_rng_state_all")  # MPS is one, without a number
+        numbered = hasattr(devices, "set_rng_state_all")  # MPS is a single device
         devices.set_rng_state(one, *([index] if numbered else []))
 
 
@@ -42,7 +42,7 @@ def _accelerators() -> Any:
 
 @contextmanager
 def keep_random_state() -> Iterator[None]:
-    """Put the random states of Python, NumPy and torch (all devices) back as they were."""
+    """Restore all random states after the block."""
     before = random_state()
     try:
         yield

@@ -1,4 +1,4 @@
-"""The samples of one forward pass: each one's own inputs, without the padding its batch gave it."""
+"""The samples of one forward pass: their keys, and their inputs without padding."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .batch import rows_of
 __all__ = ["NotBySample", "Rows", "Span"]
 
 Span = tuple[int, int]
-"""First position of a sample that is no padding, and the one after its last."""
+"""First position of a sample that is not padding, and the one after its last."""
 
-# Of the whole batch: another number for the same sample in each batch, so it cannot be part of a sample's key. That it
-# does not reach the prefix is shown with another number in its place (``otherwise``), before anything is looked up.
+# Of the whole batch: the number differs from batch to batch, so it cannot be part of a sample's key. Before any look-up
+# a pass with another number (``otherwise``) shows that it does not reach the prefix.
 OF_THE_BATCH = ("num_items_in_batch", "logits_to_keep")
-# The model's own texts, whose padding is found by the mask; of others it is only left out if it is all one value.
+# Texts whose padding the mask marks; in other inputs padding is removed only if all of it is one value.
 _TEXTS = {
     *("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask"),
     *("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask"),
@@ -28,40 +28,43 @@ _TEXTS = {
 
 
 class NotBySample(Exception):
-    """These inputs cannot be told apart by sample; the text says why."""
+    """The inputs cannot be split by sample; the text is the reason."""
 
 
 class Rows:
     """The inputs of one forward pass, sample by sample.
 
     Args:
-        inputs: names to what the model is called with.
-        encoder_decoder: whether a decoder has a text of its own, and is called with labels for it.
-        whole: take padding for content: a sample is then its row as it stands in the batch.
+        inputs: arguments of the model by name.
+        encoder_decoder: the decoder has its own text, and labels for it.
+        whole: treat padding as content, so that a sample is its whole row.
 
     Raises:
-        NotBySample: some input is not one entry per sample (packed rows, block masks, a key-value cache).
+        NotBySample: an input does not have one entry per sample (packed rows, block masks, a key-value cache).
     """
 
     def __init__(self, inputs: Mapping[str, Any], *, encoder_decoder: bool = False, whole: bool = False) -> None:
         self.inputs = dict(inputs)
         self.count = rows_of(self.inputs)
         if not self.count:
-            raise NotBySample("the model is called without a tensor that could be told apart by sample")
+            raise NotBySample("no input is a tensor with one entry per sample")
         self._encoder_decoder = encoder_decoder
         self._read: dict[str, Tensor] = {}
         self._context: list[str] = []
         for name, value in self.inputs.items():
             self._sort(name, value)
         self._host = _on_host(self._read)
-        self._widths = (self._width("attention_mask"), self._decoder_width() if encoder_decoder else 0)
+        self._widths = (
+            self._width("attention_mask", "input_ids", "inputs_embeds"),
+            self._width("decoder_input_ids", "decoder_inputs_embeds", "labels") if encoder_decoder else 0,
+        )
         if whole:
             self._spans = tuple([(0, width)] * self.count for width in self._widths)
         else:
             self._spans = (self._encoder_spans(), self._decoder_spans() if encoder_decoder else [])
 
     def _sort(self, name: str, value: Any) -> None:
-        """Everything that the model's own pass gets is part of the key, wherever it may lead."""
+        """Everything the model receives is part of the key, whether it reaches the prefix or not."""
         if name in OF_THE_BATCH:
             return
         if isinstance(value, Tensor) and value.ndim and len(value) == self.count:
@@ -76,25 +79,25 @@ class Rows:
             raise NotBySample(f"{name} is a {type(value).__name__}")
 
     def signature(self) -> tuple[Any, ...]:
-        """Names, ranks and dtypes of what the model is called with, whether there are several samples, and padding."""
+        """Names, ranks and dtypes of the inputs, whether there are several samples, and whether any side is padded."""
         tensors = sorted((name, value.ndim, str(value.dtype)) for name, value in self._read.items())
         others = sorted(name for name in self.inputs if name not in self._read)
         return tuple(tensors), tuple(others), tuple(self._context), self.count > 1, tuple(map(self.is_padded, (0, 1)))
 
     def width(self, side: int) -> int:
-        """Positions of a row as the encoder's blocks (side 0) or the decoder's (side 1) see it; 0: not known."""
+        """Positions of a row in the encoder (side 0) or decoder (side 1); 0: unknown."""
         return self._widths[side]
 
     def spans(self, side: int) -> Sequence[Span]:
-        """Each sample's unpadded part, of ``width`` positions."""
+        """The unpadded part of each sample."""
         return self._spans[side]
 
     def is_padded(self, side: int) -> bool:
-        """Whether any position of that side is padding."""
+        """Whether any position is padding."""
         return any(span != (0, self._widths[side]) for span in self._spans[side])
 
     def keys(self, salt: str = "") -> list[bytes]:
-        """128 bits of each sample: of its unpadded inputs, their names, shapes and dtypes, and of ``salt``."""
+        """A 128-bit hash per sample of its unpadded inputs, their names, shapes and dtypes, and ``salt``."""
         return [self._key(row, f"{salt};{';'.join(self._context)}") for row in range(self.count)]
 
     def _key(self, row: int, context: str) -> bytes:
@@ -115,7 +118,7 @@ class Rows:
         return digest.digest()
 
     def otherwise(self) -> dict[str, Any]:
-        """The inputs with another value for each that is of the whole batch."""
+        """The inputs with other values for those in ``OF_THE_BATCH``."""
         return {
             name: (value + 1 if isinstance(value, (int, float, Tensor)) and not isinstance(value, bool) else value)
             if name in OF_THE_BATCH
@@ -124,7 +127,7 @@ class Rows:
         }
 
     def take(self, rows: Sequence[int], inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The inputs of these samples, at the width of the batch; of ``inputs`` in place of the batch's own."""
+        """The inputs (default: the batch's own) of these samples, at the width of the batch."""
         inputs = self.inputs if inputs is None else inputs
         if list(rows) == list(range(self.count)):
             return dict(inputs)
@@ -139,7 +142,7 @@ class Rows:
         return taken
 
     def alone(self, row: int) -> dict[str, Any]:
-        """The inputs of one sample without its padding; what belongs to a decoder stays as it is."""
+        """The inputs of one sample without its padding; those of a decoder stay as they are."""
         taken = self.take([row]) if self.count > 1 else dict(self.inputs)
         first, last = self._spans[0][row]
         for name, value in taken.items():
@@ -148,18 +151,10 @@ class Rows:
                 taken[name] = value[:, first:last]
         return taken
 
-    def _width(self, name: str) -> int:
-        """Positions of a 2-D input; of the text itself where there is no mask."""
-        for candidate in (name, "input_ids", "inputs_embeds"):
-            if candidate in self._read and self._read[candidate].ndim > 1:
-                return self._read[candidate].shape[1]
-        return 0
-
-    def _decoder_width(self) -> int:
-        for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"):
-            if name in self._read and self._read[name].ndim > 1:
-                return self._read[name].shape[1]
-        return 0
+    def _width(self, *names: str) -> int:
+        """Positions of the first of these inputs that has any; 0 without one."""
+        found = (self._read[name].shape[1] for name in names if name in self._read and self._read[name].ndim > 1)
+        return next(found, 0)
 
     def _encoder_spans(self) -> list[Span]:
         mask = self._read.get("attention_mask")
@@ -172,7 +167,7 @@ class Rows:
         return [(int(a), int(b)) if some else (0, width) for a, b, some in zip(first, last, real.any(1), strict=True)]
 
     def _decoder_spans(self) -> list[Span]:
-        # Right padding only: a decoder is causal, so what stands before it does not depend on it.
+        # Right padding only: a decoder is causal, so positions before the padding do not depend on it.
         width = self._widths[1]
         labels = self._read.get("labels")
         if "decoder_attention_mask" in self._read:
@@ -192,11 +187,11 @@ class Rows:
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
-    """Shape of one sample and the bytes of each, (samples, bytes); from an accelerator in one transfer a device."""
+    """For each input the shape of one sample, and bytes as (samples, bytes); one transfer per accelerator."""
     flat = {name: tensor.contiguous().view(torch.uint8).reshape(-1) for name, tensor in tensors.items()}
     for device in {data.device for data in flat.values() if data.device.type != "cpu"}:
         names = [name for name, data in flat.items() if data.device == device]
-        names.sort(key=lambda name: -tensors[name].element_size())  # so that each begins where its dtype may
+        names.sort(key=lambda name: -tensors[name].element_size())  # keeps each aligned for its dtype
         together = torch.cat([flat[name] for name in names]).cpu()
         pieces = together.split([len(flat[name]) for name in names])
         flat.update(zip(names, pieces, strict=True))

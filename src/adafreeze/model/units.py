@@ -1,9 +1,10 @@
-"""Units: what is frozen as one, and who owns which Parameter."""
+"""Units: the adapter parameters that freeze together."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from torch import nn
@@ -20,14 +21,14 @@ class Unit:
     """The trainable adapter parameters that freeze together.
 
     Attributes:
-        name: the block's name (``"bert.encoder.layer.3"``), or the site's (``"....attention.self.query"``).
-        stack: path of the stack it belongs to.
+        name: of its block (``"bert.encoder.layer.3"``), or of its adapted layer (``"....attention.self.query"``).
+        stack: path of its stack.
         block: index of its block in that stack.
-        module: the block or the site: the module whose output is scored.
-        sites: the adapted layers it consists of.
-        slots: (module, name) of each own Parameter. Looked up at each use: PEFT's dtype casting, FSDP and
-            ``.to()`` replace Parameter objects.
-        shared: the same for Parameters that other units use too; one freezes when all its owners have.
+        module: the block or adapted layer, whose output is scored.
+        sites: its adapted layers.
+        slots: (module, name) of each own Parameter, looked up at each use: PEFT's dtype casting, FSDP and ``.to()``
+            replace Parameter objects.
+        shared: the same for Parameters that other units use too; one freezes when all its units are frozen.
     """
 
     name: str
@@ -36,65 +37,72 @@ class Unit:
     module: nn.Module
     sites: tuple[nn.Module, ...]
     slots: tuple[tuple[nn.Module, str], ...]
-    shared: tuple[tuple[nn.Module, str], ...] = field(default=())
+    shared: tuple[tuple[nn.Module, str], ...] = ()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Its own parameters, as they are now."""
+        """Its own parameters."""
         return map(_parameter, self.slots)
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that it shares with other units."""
         return map(_parameter, self.shared)
 
+    def all_parameters(self) -> Iterator[nn.Parameter]:
+        """Its own and shared parameters."""
+        return map(_parameter, self.slots + self.shared)
+
 
 def find_units(model: nn.Module, stacks: list[Stack], backend: Backend, granularity: str = "block") -> dict[str, Unit]:
-    """Find the units of ``model``, by name, bottom to top.
+    """Find the units of ``model`` by name, bottom to top.
 
     Raises:
-        ModelError: no block holds a trainable adapter, or every adapter parameter is shared by several units.
+        ModelError: no block contains a trainable adapter, or units share every adapter parameter.
     """
-    drafts = []
+    drafts: list[Unit] = []
     for stack in stacks:
         for index, block in enumerate(stack.blocks):
-            adapted = list(backend.sites(block))
+            name, adapted = stack.block_name(index), list(backend.sites(block))
+            groups = [(name, block, [site for _, site in adapted])]
             if granularity == "site":
-                groups = [(f"{stack.block_name(index)}.{name}", site, [site]) for name, site in adapted]
-            else:
-                groups = [(stack.block_name(index), block, [site for _, site in adapted])]
-            for name, module, members in groups:
-                slots = [slot for site in members for slot in _trainable_slots(site)]
+                groups = [(f"{name}.{inner}", site, [site]) for inner, site in adapted]
+            for name, module, sites in groups:
+                slots = tuple(slot for site in sites for slot in _trainable_slots(site))
                 if slots:
-                    drafts.append((name, stack.path, index, module, members, slots))
+                    drafts.append(Unit(name, stack.path, index, module, tuple(sites), slots))
     if not drafts:
         raise _nothing_trains(model, stacks, backend)
-    owners: dict[int, set[str]] = {}
-    for name, *_, slots in drafts:
-        for slot in slots:
-            owners.setdefault(id(_parameter(slot)), set()).add(name)
+    uses = Counter(key for unit in drafts for key in set(map(id, unit.parameters())))
     units = {}
-    for name, path, index, module, sites, slots in drafts:
-        own = tuple(slot for slot in slots if len(owners[id(_parameter(slot))]) == 1)
-        shared = tuple(slot for slot in slots if len(owners[id(_parameter(slot))]) > 1)
-        units[name] = Unit(name, path, index, module, tuple(sites), own, shared)
+    for unit in drafts:
+        shared = tuple(slot for slot in unit.slots if uses[id(_parameter(slot))] > 1)
+        own = tuple(slot for slot in unit.slots if slot not in shared)
+        units[unit.name] = replace(unit, slots=own, shared=shared)
     if len(units) > 1 and not any(unit.slots for unit in units.values()):
         raise ModelError(
-            f"All adapter parameters of {users_class(model)} are shared by all its blocks.",
-            cause="Freezing one block would freeze every other with it; there is nothing to select.",
-            fix="Use a method with weights of its own in each block, such as LoRA, DoRA or IA3.",
+            f"All adapter parameters of {users_class(model)} are shared by all its blocks, so no block can freeze.",
+            fix="Use a method with separate weights in each block, such as LoRA, DoRA or IA3.",
         )
     return units
 
 
 def _nothing_trains(model: nn.Module, stacks: Sequence[Stack], backend: Backend) -> ModelError:
-    """Why no block holds a trainable adapter: they are frozen, or stand elsewhere."""
+    """The error for adapters that are all frozen, or outside the blocks."""
     if any(True for stack in stacks for block in stack.blocks for _ in backend.sites(block)):
-        return backend.why_frozen()
-    places = [user_name(name) for name, _ in backend.sites(model)]
-    return ModelError(
-        f"No trainable adapter was found in the blocks of {users_class(model)}.",
-        cause=f"Its adapters are outside the blocks of {', '.join(stack.path for stack in stacks)}: {some(places)}.",
-        fix="Set target_modules so that it matches layers inside the blocks.",
-    )
+        reason, fix = backend.why_frozen()
+    else:
+        places = some([user_name(name) for name, _ in backend.sites(model)])
+        reason = f"its adapters are outside the blocks of {', '.join(stack.path for stack in stacks)}: {places}"
+        fix = "Set target_modules so that it matches layers inside the blocks."
+    fact = f"No trainable adapter was found in the blocks of {users_class(model)}"
+    return ModelError(f"{fact}; {reason}.", fix=fix)
+
+
+def frozen_parameters(units: Mapping[str, Unit], frozen: Iterable[str]) -> list[nn.Parameter]:
+    """All parameters of the units ``frozen`` that no other unit uses, each once."""
+    frozen = set(frozen)
+    live = {id(p) for name, unit in units.items() if name not in frozen for p in unit.all_parameters()}
+    found = {id(p): p for name in sorted(frozen) for p in units[name].all_parameters()}
+    return [parameter for key, parameter in found.items() if key not in live]
 
 
 def units_along(
@@ -109,7 +117,7 @@ def units_along(
 
 
 def blocks_below(chains: Sequence[Sequence[Sequence[str]]], names: Iterable[str]) -> int:
-    """Blocks at the bottom of the chains that have no unit but those of ``names``; 0 if there are no names.
+    """Blocks at the bottom of the chains whose units are all in ``names``; 0 without names.
 
     >>> blocks_below([[(), ("a",), ("b", "c"), ("d",)]], ["a", "b", "d"])
     2
@@ -118,19 +126,25 @@ def blocks_below(chains: Sequence[Sequence[Sequence[str]]], names: Iterable[str]
     return sum(len([*takewhile(frozen.issuperset, chain)]) for chain in chains) if frozen else 0
 
 
-def some(names: Sequence[str], count: int = 3) -> str:
-    """The first few, and how many more there are.
+def something_else_trains(model: nn.Module, units: Mapping[str, Unit]) -> bool:
+    """Whether a parameter outside the units is trainable."""
+    owned = {id(p) for unit in units.values() for p in (*unit.parameters(), *unit.shared_parameters())}
+    return any(p.requires_grad and id(p) not in owned for p in model.parameters())
+
+
+def some(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are.
 
     >>> some(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
     """
     names = list(dict.fromkeys(names))
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _parameter(slot: tuple[nn.Module, str]) -> nn.Parameter:
     module, name = slot
-    # Not [name]: in a forward pass of ZeRO-3 that gathers the weight, and keeps it as it then is.
+    # get, not [name]: in a forward pass of ZeRO-3 that would gather the weight, and keep it gathered.
     return module._parameters.get(name)  # type: ignore[return-value]
 
 

@@ -1,4 +1,4 @@
-"""Drawing samples leaves no trace: what dataset and collator own is put back as it was."""
+"""Drawing samples for a probe leaves the state of dataset and collator as it was."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ import torch
 from torch import Tensor
 
 from ..errors import ProbeError
+from .restore import ABSENT, restorer
 
 __all__ = ["untouched"]
 
-# What the functions of these read is not looked at: it is much, and no state of the data is in it.
+# Functions of these packages are not searched: they read much, and no state of the data.
 _LIBRARIES = sys.stdlib_module_names | {
     *("adafreeze", "torch", "numpy", "transformers", "tokenizers", "datasets", "accelerate", "peft", "trl"),
     *("lightning", "pandas", "pyarrow", "safetensors", "huggingface_hub", "pytest", "_pytest"),
 }
-# Data in memory can be millions of objects: a container with more than WIDE entries waits until all else was seen.
+# Data in memory can be millions of objects: containers with more than WIDE entries are searched last.
 MOST_OBJECTS = 20_000
 WIDE = 256
-# Longer containers and larger arrays are data, and not state.
+# Longer containers and larger arrays are data, not state.
 LONGEST_STATE = 10_000
 LARGEST_STATE = 16
 
@@ -38,28 +39,28 @@ _PLAIN = (str, bytes, int, float, complex, type(None), np.generic, torch.dtype, 
 _RANDOM = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator, torch.Generator)
 _CONTAINERS = (list, dict, set, deque)
 _STATE = (*_PLAIN, *_RANDOM, *_CONTAINERS, tuple, frozenset, np.ndarray, Tensor)
-# What belongs to whoever has it.
+# These belong to the user if their owner does.
 _HOLDERS = (*_CONTAINERS, tuple, frozenset, types.CellType, types.MethodType, partial)
 _CLOSED = (types.ModuleType, types.CodeType, types.FrameType, logging.Logger)
-_ABSENT = object()
 
 
 @contextmanager
 def untouched(*owners: Any) -> Iterator[None]:
-    """Put back what ``owners`` (dataset, collator) change of themselves meanwhile.
+    """Put back what ``owners`` (dataset, collator) change of their own state within the block.
 
-    That is the state of every random generator that is reached from them: through attributes, containers, closures,
-    ``functools.partial``, bound methods, and the globals that their functions read. And, of the user's own classes and
-    functions, numbers, texts and containers that are held there, such as counters. All in place, since the run goes on
-    with the same objects. No data is copied, and no ``__copy__``, ``__getstate__`` or ``__del__`` of the user's runs.
+    That is the state of every random generator reachable from them: through attributes, containers, closures,
+    ``functools.partial``, bound methods and the globals that their functions read. For the user's own classes and
+    functions it is also numbers, texts and containers, such as counters. Everything is put back in place, since the
+    run continues with the same objects. No data is copied, and no ``__copy__``, ``__getstate__`` or ``__del__`` of the
+    user runs.
 
     Raises:
-        ProbeError: what can be gone through only once is among them.
+        ProbeError: an iterator that can be consumed only once is among them.
     """
     restores: list[Callable[[], Any]] = []
     for one, own in _reached(owners):
         _refuse_one_way(one)
-        with suppress(Exception):  # it does not let itself be read
+        with suppress(Exception):  # unreadable
             restores.extend(_restores(one, own))
     try:
         yield
@@ -71,7 +72,7 @@ def untouched(*owners: Any) -> Iterator[None]:
 
 def _reached(owners: tuple[Any, ...]) -> Iterator[tuple[Any, bool]]:
     """(object, whether it belongs to the user and not to a library)."""
-    seen: dict[int, Any] = {}  # with the objects, so that no id is given a second time
+    seen: dict[int, Any] = {}  # keeps the objects alive, so that no id is reused
     todo = deque((owner, True) for owner in owners)
     while todo and len(seen) < MOST_OBJECTS:
         one, own = todo.popleft()
@@ -85,7 +86,7 @@ def _reached(owners: tuple[Any, ...]) -> Iterator[tuple[Any, bool]]:
         passes_on = own and (users or isinstance(one, _HOLDERS))
         try:
             parts = _parts(one)
-        except Exception:  # it does not let itself be read
+        except Exception:  # unreadable
             continue
         (todo.extend if len(parts) > WIDE else todo.extendleft)((part, passes_on) for part in parts)
 
@@ -98,7 +99,7 @@ def _is_users(module: str) -> bool:
 
 
 def _parts(one: Any) -> list[Any]:
-    """What hangs on ``one``."""
+    """The objects that ``one`` refers to."""
     if isinstance(one, (*_CLOSED, io.IOBase, np.ndarray, Tensor)):
         return []
     if isinstance(one, types.FunctionType):
@@ -109,7 +110,7 @@ def _parts(one: Any) -> list[Any]:
     parts = gc.get_referents(one)
     is_data = isinstance(one, (list, tuple)) and len(parts) > LARGEST_STATE
     if is_data and all(isinstance(part, (*_PLAIN, Tensor, np.ndarray)) for part in (*parts[:8], *parts[-8:])):
-        return []  # token ids: by far the most of what there is
+        return []  # token ids: most of the objects
     return parts
 
 
@@ -121,67 +122,68 @@ def _globals_read(function: types.FunctionType) -> Iterator[tuple[dict[str, Any]
     """(namespace, name, value) of the globals that its code reads, also as attributes of modules."""
     if _top(function) in _LIBRARIES:
         return
-    codes, names = [function.__code__], set()
-    while codes:
-        code = codes.pop()
-        names |= set(code.co_names)
-        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
-    spaces = [function.__globals__]
-    known = {id(spaces[0])}
+    names, spaces, known = _names(function.__code__), [function.__globals__], set()
     while spaces:
         space = spaces.pop()
+        if id(space) in known:
+            continue
+        known.add(id(space))
         for name in names & space.keys():
             value = space[name]
             yield space, name, value
             if isinstance(value, types.ModuleType) and value.__name__.partition(".")[0] not in _LIBRARIES:
-                if id(vars(value)) not in known:
-                    spaces.append(vars(value))
-                known.add(id(vars(value)))
+                spaces.append(vars(value))
+
+
+def _names(code: types.CodeType) -> set[str]:
+    inner = [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
 
 
 def _refuse_one_way(one: Any) -> None:
-    """Iterators of Python's own; those of a user's class are put back by their attributes."""
+    """Refuse Python's own iterators; those of a user's class are put back by their attributes."""
     if type(one).__module__ in ("builtins", "itertools", "_csv") and isinstance(one, Iterator):
         if isinstance(one, io.IOBase) or (isinstance(one, types.GeneratorType) and one.gi_frame is None):
             return
         raise ProbeError(
-            f"A probe cannot be drawn without using up samples of the run: they come through a {type(one).__name__}.",
-            cause="It can be gone through once: what the probe takes, training would miss.",
-            fix="Give samples of your own: SafeCallback(probe=[batch, ...]) or Safe(..., probe=[batch, ...])",
+            f"The samples come through a {type(one).__name__}, so training would miss the samples that a probe takes.",
+            fix="Pass your own samples: SafeCallback(probe=[batch, ...]) or Safe(..., probe=[batch, ...])",
         )
 
 
 def _restores(one: Any, own: bool) -> Iterator[Callable[[], Any]]:
-    """What puts ``one`` back as it is now."""
+    """Functions that put ``one`` back as it is now."""
     if isinstance(one, _CLOSED):
         return
     if isinstance(one, _RANDOM):
         yield _random_restore(one)
-    elif own and isinstance(one, _CONTAINERS) and len(one) <= LONGEST_STATE:
-        yield _entries_restore(one) if isinstance(one, dict) else _members_restore(one)
-    elif own and isinstance(one, io.IOBase):
-        yield partial(one.seek, one.tell())
-    elif own and isinstance(one, types.CellType):
-        yield _attribute_restore(one, "cell_contents", one.cell_contents)
-    elif own and isinstance(one, types.FunctionType):
-        for space, name, value in _globals_read(one):
-            if isinstance(value, _STATE):
-                yield partial(space.update, {name: value})
-    elif own and isinstance(one, type):
-        for name, value in vars(one).items():
-            if isinstance(value, _STATE) and not name.startswith("__"):
-                yield _attribute_restore(one, name, value)
-    elif own and isinstance(one, Tensor) and one.numel() <= LARGEST_STATE:
-        yield partial(one.detach().copy_, one.detach().clone())
-    elif own and isinstance(one, np.ndarray) and one.size <= LARGEST_STATE:
-        yield partial(one.__setitem__, ..., one.copy())
     if isinstance(getattr(one, "__dict__", None), dict):
-        yield _entries_restore(vars(one), only_random=not own)
-    for kind in type(one).__mro__ if own and type(one) not in _CONTAINERS else ():
-        for slot in [slot for slot in vars(kind).values() if isinstance(slot, types.MemberDescriptorType)]:
-            value = getattr(one, slot.__name__, _ABSENT)
-            if isinstance(value, _STATE):
-                yield _attribute_restore(one, slot.__name__, value)
+        yield restorer(vars(one), skip=_is_no_state if own else _is_not_random)
+    if not own:
+        return
+    if isinstance(one, _CONTAINERS) and len(one) <= LONGEST_STATE:
+        yield restorer(one, skip=_is_no_state)
+    elif isinstance(one, io.IOBase):
+        yield partial(one.seek, one.tell())
+    elif isinstance(one, types.FunctionType):
+        yield from (partial(space.update, {k: v}) for space, k, v in _globals_read(one) if isinstance(v, _STATE))
+    elif isinstance(one, Tensor) and one.numel() <= LARGEST_STATE:
+        yield partial(one.detach().copy_, one.detach().clone())
+    elif isinstance(one, np.ndarray) and one.size <= LARGEST_STATE:
+        yield partial(one.__setitem__, ..., one.copy())
+    for name in _attributes(one):
+        if isinstance(value := getattr(one, name, ABSENT), _STATE):
+            yield _attribute_restore(one, name, value)
+
+
+def _attributes(one: Any) -> list[str]:
+    """Names of the attributes that are not in a dict: those of classes, cells and ``__slots__``."""
+    if isinstance(one, type):
+        return [name for name in vars(one) if not name.startswith("__")]
+    if isinstance(one, types.CellType):
+        return ["cell_contents"]
+    members = [value for kind in type(one).__mro__ for value in vars(kind).values()]
+    return [member.__name__ for member in members if isinstance(member, types.MemberDescriptorType)]
 
 
 def _random_restore(one: Any) -> Callable[[], Any]:
@@ -196,39 +198,18 @@ def _random_restore(one: Any) -> Callable[[], Any]:
 
 
 def _attribute_restore(one: Any, name: str, before: Any) -> Callable[[], Any]:
-    return lambda: setattr(one, name, before) if _is_to_go_back(before, getattr(one, name, _ABSENT)) else None
-
-
-def _entries_restore(space: dict[Any, Any], *, only_random: bool = False) -> Callable[[], None]:
-    before = dict(space)
-
     def restore() -> None:
-        for name in before.keys() | space.keys():
-            then, now = before.get(name, _ABSENT), space.get(name, _ABSENT)
-            if not _is_to_go_back(then, now) or (only_random and not isinstance(now, _RANDOM)):
-                continue
-            if then is _ABSENT:
-                del space[name]
-            else:
-                space[name] = then
+        now = getattr(one, name, ABSENT)
+        if now is not before and not _is_no_state(name, before, now):
+            setattr(one, name, before)
 
     return restore
 
 
-def _members_restore(one: Any) -> Callable[[], None]:
-    before = list(one)
-
-    def restore() -> None:
-        now = list(one)
-        if len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True)):
-            return
-        if all(isinstance(entry, _STATE) for entry in (*now, *before)):
-            one.clear()
-            (one.update if isinstance(one, set) else one.extend)(before)
-
-    return restore
+def _is_no_state(_key: Any, then: Any, now: Any) -> bool:
+    """Whether an entry stays as it is now: an open file or a loaded image is not state."""
+    return not all(entry is ABSENT or isinstance(entry, _STATE) for entry in (then, now))
 
 
-def _is_to_go_back(then: Any, now: Any) -> bool:
-    """Whether a changed entry is state: an open file or a loaded image that stands there now is none."""
-    return then is not now and all(entry is _ABSENT or isinstance(entry, _STATE) for entry in (then, now))
+def _is_not_random(key: Any, then: Any, now: Any) -> bool:
+    return not isinstance(now, _RANDOM) or _is_no_state(key, then, now)

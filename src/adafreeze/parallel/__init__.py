@@ -1,4 +1,4 @@
-"""What a freeze in mid-run means to DDP, FSDP2 and DeepSpeed, and what the processes of a run agree on."""
+"""Freezing during a run under DDP, FSDP2 and DeepSpeed, and agreement between the processes."""
 
 from .base import Parallel
 from .find import find_parallel

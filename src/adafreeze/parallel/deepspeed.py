@@ -1,15 +1,15 @@
-"""DeepSpeed: what ZeRO steps is no longer the model's own parameters, so what froze is put back after every step.
+"""DeepSpeed ZeRO: frozen weights are put back after every step.
 
-ZeRO copies each param group into one flat tensor. A parameter that freezes gives zeros there instead of a gradient, and
-momentum and decay go on moving it. Its place in the flat tensor is known, and what stood there before the step is
-written there after it: to the last bit, whatever the optimizer, its groups and its schedule are.
+ZeRO steps flat copies of each param group, not the model's own parameters. A frozen parameter has zeros for a gradient
+there, and momentum and decay still move it. So its part of the flat tensor is saved before each step and written back
+after it, which is exact for every optimizer and schedule.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from functools import wraps
 from typing import Any
 
@@ -18,12 +18,15 @@ from torch import Tensor, nn
 
 from ..errors import RunError
 from ..model import Unit
+from ..model.patches import patched
+from ..model.restore import temporarily
+from ..model.units import frozen_parameters
 from .base import Parallel
 
-__all__ = ["DeepSpeedZero", "engine_of", "is_deepspeed"]
+__all__ = ["DeepSpeedZero", "engine_of"]
 
-# DeepSpeed's optimizers, by their exact class: subclasses (ZenFlow, SuperOffload) step elsewhere. For each: what it
-# steps, and the parameters of the model in it; both lists run over the param groups, or in ZeRO-3 over parts of them.
+# DeepSpeed's optimizers by exact class: subclasses (ZenFlow, SuperOffload) step elsewhere. For each the attribute with
+# the tensors it steps, and the one with the model's parameters in them, both by param group (in ZeRO-3, parts of it).
 _LAYOUTS = {
     "DeepSpeedZeroOptimizer": ("single_partition_of_fp32_groups", "round_robin_bit16_groups"),
     "DeepSpeedZeroOptimizer_Stage3": ("fp32_partitioned_groups_flat", "fp16_groups"),
@@ -31,19 +34,18 @@ _LAYOUTS = {
     "FP16_Optimizer": ("fp32_groups_flat", "fp16_groups"),
     "FP16_UnfusedOptimizer": ("fp32_groups", "fp16_groups"),
 }
-# Ways to step past the hooks of the optimizer inside.
+# With these the inner optimizer's step hooks do not run.
 _BY_ITSELF = ("zenflow", "fused_adam_legacy", "fused_lamb_legacy")
-# Trainer saves PEFT models with exclude_frozen_parameters=True: base weights are meant, frozen adapters would go too.
+# Trainer saves PEFT models with exclude_frozen_parameters=True, which would exclude frozen adapters too.
 _CHECKPOINTING = ("save_checkpoint", "load_checkpoint", "module_state_dict", "_zero3_consolidated_16bit_state_dict")
 
 
-def is_deepspeed(model: nn.Module, optimizer: Any) -> bool:
-    """Whether DeepSpeed trains ``model``: the engine, or the module inside it."""
-    return engine_of(model) is not None or _wrapper_in(optimizer) is not None
-
-
 def engine_of(model: nn.Module) -> Any | None:
-    """The DeepSpeed engine that ``model`` is, or that calls it: Trainer hands over the module inside, alone."""
+    """The DeepSpeed engine that ``model`` is, or that calls it: Trainer passes only the module inside.
+
+    DeepSpeed (seen with 0.19.8) gives the module no reference to its engine, but the engine's hooks on the module have
+    it in a closure cell.
+    """
     kind = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)
     if kind is None or isinstance(model, kind):
         return model if kind is not None else None
@@ -56,30 +58,23 @@ def engine_of(model: nn.Module) -> Any | None:
 
 
 class DeepSpeedZero(Parallel):
-    """Holds frozen units still under DeepSpeed, whatever a scheduler, a checkpoint or the optimizer says.
+    """Puts frozen weights back after each step of DeepSpeed.
 
-    DeepSpeed goes on computing the step of what froze, and holds its moments: they are not freed. While it saves or
-    loads, frozen units look trainable, or their weights would be left out.
+    DeepSpeed still computes the step of frozen parameters, and their moments are not freed. While it saves or loads,
+    frozen units look trainable, so that their weights are included.
 
     Args:
-        engine: DeepSpeed's, as ``deepspeed.initialize`` returns it or ``engine_of`` finds it.
-        optimizer: of the run, to be named where there is no engine.
+        engine: as ``deepspeed.initialize`` returns it or ``engine_of`` finds it.
         units: by name.
 
     Attributes:
         stage: of ZeRO, 0 to 3.
 
     Raises:
-        RunError: this DeepSpeed keeps its parameters in another way.
+        RunError: this version of DeepSpeed has other optimizers.
     """
 
-    def __init__(self, engine: Any | None, optimizer: Any, units: Mapping[str, Unit]) -> None:
-        if engine is None:
-            raise RunError(
-                f"DeepSpeed trains, by its {type(_wrapper_in(optimizer) or optimizer).__name__}, another model.",
-                cause="The model that was handed over is neither a DeepSpeed engine nor the module inside one.",
-                fix="Safe(model_engine, ...), with model_engine, *_ = deepspeed.initialize(...)",
-            )
+    def __init__(self, engine: Any, units: Mapping[str, Unit]) -> None:
         self.engine, self.units = engine, units
         self.stage = int(_attribute(engine, "zero_optimization_stage")())
         self.name = f"DeepSpeed ZeRO-{self.stage}"
@@ -91,7 +86,7 @@ class DeepSpeedZero(Parallel):
         self._still: dict[int, list[tuple[int, int]]] = {}
         self._before: list[tuple[Tensor, Tensor]] = []
         self._wrapper = _wrapper_in(_attribute(engine, "optimizer"))
-        self._undo: list[Callable[[], None]] = []
+        self._undo = ExitStack()
         if self._wrapper is not None:
             self._parts()
             self.clears_gradients = True
@@ -105,10 +100,26 @@ class DeepSpeedZero(Parallel):
         for name in _CHECKPOINTING:
             self._wrap(name)
 
+    @classmethod
+    def find(cls, model: nn.Module, optimizer: Any, units: Mapping[str, Unit]) -> DeepSpeedZero | None:
+        """If ``model`` is a DeepSpeed engine or the module inside one.
+
+        Raises:
+            RunError: it is neither, and the optimizer is DeepSpeed's.
+        """
+        engine, wrapper = engine_of(model), _wrapper_in(optimizer)
+        if engine is None and wrapper is not None:
+            raise RunError(
+                f"The optimizer is DeepSpeed's {type(wrapper).__name__}, but the model is neither its engine nor the "
+                "module inside one.",
+                fix="Safe(model_engine, ...), with model_engine, *_ = deepspeed.initialize(...)",
+            )
+        return None if engine is None else cls(engine, units)
+
     def after_freeze(self, frozen: Iterable[str]) -> None:
-        """From now on the units ``frozen``, and no others, stand still in every step."""
+        """From now on, put the weights of the units ``frozen``, and no others, back after every step."""
         self.frozen = frozenset(frozen)
-        stopped = {id(parameter) for parameter in self._frozen_parameters()}
+        stopped = {id(parameter) for parameter in frozen_parameters(self.units, self.frozen)}
         still: dict[int, list[tuple[int, int]]] = {}
         for group, (tensors, parameters) in enumerate(self._parts()):
             for parameter, tensor, start, length in self._places(group, tensors, parameters):
@@ -117,29 +128,28 @@ class DeepSpeedZero(Parallel):
         self._still = {tensor: _joined(places) for tensor, places in still.items()}
 
     def release(self) -> None:
-        """Take all hooks off; what was frozen moves again."""
+        """Remove all hooks, so that every weight moves again."""
         self.frozen, self._still = frozenset(), {}
-        while self._undo:
-            self._undo.pop()()
+        self._undo.close()
 
     def _parts(self) -> list[tuple[list[Tensor], list[nn.Parameter]]]:
-        """What DeepSpeed steps, each with the parameters of the model in it; nothing where it steps those."""
+        """(stepped tensors, the model's parameters in them); empty if DeepSpeed steps the model's own parameters."""
         if self._wrapper is None:
             return []
         kind = type(self._wrapper).__name__
         layout = _LAYOUTS.get(kind)
         if layout is None or any(getattr(self._wrapper, name, False) for name in _BY_ITSELF):
             raise _unknown(f"its optimizer is a {kind}" + ("" if layout is None else " that steps by itself"))
-        stepped, held = (_attribute(self._wrapper, name) for name in layout)
+        stepped, inside = (_attribute(self._wrapper, name) for name in layout)
         return [
             ([part] if isinstance(part, Tensor) else list(part), list(parameters))
-            for part, parameters in zip(stepped, held, strict=True)
+            for part, parameters in zip(stepped, inside, strict=True)
         ]
 
     def _places(
         self, group: int, tensors: list[Tensor], parameters: list[nn.Parameter]
     ) -> Iterator[tuple[nn.Parameter, Tensor, int, int]]:
-        """Where the parameters of one part lie on this rank: each in which tensor, its start and its length there."""
+        """(parameter, tensor, start, length) of the parameters of one part on this rank."""
         kind, begin = type(self._wrapper).__name__, 0
         if kind == "FP16_UnfusedOptimizer":  # one for each
             yield from ((p, tensor, 0, p.numel()) for p, tensor in zip(parameters, tensors, strict=True))
@@ -156,7 +166,7 @@ class DeepSpeedZero(Parallel):
         elif kind == "BF16_Optimizer":
             for parameter in parameters:
                 fragment = _attribute(parameter, "_hp_mapping")
-                if fragment is not None:  # some of it lies on this rank
+                if fragment is not None:  # part of it is on this rank
                     address = _attribute(fragment, "get_hp_fragment_address")()
                     yield parameter, tensor, address.start, address.numel
         else:
@@ -165,18 +175,11 @@ class DeepSpeedZero(Parallel):
                 yield parameter, tensor, begin, length
                 begin += length
 
-    def _frozen_parameters(self) -> list[nn.Parameter]:
-        owners: dict[int, set[str]] = {}
-        every = [(name, p) for name, u in self.units.items() for p in (*u.parameters(), *u.shared_parameters())]
-        for name, parameter in every:
-            owners.setdefault(id(parameter), set()).add(name)
-        return [parameter for _, parameter in every if owners[id(parameter)] <= self.frozen]
-
     def _hook(self, optimizer: Any) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer) or not getattr(type(optimizer).step, "hooked", False):
             raise _unknown(f"the optimizer inside, a {type(optimizer).__name__}, takes no step hooks")
-        self._undo.append(optimizer.register_step_pre_hook(self._before_step).remove)
-        self._undo.append(optimizer.register_step_post_hook(self._after_step).remove)
+        self._undo.callback(optimizer.register_step_pre_hook(self._before_step).remove)
+        self._undo.callback(optimizer.register_step_post_hook(self._after_step).remove)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._before = [
@@ -197,26 +200,15 @@ class DeepSpeedZero(Parallel):
 
         @wraps(original)
         def as_if_trainable(*args: Any, **kwargs: Any) -> Any:
-            with self._looking_trainable():
+            parameters = frozen_parameters(self.units, self.frozen)
+            with temporarily((parameter, "requires_grad", True) for parameter in parameters):
                 return original(*args, **kwargs)
 
-        setattr(self.engine, name, as_if_trainable)
-        self._undo.append(lambda: self.engine.__dict__.pop(name, None))
-
-    @contextmanager
-    def _looking_trainable(self) -> Iterator[None]:
-        parameters = [parameter for parameter in self._frozen_parameters() if not parameter.requires_grad]
-        try:
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-            yield
-        finally:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
+        self._undo.enter_context(patched(self.engine, name, as_if_trainable))
 
 
 def _joined(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Starts and lengths in order, neighbours made one."""
+    """Sorted (start, length), with neighbors merged."""
     joined: list[tuple[int, int]] = []
     for start, length in sorted(places):
         if joined and sum(joined[-1]) == start:
@@ -227,7 +219,7 @@ def _joined(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _wrapper_in(optimizer: Any) -> Any | None:
-    """What DeepSpeed put around the real optimizer; None where that steps the model's own parameters (ZeRO-0)."""
+    """DeepSpeed's wrapper of the real optimizer; None for ZeRO-0."""
     while optimizer is not None:
         of_deepspeed = any(kind.__module__.partition(".")[0] == "deepspeed" for kind in type(optimizer).__mro__)
         if of_deepspeed and not isinstance(optimizer, torch.optim.Optimizer):
@@ -246,7 +238,6 @@ def _attribute(holder: Any, name: str) -> Any:
 def _unknown(what: str) -> RunError:
     version = getattr(sys.modules.get("deepspeed"), "__version__", "")
     return RunError(
-        f"adafreeze does not know this DeepSpeed {version}: {what}.",
-        cause="To hold a frozen unit still it must know which tensors DeepSpeed steps.",
+        f"adafreeze cannot tell which tensors DeepSpeed {version} steps: {what}.",
         fix="pip install deepspeed==0.19.8, without ZenFlow and SuperOffload; or use FSDP2 or DDP.",
     )

@@ -1,4 +1,4 @@
-"""Ranks: the processes of a run, and what they agree on. No byte that another process sends is ever unpickled."""
+"""Ranks: agreement between the processes of a run. Nothing that another process sends is unpickled."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["Ranks"]
 
 
 class Ranks:
-    """All processes of the default process group; in a run without one, a single rank, and nothing is sent.
+    """All processes of the default process group; without one, a single rank.
 
     Attributes:
         rank: of this process.
-        size: how many there are.
+        size: number of processes.
 
     >>> Ranks().of_main(lambda: [1, "two"]), Ranks().is_main
     ([1, 'two'], True)
@@ -35,14 +35,14 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether decisions are taken, and the journal written, here."""
+        """Whether this rank decides and writes the journal."""
         return self.rank == 0
 
     def of_main(self, ask: Callable[[], Any]) -> Any:
-        """What ``ask`` returns on rank 0, JSON values, on every rank; what it raises there is raised on every rank.
+        """The JSON value that ``ask`` returns on rank 0, on every rank; an exception there is raised on every rank.
 
         Raises:
-            Exception: as ``ask`` does; on other ranks than 0, what is none of adafreeze's errors comes as a RunError.
+            Exception: as ``ask`` does; other ranks raise a RunError unless it is an error of adafreeze.
         """
         if self.size == 1:
             return ask()
@@ -52,7 +52,7 @@ class Ranks:
                 text = json.dumps({"value": ask(), "failed": None})
             except Exception as error:
                 failed = error
-                text = json.dumps({"value": None, "failed": _told(error)})
+                text = json.dumps({"value": None, "failed": _as_json(error)})
         received = json.loads(self._send(text.encode()))
         if failed is not None:
             raise failed
@@ -61,19 +61,19 @@ class Ranks:
         return received["value"]
 
     def tensors_of_main(self, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Batches of tensors, and of JSON values beside them, as rank 0 has them."""
+        """Rank 0's batches of tensors and JSON values, on every rank."""
         if self.size == 1:
             return [dict(batch) for batch in batches]
         return unpacked(self.of_main(lambda: packed(batches)))
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
-        """Of each flag, whether it is up on any rank; the same on all."""
+        """For each flag, whether any rank has set it."""
         if self.size == 1:
             return list(flags)
         return [any(column) for column in zip(*self._gather([int(flag) for flag in flags]), strict=True)]
 
     def check_alike(self, what: str, names: Iterable[str], step: int) -> None:
-        """Stop all ranks if ``names`` are not the same on all of them; 32 bytes are sent, more only if they are not.
+        """Stop all ranks if ``names`` differ between them; 8 bytes are sent unless they do.
 
         Raises:
             RunError: on every rank, with the first name that differs, and the ranks.
@@ -88,10 +88,7 @@ class Ranks:
         text = list(json.dumps([step, mine]).encode())
         longest = max(row[0] for row in self._gather([len(text)]))
         padded = self._gather([len(text), *text, *([0] * (longest - len(text)))])
-        told = [json.loads(bytes(row[1 : row[0] + 1])) for row in padded]
-        raise _disagreement(what, told)
-
-    # How it is sent.
+        raise _disagreement(what, [json.loads(bytes(row[1 : row[0] + 1])) for row in padded])
 
     def _send(self, payload: bytes) -> bytes:
         """Rank 0's bytes, on every rank."""
@@ -105,7 +102,7 @@ class Ranks:
         return data.cpu().numpy().tobytes()
 
     def _gather(self, numbers: list[int]) -> list[list[int]]:
-        """Every rank's whole numbers, as many on each, by rank."""
+        """The integers of each rank; all ranks must send the same number of them."""
         mine = torch.tensor(numbers, dtype=torch.int64, device=_device())
         rows = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(rows, mine)
@@ -120,39 +117,32 @@ def _device() -> torch.device:
     return torch.device(torch.accelerator.current_accelerator() or "cpu")
 
 
-def _told(error: Exception) -> dict[str, str | None]:
+def _as_json(error: Exception) -> dict[str, str | None]:
     if isinstance(error, AdafreezeError):
         return {"kind": type(error).__name__, **vars(error)}
     return {"kind": "", "fact": f"{type(error).__name__}: {error}"}
 
 
-def _as_raised(told: Mapping[str, Any]) -> AdafreezeError:
-    if told["kind"]:
-        kind: type[AdafreezeError] = getattr(errors, told["kind"], RunError)
-        return kind(told["fact"], fix=told["fix"])
-    return RunError(
-        f"Rank 0 failed: {told['fact']}",
-        cause="What it decides, all ranks do; here it could not.",
-        fix="Look at the traceback of rank 0.",
-    )
+def _as_raised(error: Mapping[str, Any]) -> AdafreezeError:
+    if error["kind"]:
+        kind: type[AdafreezeError] = getattr(errors, error["kind"], RunError)
+        return kind(error["fact"], fix=error["fix"])
+    return RunError(f"Rank 0, which decides for all ranks, failed: {error['fact']}", fix="See the traceback of rank 0.")
 
 
-def _disagreement(what: str, told: list[list[Any]]) -> RunError:
-    """What the ranks, each with a step and its names, do not agree on."""
-    steps = {step for step, _ in told}
-    everywhere = set.intersection(*(set(names) for _, names in told))
-    differing = sorted(set().union(*(names for _, names in told)) - everywhere)
+def _disagreement(what: str, ranks: list[list[Any]]) -> RunError:
+    """The error for ranks that differ; each rank has sent its step and its names."""
+    steps = sorted({step for step, _ in ranks})
+    everywhere = set.intersection(*(set(names) for _, names in ranks))
+    differing = sorted(set().union(*(names for _, names in ranks)) - everywhere)
     if differing:
-        having = [rank for rank, (_, names) in enumerate(told) if differing[0] in names]
-        lacking = [rank for rank in range(len(told)) if rank not in having]
-        fact = (
-            f"The ranks do not agree: {differing[0]!r} is {what} on rank {_listed(having)}, not on {_listed(lacking)}."
-        )
+        having = [rank for rank, (_, names) in enumerate(ranks) if differing[0] in names]
+        lacking = [rank for rank in range(len(ranks)) if rank not in having]
+        fact = f"{differing[0]!r} is {what} on rank {_listed(having)}, not on {_listed(lacking)}."
     else:
-        fact = f"The ranks do not agree: they stand at optimizer steps {', '.join(map(str, sorted(steps)))}."
+        fact = f"they are at different optimizer steps: {', '.join(map(str, steps))}."
     return RunError(
-        fact,
-        cause="Something froze, thawed or stepped on some ranks alone; from here on their weights would part.",
+        f"The ranks do not agree: {fact}",
         fix="Freeze through SafeConfig or Safe only, and call safe.step() on every rank after every optimizer step. "
         "Then resume from the last checkpoint.",
     )

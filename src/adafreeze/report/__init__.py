@@ -1,4 +1,4 @@
-"""What a run did, read from its journal: one self-contained page."""
+"""The report of runs: one self-contained HTML page."""
 
 from .charts import Chart
 from .page import write_report

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: no script is needed to see them, and none to read their values."""
+"""Charts as inline SVG: they need no script to be seen, and each contains its data as CSV."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -14,178 +14,142 @@ from itertools import pairwise
 __all__ = ["Caption", "Chart", "Curve", "bands", "heat_map", "lines"]
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 84, 16, 16, 48
-POINTS = 400  # of a curve, at most
-CELLS = 6000  # of a heat map, at most; and no more columns than can be seen
-COLUMNS = 160
-ROWS = 4000  # of a curve in the data, at most
-# Okabe & Ito (2008): told apart with any colour vision. Black is left to the text.
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
-DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 3", "10 4")  # and without any colour at all
+POINTS = 400  # drawn per curve
+CELLS, COLUMNS = 6000, 160  # drawn per heat map
+ROWS = 4000  # per curve in the CSV data
+# Okabe & Ito (2008): distinguishable with any color vision. Black is used for text.
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 3", "10 4")  # and distinguishable without color
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What stands for a drawing where it is not seen.
+    """The texts of a chart."""
 
-    Attributes:
-        name: of its place on the page and of its file, letters and dashes.
-        title: what it shows, with the unit.
-        text: what can be read off it, in a sentence.
-    """
-
-    name: str
-    title: str
-    text: str
+    name: str  # of the HTML element and the CSV file, letters and dashes
+    title: str  # what the chart shows, with the unit
+    text: str  # what can be read from it, in a sentence
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing, and what stands for it.
+    """A drawing with its texts and data."""
 
-    Attributes:
-        caption: its words.
-        svg: the drawing; values in ``data-tip``.
-        csv: its data.
-        legend: (label, colour, dashes of the line or None where it is no line) by entry.
-    """
-
-    caption: Caption
-    svg: str
-    csv: str
-    legend: tuple[tuple[str, str, str | None], ...] = ()
+    caption: Caption  # the texts
+    svg: str  # the drawing, with values in ``data-tip``
+    csv: str  # the data
+    legend: tuple[tuple[str, str, str | None], ...] = ()  # (label, color, dashes or None for an area) per entry
 
     @property
     def link(self) -> str:
-        """The data as the address of a download."""
+        """A data URL of the CSV."""
         return f"data:text/csv;base64,{base64.b64encode(self.csv.encode()).decode()}"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Points (x, y) under one label; ``steps``: y holds until the next point."""
+    """Points (x, y) with a label."""
 
     label: str
     points: Sequence[tuple[float, float]]
 
 
 def lines(caption: Caption, curves: Sequence[Curve], *, x: str = "step", marks: Sequence[float] = ()) -> Chart:
-    """Curves over one axis; the y axis starts at 0 unless that would flatten them.
+    """Curves with at least one point in total, and vertical lines at ``marks``.
 
-    Args:
-        caption: its words.
-        curves: at least one point among them.
-        x: what the horizontal axis counts.
-        marks: x values of vertical lines, the freezes.
+    The y axis starts at 0 unless that would flatten the curves.
     """
     height = 230
-    every = [point for curve in curves for point in curve.points]
-    xs, ys = [point[0] for point in every], [point[1] for point in every]
+    xs, ys = zip(*(point for curve in curves for point in curve.points), strict=True)
     low, high = min(ys), max(ys)
-    low = 0.0 if low >= 0 and low < 0.6 * high else low
+    low = 0.0 if 0 <= low < 0.6 * high else low
     across, down = _scale(min(xs), max(xs), LEFT, WIDTH - RIGHT), _scale(low, high, height - BOTTOM, TOP)
-    parts = [_axes(across, down, (min(xs), max(xs)), (low, high), height, x)]
-    parts += [f'<line class="mark" x1="{across(m):.1f}" x2="{across(m):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>'
-              for m in marks if min(xs) <= m <= max(xs)]  # fmt: skip
-    styles = [_style(number) for number in range(len(curves))]
-    for curve, (colour, dash) in zip(curves, styles, strict=True):
+    parts = [_below([(across(tick), number_text(tick)) for tick in _ticks(min(xs), max(xs))], height, x)]
+    for tick in _ticks(low, high):
+        y = down(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number_text(tick)}</text>')
+    for mark in (across(mark) for mark in marks if min(xs) <= mark <= max(xs)):
+        parts.append(f'<line class="mark" x1="{mark:.1f}" x2="{mark:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
+    legend = []
+    for number, curve in enumerate(curves):
+        # A different pair for each of the first 36.
+        color, dash = COLORS[number % len(COLORS)], DASHES[(number + number // len(COLORS)) % len(DASHES)]
+        legend.append((curve.label, color, dash))
         points = thin(curve.points)
         path = " ".join(f"{across(a):.1f},{down(b):.1f}" for a, b in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" '
-                     f'stroke-dasharray="{dash}"/>')  # fmt: skip
+        style = f'fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"'
+        parts.append(f'<polyline points="{path}" {style}/>')
         radius = 3 if len(points) <= 60 else 2
         parts += [
-            f'<circle cx="{across(a):.1f}" cy="{down(b):.1f}" r="{radius}" fill="{colour}" '
+            f'<circle cx="{across(a):.1f}" cy="{down(b):.1f}" r="{radius}" fill="{color}" '
             f'data-tip="{escape(curve.label)}: {number_text(b)} at {x} {number_text(a)}"/>'
             for a, b in points
         ]
     rows = [(curve.label, a, b) for curve in curves for a, b in thin(curve.points, ROWS)]
-    legend = tuple((curve.label, *style) for curve, style in zip(curves, styles, strict=True))
-    return Chart(caption, _svg(parts, height, caption.title), _csv(("curve", x, "value"), rows), legend)
+    return _chart(caption, parts, height, ("curve", x, "value"), rows, tuple(legend))
 
 
 def heat_map(
     caption: Caption, rows: Sequence[str], columns: Sequence[float], values: Sequence[Sequence[float]],
     frozen_at: Sequence[float | None],
 ) -> Chart:  # fmt: skip
-    """A cell for each row and column, darker where the square root of its share of the largest is; rows bottom up.
+    """A cell per row and column, shaded by the square root of its value relative to the largest; rows bottom up.
 
-    Of more columns than can be seen, each cell stands for a stretch of them, and shows the largest value in it.
-
-    Args:
-        caption: its words.
-        rows: labels, the lowest first.
-        columns: steps.
-        values: by row; NaN where nothing was measured.
-        frozen_at: the column from which on the row is frozen, or None.
+    ``values`` are by row, NaN if not measured. ``frozen_at`` is the step at which a row froze, or None. If there are
+    too many columns, a cell shows the largest value of several.
     """
     count = max(1, min(len(columns), COLUMNS, CELLS // max(1, len(rows))))
-    bounds = [round(i * len(columns) / count) for i in range(count + 1)]
-    stretches = [range(a, b) for a, b in pairwise(bounds)]
-    tall = max(8, min(26, 520 // max(1, len(rows))))
-    height = TOP + tall * len(rows) + BOTTOM
+    stretches = [range(a, b) for a, b in pairwise(round(i * len(columns) / count) for i in range(count + 1))]
+    tall, height, tops, parts = _rows(rows, least=8)
     wide = (WIDTH - LEFT - RIGHT) / count
     most = max((v for row in values for v in row if math.isfinite(v)), default=0.0) or 1.0
-    parts = _labels(rows, tall)
     data: list[tuple[str, float, float]] = []
-    for number, (label, row, stop) in enumerate(zip(rows, values, frozen_at, strict=True)):
-        top = TOP + tall * (len(rows) - 1 - number)
+    for label, row, stop, top in zip(rows, values, frozen_at, tops, strict=True):
         for place, stretch in enumerate(stretches):
-            column = _largest(row, stretch)
-            data.append((label, columns[column], row[column]))
-            value, left = row[column], LEFT + place * wide
-            is_frozen = stop is not None and columns[column] >= stop
-            said = f"{number_text(value)}" if math.isfinite(value) else "not measured"
-            shade = math.sqrt(max(0.0, value) / most) if math.isfinite(value) else 0.0
-            kind = "cell frozen" if is_frozen and not math.isfinite(value) else "cell"
+            column = max(stretch, key=lambda column: row[column] if math.isfinite(row[column]) else -math.inf)
+            step, value = columns[column], row[column]
+            data.append((label, step, value))
+            measured, frozen = math.isfinite(value), stop is not None and step >= stop
+            shade = math.sqrt(max(0.0, value) / most) if measured else 0.0
             parts.append(
-                f'<rect class="{kind}" x="{left:.1f}" y="{top}" width="{wide:.2f}" height="{tall - 1}" '
-                f'fill-opacity="{0.06 + 0.94 * shade:.3f}" data-tip="{escape(label)}, step {columns[column]:g}: {said}'
-                f'{", frozen" if is_frozen else ""}"/>'
+                f'<rect class="{"cell frozen" if frozen and not measured else "cell"}" x="{LEFT + place * wide:.1f}" '
+                f'y="{top}" width="{wide:.2f}" height="{tall - 1}" fill-opacity="{0.06 + 0.94 * shade:.3f}" '
+                f'data-tip="{escape(label)}, step {step:g}: {number_text(value) if measured else "not measured"}'
+                f'{", frozen" if frozen else ""}"/>'
             )
         if stop is not None:
             place = next((i for i, stretch in enumerate(stretches) if columns[stretch[-1]] >= stop), count)
-            at = LEFT + place * wide
-            parts.append(f'<line class="freeze" x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{top + tall - 1}"/>')
-    shown = sorted({0, count // 2, count - 1})
-    ticks = [(LEFT + (place + 0.5) * wide, f"{columns[stretches[place][0]]:g}") for place in shown]
+            at = f"{LEFT + place * wide:.1f}"
+            parts.append(f'<line class="freeze" x1="{at}" x2="{at}" y1="{top}" y2="{top + tall - 1}"/>')
+    ticks = [(LEFT + (i + 0.5) * wide, f"{columns[stretches[i][0]]:g}") for i in sorted({0, count // 2, count - 1})]
     parts.append(_below(ticks, height, "step"))
-    return Chart(caption, _svg(parts, height, caption.title), _csv(("unit", "step", "score"), data))
+    return _chart(caption, parts, height, ("unit", "step", "score"), data)
 
 
 def bands(
     caption: Caption, rows: Sequence[str], spans: Sequence[Sequence[tuple[float, float, str]]],
-    kinds: Sequence[str], end: float,
+    states: Sequence[str], end: float,
 ) -> Chart:  # fmt: skip
-    """A bar for each row, in spans of what it was at that time; rows bottom up.
-
-    Args:
-        caption: its words.
-        rows: labels, the lowest first.
-        spans: by row: (from, to, kind).
-        kinds: all kinds, in the order of the legend.
-        end: of the axis.
-    """
-    tall = max(6, min(26, 520 // max(1, len(rows))))
-    height = TOP + tall * len(rows) + BOTTOM
+    """A band per row that shows its state over time, by ``spans`` of (from, to, state); rows bottom up."""
+    tall, height, tops, parts = _rows(rows, least=6)
     across = _scale(0, end, LEFT, WIDTH - RIGHT)
-    colour = dict(zip(kinds, COLOURS, strict=False))
-    parts = _labels(rows, tall)
-    for number, (label, row) in enumerate(zip(rows, spans, strict=True)):
-        top = TOP + tall * (len(rows) - 1 - number)
+    color = dict(zip(states, COLORS, strict=False))
+    data = [(label, *span) for label, row in zip(rows, spans, strict=True) for span in row]
+    for label, row, top in zip(rows, spans, tops, strict=True):
         parts += [
             f'<rect x="{across(a):.1f}" y="{top}" width="{max(0.0, across(b) - across(a)):.1f}" height="{tall - 1}" '
-            f'fill="{colour[kind]}" data-tip="{escape(label)}: {escape(kind)}, steps {a:g} to {b:g}"/>'
-            for a, b, kind in row
+            f'fill="{color[state]}" data-tip="{escape(label)}: {escape(state)}, steps {a:g} to {b:g}"/>'
+            for a, b, state in row
         ]
     parts.append(_below([(across(tick), f"{tick:g}") for tick in _ticks(0, end)], height, "step"))
-    data = [(label, a, b, kind) for label, row in zip(rows, spans, strict=True) for a, b, kind in row]
-    shown = {kind for row in spans for _, _, kind in row}
-    legend = tuple((kind, colour[kind], None) for kind in kinds if kind in shown)
-    return Chart(caption, _svg(parts, height, caption.title), _csv(("block", "from", "to", "state"), data), legend)
+    shown = {state for *_, state in data}
+    legend = tuple((state, color[state], None) for state in states if state in shown)
+    return _chart(caption, parts, height, ("block", "from", "to", "state"), data, legend)
 
 
 def thin(points: Sequence[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:
-    """At most ``most`` points: of each stretch the lowest and the highest, so that no peak is lost.
+    """At most ``most`` points: the lowest and the highest of each stretch, so that no peak is lost.
 
     >>> thin([(i, 9.0 if i == 5 else 0.0) for i in range(100)], most=10)[1]
     (5, 9.0)
@@ -201,19 +165,16 @@ def thin(points: Sequence[tuple[float, float]], most: int = POINTS) -> list[tupl
 
 
 def number_text(value: float) -> str:
-    """Four digits.
+    """Four significant digits.
 
     >>> number_text(1234567), number_text(0.000123456), number_text(5)
     ('1,234,567', '0.0001235', '5')
     """
-    if float(value).is_integer() or abs(value) >= 10_000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 10_000 else f"{value:.4g}"
 
 
-def _scale(low: float, high: float, start: float, end: float):  # type: ignore[no-untyped-def]
-    span = (high - low) or 1.0
-    return lambda value: start + (value - low) / span * (end - start)
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    return lambda value: start + (value - low) / ((high - low) or 1.0) * (end - start)
 
 
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -222,58 +183,37 @@ def _ticks(low: float, high: float, count: int = 5) -> list[float]:
     rough = (high - low) / count
     unit = 10 ** math.floor(math.log10(rough))
     size = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
-    first = math.ceil(low / size - 1e-9)
-    return [round(i * size, 12) for i in range(first, math.floor(high / size + 1e-9) + 1)]
+    return [round(i * size, 12) for i in range(math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9) + 1)]
 
 
-def _style(number: int) -> tuple[str, str]:
-    """Colour and dashes of a curve, another pair for each of the first 36."""
-    return COLOURS[number % len(COLOURS)], DASHES[(number + number // len(COLOURS)) % len(DASHES)]
-
-
-def _largest(row: Sequence[float], stretch: range) -> int:
-    """Where in the stretch the largest value is; its start where none was measured."""
-    return max(stretch, key=lambda column: row[column] if math.isfinite(row[column]) else -math.inf)
-
-
-def _labels(rows: Sequence[str], tall: int) -> list[str]:
-    """To the left of rows that stand bottom up, as many as there is room for."""
-    every = max(1, math.ceil(14 / tall))
-    return [
-        f'<text class="tick" x="{LEFT - 6}" y="{TOP + tall * (len(rows) - number - 0.5) + 4:.1f}" text-anchor="end">'
-        f"{escape(rows[number])}</text>"
-        for number in range(0, len(rows), every)
+def _rows(labels: Sequence[str], least: int) -> tuple[int, int, list[int], list[str]]:
+    """The height of a row and of the drawing, the y of each row (bottom up), and as many labels as fit."""
+    tall = max(least, min(26, 520 // max(1, len(labels))))
+    tops = [TOP + tall * (len(labels) - 1 - number) for number in range(len(labels))]
+    texts = [
+        f'<text class="tick" x="{LEFT - 6}" y="{top + tall / 2 + 4:.1f}" text-anchor="end">{escape(label)}</text>'
+        for label, top in list(zip(labels, tops, strict=True))[:: math.ceil(14 / tall)]
     ]
+    return tall, TOP + tall * len(labels) + BOTTOM, tops, texts
 
 
-def _below(ticks: Sequence[tuple[float, str]], height: int, what: str) -> str:
-    """Under the drawing: (place, label) of each tick, and what is counted."""
-    parts = [f'<text class="tick" x="{at:.1f}" y="{height - BOTTOM + 20}" text-anchor="middle">{label}</text>'
-             for at, label in ticks]  # fmt: skip
-    named = f'<text class="tick" x="{WIDTH - RIGHT}" y="{height - 4}" text-anchor="end">{escape(what)}</text>'
-    return "".join([*parts, named])
-
-
-def _axes(across, down, xs, ys, height: int, x: str) -> str:  # type: ignore[no-untyped-def]
-    parts = []
-    for tick in _ticks(*ys):
-        at = down(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{number_text(tick)}</text>')
-    parts.append(_below([(across(tick), number_text(tick)) for tick in _ticks(*xs)], height, x))
-    return "".join(parts)
-
-
-def _svg(parts: Sequence[str], height: int, title: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}" '
-        f'preserveAspectRatio="xMidYMid meet">{"".join(parts)}</svg>'
+def _below(ticks: Sequence[tuple[float, str]], height: int, label: str) -> str:
+    """The ticks (x, text) and the label of the horizontal axis."""
+    texts = [(x, height - BOTTOM + 20, "middle", text) for x, text in ticks]
+    texts.append((WIDTH - RIGHT, height - 4, "end", escape(label)))
+    return "".join(
+        f'<text class="tick" x="{x:.1f}" y="{y}" text-anchor="{anchor}">{text}</text>' for x, y, anchor, text in texts
     )
 
 
-def _csv(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def _chart(
+    caption: Caption, parts: Sequence[str], height: int, head: Sequence[str], rows: Sequence[Sequence[object]],
+    legend: tuple[tuple[str, str, str | None], ...] = (),
+) -> Chart:  # fmt: skip
+    svg = (
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(caption.title)}" '
+        f'preserveAspectRatio="xMidYMid meet">{"".join(parts)}</svg>'
+    )
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
-    return text.getvalue()
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
+    return Chart(caption, svg, text.getvalue(), legend)

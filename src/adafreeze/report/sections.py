@@ -1,84 +1,77 @@
-"""What of a run's history is drawn, and the words beside each drawing."""
+"""Which charts and tables a report shows of a history, with their texts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
-from ..journal import History
-from ..journal.history import is_score
+from ..journal import History, is_score
 from ..sizes import readable
 from .charts import Caption, Chart, Curve, bands, heat_map, lines, number_text
 
-__all__ = ["analysis_charts", "curves_of", "headline", "run_charts", "slug"]
+__all__ = ["analysis_charts", "costs", "curves_of", "headline", "run_charts", "slug"]
 
-TRAINS, RECOMPUTES, FROZEN, LOOKED_UP = "trains", "trains, recomputes", "frozen, computed", "frozen, looked up"
-# (log name, place on the page, title, factor).
+TRAINS, CHECKPOINTED, FROZEN, CACHED = "trains", "trains, checkpointed", "frozen, computed", "frozen, cached"
+# (log key, name on the page, title, factor).
 LOGGED = (
     ("loss", "loss", "Training loss", 1.0),
-    ("saved_bytes", "saved-bytes", "Saved bytes of a micro-step, MiB", 2.0**-20),
-    ("flops_per_step", "flops", "FLOPs of a step, GFLOP", 1e-9),
-    ("seconds_per_step", "seconds", "Seconds of a step", 1.0),
-    ("safe/allocated_peak_mib", "allocator", "Allocator peak, MiB", 1.0),
-    ("safe/cache_hit_rate", "hits", "Samples found in the prefix cache, share since the log before", 1.0),
+    ("saved_bytes", "saved-bytes", "Saved bytes per micro-step, MiB", 2.0**-20),
+    ("flops_per_step", "flops", "FLOPs per step, GFLOP", 1e-9),
+    ("seconds_per_step", "seconds", "Seconds per step", 1.0),
+    ("safe/allocated_peak_mib", "allocator", "Peak of the CUDA allocator, MiB", 1.0),
+    ("safe/cache_hit_rate", "hits", "Hit rate of the prefix cache since the last log", 1.0),
     ("learning_rate", "rate", "Learning rate", 1.0),
 )
 
 
 def headline(history: History, plain: History | None) -> str:
-    """What was saved, in one sentence; against ``plain`` where there is one."""
-    blocks = sum(history.stacks.values())
-    depth = sum(history.freezes[-1][2].values()) if history.freezes else 0
+    """The savings in one sentence, relative to ``plain`` if given."""
     ended = "" if history.done else f" The journal ends at step {history.steps} of {history.total_steps}."
     if not history.freezes:
         dry = ""
         if history.would_freeze:
             (first, _), (last, names) = history.would_freeze[0], history.would_freeze[-1]
-            dry = f" A dry run: from step {first} on units would have, {len(names)} by step {last}."
+            dry = f" Dry run: units would have frozen from step {first} on, {len(names)} by step {last}."
         return f"Nothing froze in {history.steps} steps.{dry}{ended}"
-    when = history.freezes[0][0]
-    said = f"From step {when} of {history.total_steps} on blocks froze, {depth} of {blocks} by the end"
-    if plain is None or plain is history:
-        return f"{said}.{ended}"
-    ratios = {
-        word: ours / theirs
+    (when, _), (_, depth) = history.depths[0], history.depths[-1]
+    blocks = sum(history.stacks.values())
+    text = f"Blocks froze from step {when} of {history.total_steps} on, {depth} of {blocks} by the end"
+    parts = []
+    if plain is not None and plain is not history:
         for name, word in (
             ("mean_saved_bytes", "mean saved bytes"),
             ("flops", "FLOPs"),
             ("seconds", "time"),
             ("cpu_seconds", "CPU time"),
-        )
-        if (ours := history.cost(name)) and (theirs := plain.cost(name))
-    }
-    if not ratios:
-        return f"{said}.{ended}"
-    parts = [f"{word} {100 * (ratio - 1):+.0f} %".replace("-", "−") for word, ratio in ratios.items()]
+        ):
+            if (ours := history.cost(name)) and (theirs := plain.cost(name)):
+                parts.append(f"{word} {100 * (ours / theirs - 1):+.0f} %".replace("-", "−"))
+    if plain is None or not parts:
+        return f"{text}.{ended}"
     scores, others = history.metrics(), plain.metrics()
     score = next((name for name in scores if name in others and name != "loss"), "loss")
     if score in scores and score in others:
-        parts.append(f"{score} {number_text(scores[score])} for {number_text(others[score])}")
-    return f"{said}; against {plain.name}, {', '.join(parts)}.{ended}"
+        parts.append(f"{score} {number_text(scores[score])} instead of {number_text(others[score])}")
+    return f"{text}; compared with {plain.name}: {', '.join(parts)}.{ended}"
 
 
 def run_charts(history: History) -> Iterator[Chart]:
-    """Scores and stack of one run, where it has any."""
+    """Scores and blocks of one run."""
     if history.units and any(scores for _, scores in history.scores):
         yield _scores(history)
     if history.stacks:
-        yield _stack(history)
+        yield _blocks(history)
 
 
 def curves_of(histories: Sequence[History]) -> Iterator[Chart]:
-    """Every series that is logged, of all runs over each other; the freezes of the first that froze are marked."""
-    marks = next(([step for step, _, _ in h.freezes] for h in histories if h.freezes), [])
+    """Every logged series, all runs in one chart; marks the freezes of the first run with freezes."""
+    marks = next(([step for step, _ in h.depths] for h in histories if h.freezes), [])
     evaluations = sorted({name for h in histories for name in h.logs if is_score(name)})
-    chosen = [*LOGGED, *((name, name.replace("_", "-"), name.removeprefix("eval_") + ", held out", 1.0)
-                         for name in evaluations)]  # fmt: skip
-    for name, place, title, factor in chosen:
+    held_out = [(n, n.replace("_", "-"), n.removeprefix("eval_") + ", held out", 1.0) for n in evaluations]
+    for name, place, title, factor in (*LOGGED, *held_out):
         curves = [Curve(h.name, [(x, y * factor) for x, y in h.logs[name]]) for h in histories if h.logs.get(name)]
-        if curves and any(len(curve.points) > 1 for curve in curves):
+        if any(len(curve.points) > 1 for curve in curves):
             text = "; ".join(
                 f"{c.label}: {number_text(c.points[0][1])} at first, {number_text(c.points[-1][1])} at the end, "
                 f"between {number_text(min(y for _, y in c.points))} and {number_text(max(y for _, y in c.points))}"
@@ -88,14 +81,12 @@ def curves_of(histories: Sequence[History]) -> Iterator[Chart]:
 
 
 def analysis_charts(found: Mapping[str, Any]) -> Iterator[Chart]:
-    """Landscape and spectrum that ``adafreeze analyze`` wrote."""
+    """Landscape and spectrum written by ``adafreeze analyze``."""
     runs: Mapping[str, Any] = found["runs"]
-    steps = found["steps"]
-    slices = [Curve(name, list(zip(steps, run["line"], strict=True))) for name, run in runs.items()]
+    slices = [Curve(name, list(zip(found["steps"], run["line"], strict=True))) for name, run in runs.items()]
     text = "; ".join(f"{name}: {number_text(run['loss'])} at the weights" for name, run in runs.items())
-    yield lines(
-        Caption("landscape", "Loss along a filter-normalised direction", f"{text}."), slices, x="norms of the weights"
-    )
+    caption = Caption("landscape", "Loss along a filter-normalized direction", f"{text}.")
+    yield lines(caption, slices, x="norms of the weights")
     spectra = [Curve(name, list(enumerate(run["eigenvalues"], 1))) for name, run in runs.items()]
     text = "; ".join(
         f"{name}: largest {number_text(run['eigenvalues'][0])}, trace {number_text(run['trace'])}"
@@ -107,68 +98,62 @@ def analysis_charts(found: Mapping[str, Any]) -> Iterator[Chart]:
 def _scores(history: History) -> Chart:
     steps = [step for step, _ in history.scores]
     values = [[scores.get(unit, math.nan) for _, scores in history.scores] for unit in history.units]
-    froze = {name: step for step, names, _ in history.freezes for name in names}
     last: dict[str, float] = {}
     for _, scores in history.scores:
         last |= scores
-    order = sorted(last, key=lambda name: last[name])
+    least, most = min(last, key=last.__getitem__), max(last, key=last.__getitem__)
     text = (
-        f"{len(history.units)} units, measured {len(steps)} times. Last measured, the least important is "
-        f"{order[0]} ({number_text(last[order[0]])}), the most important {order[-1]} ({number_text(last[order[-1]])}). "
+        f"{len(history.units)} units, measured {len(steps)} times. At the last measurement the least important is "
+        f"{least} ({number_text(last[least])}), the most important {most} ({number_text(last[most])}). "
         + "".join(f"{len(names)} froze at step {step}. " for step, names, _ in history.freezes)
     )
-    labels = _short(history.units, history.stacks)
-    title = "Importance of each unit: 1 − CKA with what it was, stronger is more; a line where it froze"
+    title = (
+        "Importance of each unit: 1 − CKA with its initial output (darker is more important; a line marks its freeze)"
+    )
     caption = Caption(f"scores-{slug(history.name)}", title, text.strip())
-    return heat_map(caption, labels, steps, values, [froze.get(unit) for unit in history.units])
+    frozen = [history.frozen.get(unit) for unit in history.units]
+    return heat_map(caption, _short(history.units, history.stacks), steps, values, frozen)
 
 
-def _stack(history: History) -> Chart:
+def _blocks(history: History) -> Chart:
     end = max(1, history.steps)
     names = _stack_names(history.stacks)
-    rows: list[str] = []
-    spans: list[list[tuple[float, float, str]]] = []
-    for path, blocks in history.stacks.items():
-        for index in range(blocks):
-            rows.append(f"{names[path]}{index}")
-            spans.append(list(_spans(history, path, index, end)))
-    counts = [(step, sum(prefixes.values())) for step, _, prefixes in history.freezes]
-    text = f"{len(rows)} blocks. " + "".join(f"From step {step} on {depth} are frozen. " for step, depth in counts)
+    blocks = [(path, index) for path, count in history.stacks.items() for index in range(count)]
+    spans = [list(_spans(history, path, index, end)) for path, index in blocks]
+    text = f"{len(blocks)} blocks. " + "".join(f"From step {step} on {n} are frozen. " for step, n in history.depths)
     if history.cache is not None:
-        found = history.cache.get("hits", 0) + history.cache.get("advanced", 0)
-        text += f"{found:,} of {found + history.cache.get('misses', 0):,} samples were then looked up."
-    kinds = (TRAINS, FROZEN, LOOKED_UP, RECOMPUTES)
-    return bands(Caption(f"stack-{slug(history.name)}", "What each block does", text.strip()), rows, spans, kinds, end)
+        found = history.cache["hits"] + history.cache["advanced"]
+        text += f"The cache then served {found:,} of {found + history.cache['misses']:,} samples."
+    caption = Caption(f"stack-{slug(history.name)}", "State of each block", text.strip())
+    labels = [f"{names[path]}{index}" for path, index in blocks]
+    return bands(caption, labels, spans, (TRAINS, FROZEN, CACHED, CHECKPOINTED), end)
 
 
 def _spans(history: History, path: str, index: int, end: int) -> Iterator[tuple[float, float, str]]:
+    """(from, to, state) of one block; consecutive spans have different states."""
     cached_until = 0 if history.cache is None else end
     if history.cache_off is not None:
         cached_until = history.cache_off[0]
-    changes = {0, end} | {step for step, _, _ in history.freezes} | {step for step, _ in history.recomputed}
-    changes |= {cached_until} if 0 < cached_until < end else set()
-    before: tuple[float, float, str] | None = None
-    for start, stop in pairwise(sorted(change for change in changes if change <= end)):
+    changes = {0, end, cached_until} | {step for step, _ in history.depths} | {s for s, _ in history.checkpointed}
+    begun, before = 0, ""
+    for start in sorted(change for change in changes if change < end):
         depth = next((p.get(path, 0) for step, _, p in reversed(history.freezes) if step <= start), 0)
-        chosen: list[str] = next((names for step, names in reversed(history.recomputed) if step <= start), [])
+        chosen: list[str] = next((names for step, names in reversed(history.checkpointed) if step <= start), [])
         if index < depth:
-            kind = LOOKED_UP if start < cached_until else FROZEN
+            state = CACHED if start < cached_until else FROZEN
         else:
-            kind = RECOMPUTES if f"{path}.{index}" in chosen else TRAINS
-        if before is not None and before[2] == kind:
-            before = (before[0], stop, kind)
-        else:
-            if before is not None:
-                yield before
-            before = (start, stop, kind)
-    if before is not None:
-        yield before
+            state = CHECKPOINTED if f"{path}.{index}" in chosen else TRAINS
+        if before and state != before:
+            yield begun, start, before
+            begun = start
+        before = state
+    yield begun, end, before
 
 
 def costs(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
-    """Rows of a table: a name, and a cell for each run."""
+    """Rows of a table: a name, and a cell per run."""
     shown: list[tuple[str, list[str]]] = []
-    for title, name, written in (
+    for title, name, text_of in (
         ("mean saved bytes", "mean_saved_bytes", readable),
         ("peak saved bytes", "peak_saved_bytes", readable),
         ("FLOPs", "flops", lambda value: f"{value / 1e12:.3g} T"),
@@ -177,16 +162,15 @@ def costs(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
     ):
         values = [h.cost(name) for h in histories]
         if any(value is not None for value in values):
-            shown.append((title, ["-" if value is None else written(value) for value in values]))
-    scores = dict.fromkeys(name for h in histories for name in h.metrics())
-    for name in scores:
-        found = [h.metrics().get(name) for h in histories]
-        shown.append((name, ["-" if value is None else number_text(value) for value in found]))
+            shown.append((title, ["-" if value is None else text_of(value) for value in values]))
+    metrics = [h.metrics() for h in histories]
+    for name in dict.fromkeys(name for found in metrics for name in found):
+        shown.append((name, [number_text(found[name]) if name in found else "-" for found in metrics]))
     return shown
 
 
 def _stack_names(stacks: Mapping[str, int]) -> dict[str, str]:
-    """What tells stacks apart, in three letters: enc, dec; nothing where there is one."""
+    """Three letters that distinguish the stacks, such as enc and dec; empty for a single stack."""
     if len(stacks) < 2:
         return dict.fromkeys(stacks, "")
     split = {path: path.split(".") for path in stacks}
@@ -195,7 +179,7 @@ def _stack_names(stacks: Mapping[str, int]) -> dict[str, str]:
 
 
 def _short(units: Sequence[str], stacks: Mapping[str, int]) -> list[str]:
-    """The number of the block, and of a smaller unit the last of its name."""
+    """The block number, and for a smaller unit the last part of its name."""
     names = _stack_names(stacks)
     labels = []
     for unit in units:
@@ -206,5 +190,5 @@ def _short(units: Sequence[str], stacks: Mapping[str, int]) -> list[str]:
 
 
 def slug(name: str) -> str:
-    """A run's name as part of a place on the page."""
+    """A run's name as an HTML id."""
     return "".join(c if c.isalnum() else "-" for c in name).strip("-") or "run"

@@ -1,4 +1,4 @@
-"""Data and metrics of ``adafreeze train`` and ``compare``: one file a kind of task."""
+"""Data and metrics of ``adafreeze train`` and ``compare``: one file per kind of task, listed in ``table``."""
 
 from .adapters import adapter_names, add_adapter
 from .causal_lm import CausalLM
@@ -8,13 +8,14 @@ from .glue import GLUE, GLUE_DATASET, glue_task
 from .image_classification import ImageClassification
 from .pretrained import Source, load_tokenizer
 from .question_answering import QuestionAnswering
-from .regression import Regression
+from .table import TASKS
 from .task import Task
-from .text_classification import TextClassification
+from .text_classification import Regression, TextClassification
 
 __all__ = [
     "GLUE",
     "GLUE_DATASET",
+    "TASKS",
     "CausalLM",
     "ImageClassification",
     "QuestionAnswering",

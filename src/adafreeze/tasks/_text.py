@@ -1,7 +1,8 @@
-"""What all tasks on text share: which columns hold it, and which rows lack it."""
+"""Helpers of all tasks on text: which columns to use, and which rows lack text."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,9 +10,9 @@ if TYPE_CHECKING:
 
     from .data import Split
 
-__all__ = ["as_text", "faults_of_text", "guess_columns", "number"]
+__all__ = ["as_text", "faults_of_text", "guess_columns"]
 
-# The names GLUE and most datasets use; a guess beyond them would train on the wrong column in silence.
+# The names of GLUE and most datasets. Guessing more would silently train on the wrong column.
 _USUAL = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -22,39 +23,26 @@ _USUAL = (
 
 
 def guess_columns(found: list[str]) -> tuple[str, ...]:
-    """The usual text columns among ``found``; ``("text",)`` where there are none, for the error to name.
+    """The usual text columns among ``found``; ``("text",)`` if there are none, so that the error names it.
 
     >>> guess_columns(["idx", "sentence1", "sentence2", "label"])
     ('sentence1', 'sentence2')
     """
-    return next((names for names in _USUAL if all(name in found for name in names)), ("text",))
+    return next((names for names in _USUAL if set(names) <= set(found)), ("text",))
 
 
-def faults_of_text(split: Split, columns: tuple[str, ...]) -> dict[int, str]:
-    """Rows without text in one of ``columns``, each with the reason."""
+def faults_of_text(split: Split, columns: Sequence[str]) -> dict[int, str]:
+    """Rows without text in one of ``columns``: ``{row index: reason}``."""
     faults: dict[int, str] = {}
     for column in columns:
         for index, value in enumerate(split.rows[column]):
             if value is None or (isinstance(value, str) and not value.strip()):
                 faults.setdefault(index, f"empty text in column {column!r}")
             elif not isinstance(value, (str, int, float)):
-                faults.setdefault(index, f"column {column!r} holds a {type(value).__name__}, not text")
+                faults.setdefault(index, f"column {column!r} contains a {type(value).__name__}, not text")
     return faults
 
 
 def as_text(rows: Dataset | dict[str, list[Any]], column: str) -> list[str]:
-    """A column as text: a CSV column of bare numbers is read as numbers."""
-    return [value if isinstance(value, str) else str(value) for value in rows[column]]
-
-
-def number(value: Any) -> float | None:
-    """``value`` as a finite number, or None.
-
-    >>> number("3.5"), number("good"), number(float("nan"))
-    (3.5, None, None)
-    """
-    try:
-        result = float(value)
-    except (TypeError, ValueError):
-        return None
-    return result if abs(result) < float("inf") else None
+    """The strings of a column; numbers, as read from a CSV file, become strings."""
+    return [str(value) for value in rows[column]]

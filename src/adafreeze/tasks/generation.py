@@ -1,7 +1,8 @@
-"""Text generation: a completion for a prompt, judged on what the model writes by itself."""
+"""Text generation: write a completion for a prompt, and score what the model writes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,44 +25,56 @@ __all__ = ["TextGeneration", "text_scores"]
 class TextGeneration(CausalLM):
     """Write a completion for a prompt.
 
-    It trains as ``CausalLM`` does on prompt and completion. To the loss, ``perplexity`` and
-    ``token_accuracy`` of an evaluation come the ``text_scores`` of what the model writes for each distinct
-    prompt: completions of rows that share their prompt are its references.
+    Trains as ``CausalLM`` does on prompt and completion. Evaluation adds the ``text_scores`` of what the model writes
+    for each distinct prompt; the completions of all rows with this prompt are its references.
 
     Args:
-        max_new_tokens: of a completion, at most.
-        num_beams: width of the beam search; 1: the likeliest token each time.
+        generation_num_beams: width of the beam search; 1: greedy.
     """
 
-    max_new_tokens: int = 64
-    num_beams: int = 1
+    generation_max_new_tokens: int = 64
+    generation_num_beams: int = 1
+    text_column: Sequence[str] = field(default=(), init=False)
+    messages_column: None = field(default=None, init=False)
+    block_size: None = field(default=None, init=False)
     references: dict[str, list[str]] = field(default_factory=dict, init=False)
     tokenizer: Any = field(default=None, init=False)
 
     name: ClassVar[str] = "text-generation"
 
+    def __post_init__(self) -> None:
+        if not (self.prompt_column and self.completion_column):
+            raise ConfigError(
+                f"--task {self.name} needs both --prompt_column and --completion_column.",
+                fix="--prompt_column mr --completion_column ref",
+            )
+        for flag in ("generation_max_new_tokens", "generation_num_beams"):
+            if getattr(self, flag) < 1:
+                raise ConfigError(f"--{flag} is {getattr(self, flag)}; it must be at least 1.", fix=f"--{flag} 1")
+        super().__post_init__()
+
     def load_model(self, source: Source) -> PreTrainedModel:
-        """The model with its own language-model head.
+        """Load the model with its own language-model head.
 
         Raises:
-            ConfigError: it reads fewer tokens than it is to write.
+            ConfigError: it has too few positions for prompt and completion.
         """
         model = super().load_model(source)
         positions = getattr(model.config, "max_position_embeddings", None)
-        if positions is not None and positions <= self.max_new_tokens:
+        if positions is not None and positions <= self.generation_max_new_tokens:
             raise ConfigError(
-                f"--generation_max_new_tokens is {self.max_new_tokens}, but the model has {positions} positions.",
-                cause="Prompt and completion must fit into them together.",
+                f"--generation_max_new_tokens is {self.generation_max_new_tokens}, but the model has {positions} "
+                "positions for prompt and completion.",
                 fix=f"--generation_max_new_tokens {positions // 2}",
             )
         return model
 
     def prepare_evaluation(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """As ``prepare``, and the references of each prompt are remembered."""
-        _scorers()  # before the training, not after it
-        assert self.prompt_column is not None and self.completion_column is not None
+        """As ``prepare``; also collects the references of each prompt."""
+        _scorers()  # a missing package fails here, before the training
+        prompts, texts = as_text(rows, str(self.prompt_column)), as_text(rows, str(self.completion_column))
         self.references, self.tokenizer = {}, tokenizer
-        for prompt, text in zip(as_text(rows, self.prompt_column), as_text(rows, self.completion_column), strict=True):
+        for prompt, text in zip(prompts, texts, strict=True):
             self.references.setdefault(prompt, []).append(text)
         return self.prepare(rows, tokenizer)
 
@@ -70,24 +83,24 @@ class TextGeneration(CausalLM):
         return text_scores(self.write(model, list(self.references), batch_size), list(self.references.values()))
 
     def write(self, model: Any, prompts: list[str], batch_size: int) -> list[str]:
-        """A completion for each prompt. Of several processes each one writes all of them.
+        """A completion for each prompt; every process writes all of them.
 
-        Prompts of like length come together and are padded on the left; one that is too long loses its
-        beginning.
+        Prompts are batched by length and padded on the left; one that is too long loses its beginning.
         """
         from transformers import GenerationConfig
 
-        positions = getattr(model.config, "max_position_embeddings", None) or self.max_length + self.max_new_tokens
-        room = min(self.max_length, positions - self.max_new_tokens)
-        rows = [ids[-room:] for ids in self.prompt_ids(prompts, self.tokenizer)]
+        new, tokenizer = self.generation_max_new_tokens, self.tokenizer
+        positions = getattr(model.config, "max_position_embeddings", None) or self.max_length + new
+        room = min(self.max_length, positions - new)
+        rows = [ids[-room:] for ids in self.prompt_ids(prompts, tokenizer)]
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
         config = GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            num_beams=self.num_beams,
+            max_new_tokens=new,
+            num_beams=self.generation_num_beams,
             do_sample=False,
-            bos_token_id=self.tokenizer.bos_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
         texts = [""] * len(rows)
         training = model.training
@@ -104,7 +117,7 @@ class TextGeneration(CausalLM):
                     generation_config=config,
                     use_cache=True,
                 )
-                decoded = self.tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
+                decoded = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
                 for index, text in zip(batch, decoded, strict=True):
                     texts[index] = text.strip()
         finally:
@@ -113,18 +126,17 @@ class TextGeneration(CausalLM):
 
 
 def text_scores(texts: list[str], references: list[list[str]]) -> dict[str, float]:
-    """BLEU and ROUGE-L, 0 to 100, of one text against one or several references each.
+    """BLEU and ROUGE-L, 0 to 100, of each text against its references.
 
-    ``bleu`` is sacrebleu's corpus BLEU. ``rougeL`` is rouge-score's, as transformers' run_summarization takes
-    it: with Porter's stemmer, the F-measure of the best reference, the mean over the texts.
+    ``bleu`` is sacrebleu's corpus BLEU. ``rougeL`` is rouge-score's with Porter's stemmer, as in transformers'
+    run_summarization: the mean over the texts of the F-measure of the best reference.
 
     Raises:
         ConfigError: sacrebleu or rouge-score is not installed.
     """
     corpus_bleu, scorer = _scorers()
-    most = max(map(len, references))
-    # One list a reference, not a text; None where a text has fewer.
-    columns = [[group[n] if n < len(group) else None for group in references] for n in range(most)]
+    # sacrebleu takes one list per reference, with None where a text has fewer.
+    columns = [[group[n] if n < len(group) else None for group in references] for n in range(max(map(len, references)))]
     best = [scorer.score_multi(group, text)["rougeL"].fmeasure for text, group in zip(texts, references, strict=True)]
     return {"bleu": float(corpus_bleu(texts, columns).score), "rougeL": 100 * sum(best) / len(best)}
 
@@ -135,8 +147,8 @@ def _scorers() -> tuple[Any, Any]:
         from sacrebleu import corpus_bleu
     except ImportError as error:
         raise ConfigError(
-            f"The package {(error.name or '').split('.')[0].replace('_', '-')} is not installed.",
-            cause="Generated text is judged with sacrebleu (BLEU) and rouge-score (ROUGE-L).",
-            fix="pip install sacrebleu rouge-score",
+            f"The package {(error.name or '').split('.')[0].replace('_', '-')}, which scores generated text, is not "
+            "installed.",
+            fix='pip install "adafreeze[generation]"',
         ) from error
     return corpus_bleu, RougeScorer(["rougeL"], use_stemmer=True)

@@ -1,12 +1,11 @@
-"""The nine tasks of GLUE (Wang et al. 2018): columns, classes and official metrics, by the name of each."""
+"""The nine tasks of GLUE (Wang et al. 2018): columns, classes and official metrics."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from .regression import Regression
-from .text_classification import TextClassification
+from .text_classification import Regression, TextClassification
 
 __all__ = ["GLUE", "GLUE_DATASET", "Glue", "glue_task"]
 
@@ -18,9 +17,9 @@ class Glue:
     """One task.
 
     Args:
-        columns: of the text, as in the dataset on the Hub.
-        classes: the names of the labels by id; empty: the label is a number.
-        metrics: the official ones; where there are two, GLUE's score is their mean.
+        columns: text columns of the dataset on the Hub.
+        classes: label names by id; empty: the label is a number.
+        metrics: the official ones; if there are two, GLUE's score is their mean.
         validation: the split to evaluate on.
     """
 
@@ -49,12 +48,12 @@ GLUE = {
 }
 
 
-def glue_task(name: str, text_columns: tuple[str, ...] = (), **options: Any) -> TextClassification | Regression:
-    """The task ``name`` of ``GLUE``; ``options`` as those of its class.
+def glue_task(name: str, **options: Any) -> TextClassification | Regression:
+    """The task ``name`` of ``GLUE``; ``options`` are fields of its class.
 
-    >>> glue_task("mrpc").text_columns, glue_task("stsb").name
+    >>> glue_task("mrpc").text_column, glue_task("stsb").name
     (('sentence1', 'sentence2'), 'regression')
     """
     task = GLUE[name]
-    options = {"text_columns": text_columns or task.columns, "metrics": task.metrics, **options}
+    options = {"text_column": task.columns, "metrics": task.metrics, **options}
     return TextClassification(classes=task.classes, **options) if task.classes else Regression(**options)

@@ -1,4 +1,4 @@
-"""Image classification: one image, one label of several."""
+"""Image classification: predict the label of an image."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch.utils.data import Dataset as MapDataset
 
 from ..errors import ConfigError, DataError
-from ._hub import first_line
 from .classification import Classification
-from .data import Split, load_file, quiet
-from .pretrained import Source, load_image_processor
+from .data import Split, first_line, load_file, quiet
+from .pretrained import Source, load
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel
 
 __all__ = ["ImageClassification", "Images"]
 
@@ -27,11 +25,11 @@ __all__ = ["ImageClassification", "Images"]
 class ImageClassification(Classification):
     """Predict the label of an image.
 
-    Images are read when they are needed and made by the model's own image processor what it takes, the same in every
-    epoch: no random crop, so that the prefix cache finds them again.
+    Images are read when needed, by the model's image processor. They are the same in every epoch (no random crop), so
+    the prefix cache finds them.
 
     Args:
-        image_column: where the image stands; None: the usual names are looked for.
+        image_column: None: ``image`` or ``img``.
 
     Raises:
         ConfigError: Pillow is not installed.
@@ -40,6 +38,7 @@ class ImageClassification(Classification):
     image_column: str | None = None
 
     name: ClassVar[str] = "image-classification"
+    auto_class: ClassVar[str] = "AutoModelForImageClassification"
     peft_task_type: ClassVar[None] = None
 
     def __post_init__(self) -> None:
@@ -47,47 +46,39 @@ class ImageClassification(Classification):
             import PIL.Image  # noqa: F401
         except ImportError as error:
             raise ConfigError(
-                f"--task {self.name} needs Pillow, which is not installed.",
-                cause="It reads the images.",
-                fix='pip install "adafreeze[vision]"',
+                f"--task {self.name} needs Pillow, which is not installed.", fix='pip install "adafreeze[vision]"'
             ) from error
 
     def read(self, path: str, cache_dir: str | None = None) -> Split:
-        """A folder with one sub-folder of images a class, or a file that holds images (parquet)."""
+        """Read a folder with one sub-folder of images per class, or a file with images (parquet)."""
         folder = Path(path).expanduser()
         return load_file(path, cache_dir) if folder.is_file() else _read_folder(folder, path, cache_dir)
 
-    def columns(self, found: list[str]) -> dict[str, list[str]]:
+    def columns(self, found: list[str]) -> tuple[str, str]:
         """The image column and the label column."""
         self.image_column = self.image_column or next((name for name in ("image", "img") if name in found), "image")
-        return {"--image_column": [self.image_column], "--label_column": [self.label_column]}
+        return "image_column", "label_column"
 
     def faults(self, split: Split) -> dict[int, str]:
-        """Rows without an image that can be opened, or without a label that can be used."""
+        """Rows without a readable image or without a usable label."""
         faults = self.label_faults(split)
         for index, image in enumerate(_undecoded(split.rows, self.image_column)):
             if not isinstance(image, dict):
-                faults.setdefault(index, f"column {self.image_column!r} holds no image")
+                faults.setdefault(index, f"column {self.image_column!r} contains no image")
                 continue
             try:
                 with _open(image) as opened:
-                    opened.verify()  # the header, and checksums where the format has them: pixels would take minutes
+                    opened.verify()  # the header, and checksums if the format has them; decoding would take minutes
             except Exception as error:
                 faults.setdefault(index, f"the image cannot be read: {first_line(error)}")
         return faults
 
     def load_processor(self, source: Source) -> Any:
-        """The image processor that belongs to the model."""
-        return load_image_processor(source)
-
-    def load_model(self, source: Source) -> PreTrainedModel:
-        """The model with a classification head."""
-        from transformers import AutoModelForImageClassification
-
-        return self.load_head(AutoModelForImageClassification, source)
+        """Load the image processor of the model."""
+        return load("AutoImageProcessor", source)
 
     def prepare(self, rows: Dataset, processor: Any) -> Images:
-        """Pixels and label ids, read when asked for."""
+        """Pixels and label ids, read on access."""
         return Images(_undecoded(rows, self.image_column), self.label_ids(rows), processor)
 
     def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
@@ -100,10 +91,10 @@ class ImageClassification(Classification):
 class Images(MapDataset):
     """``pixel_values`` (channels, height, width) and ``labels`` of each row.
 
+    Not ``datasets.Dataset.with_transform``: Trainer would drop the image column, which the model does not take.
+
     Args:
-        images: ``{"path": ..., "bytes": ...}`` of each.
-        labels: their ids.
-        processor: makes pixels of an RGB image.
+        images: ``{"path": ..., "bytes": ...}`` of each row.
     """
 
     def __init__(self, images: Any, labels: list[int], processor: Any) -> None:
@@ -113,11 +104,7 @@ class Images(MapDataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One sample.
-
-        Raises:
-            DataError: the pixels cannot be decoded.
-        """
+        """Decode one image; raises ``DataError`` if it is damaged."""
         image = self.images[int(index)]
         try:
             with _open(image) as opened:
@@ -125,8 +112,7 @@ class Images(MapDataset):
         except Exception as error:
             raise DataError(
                 f"The image {image['path'] or f'of row {index + 1}'} cannot be decoded: {first_line(error)}",
-                cause="The file is damaged or cut off.",
-                fix="Replace or remove it.",
+                fix="Replace or remove the file.",
             ) from error
         return {"pixel_values": pixels, "labels": self.labels[index]}
 
@@ -149,12 +135,8 @@ def _read_folder(folder: Path, name: str, cache_dir: str | None) -> Split:
     from datasets import load_dataset
 
     if not folder.is_dir():
-        raise DataError(
-            f"The folder {name} does not exist.",
-            cause=f"The current folder is {Path.cwd()}.",
-            fix=f"Correct the path; `ls {folder.parent}` shows what is there.",
-        )
-    # Where the folder says more in a file of its own, the labels stand there.
+        raise DataError(f"The folder {name} does not exist.", fix="Correct the path, or give a file of images.")
+    # A metadata file contains the labels.
     options = {} if any(folder.rglob("metadata.*")) else {"drop_labels": False}
     try:
         with quiet():
@@ -164,8 +146,7 @@ def _read_folder(folder: Path, name: str, cache_dir: str | None) -> Split:
     except Exception as error:
         raise DataError(
             f"{name} cannot be read as a folder of images: {first_line(error)}",
-            cause="It holds no image, or its metadata file does not fit.",
-            fix=f"One sub-folder a class: {folder / 'cat' / '1.jpg'}, {folder / 'dog' / '2.jpg'}",
+            fix=f"Use one sub-folder per class: {folder / 'cat' / '1.jpg'}, {folder / 'dog' / '2.jpg'}",
         ) from error
     paths = [image["path"] for image in _undecoded(rows, "image")]
     return Split(rows, name, lambda index: str(Path(paths[index]).relative_to(folder.resolve())))

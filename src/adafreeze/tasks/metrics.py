@@ -2,85 +2,45 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from ._text import number
-
-__all__ = ["METRICS", "measure"]
+__all__ = ["measure"]
 
 
 def measure(names: Sequence[str], guess: Any, truth: Any) -> dict[str, float]:
     """The metrics ``names`` of predictions ``guess`` against labels ``truth``, both of shape (rows,).
 
-    ``combined_score`` is the mean of the others, as GLUE averages them for its leader board.
+    ``f1`` is that of label 1; ``combined_score`` is the mean of the other metrics, as GLUE's leaderboard averages them.
 
     >>> measure(["accuracy", "f1", "combined_score"], [1, 1, 0, 0], [1, 0, 0, 0])["accuracy"]
     0.75
     """
-    found = {name: float(METRICS[name](truth, guess)) for name in names if name != "combined_score"}
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn import metrics
+
+    functions = {
+        "accuracy": lambda: metrics.accuracy_score(truth, guess),
+        "f1": lambda: metrics.f1_score(truth, guess, average="binary", pos_label=1, zero_division=0),
+        "f1_macro": lambda: metrics.f1_score(truth, guess, average="macro", zero_division=0),
+        "matthews_correlation": lambda: metrics.matthews_corrcoef(truth, guess),
+        "mse": lambda: metrics.mean_squared_error(truth, guess),
+        "pearson": lambda: _correlation(pearsonr, guess, truth),
+        "spearmanr": lambda: _correlation(spearmanr, guess, truth),
+    }
+    found = {name: float(functions[name]()) for name in names if name != "combined_score"}
     if "combined_score" in names:
         found["combined_score"] = sum(found.values()) / len(found)
     return found
 
 
-def _accuracy(truth: Any, guess: Any) -> float:
-    from sklearn.metrics import accuracy_score
-
-    return accuracy_score(truth, guess)
-
-
-def _f1(truth: Any, guess: Any) -> float:
-    from sklearn.metrics import f1_score
-
-    return f1_score(truth, guess, average="binary", pos_label=1, zero_division=0)
-
-
-def _f1_macro(truth: Any, guess: Any) -> float:
-    from sklearn.metrics import f1_score
-
-    return f1_score(truth, guess, average="macro", zero_division=0)
-
-
-def _matthews(truth: Any, guess: Any) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    return matthews_corrcoef(truth, guess)
-
-
-def _mse(truth: Any, guess: Any) -> float:
-    from sklearn.metrics import mean_squared_error
-
-    return mean_squared_error(truth, guess)
-
-
-def _pearson(truth: Any, guess: Any) -> float:
-    from scipy.stats import pearsonr
-
-    return _correlation(pearsonr, truth, guess)
-
-
-def _spearman(truth: Any, guess: Any) -> float:
-    from scipy.stats import spearmanr
-
-    return _correlation(spearmanr, truth, guess)
-
-
-def _correlation(function: Callable[[Any, Any], Any], truth: Any, guess: Any) -> float:
-    # 0 where it is undefined (all predictions equal): they explain nothing, and NaN is not JSON.
+def _correlation(function: Any, guess: Any, truth: Any) -> float:
+    # 0 where the correlation is undefined (one row, or all predictions equal): NaN is not JSON.
+    if len(truth) < 2:
+        return 0.0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scipy's, for constant input
-        value = number(function(guess, truth)[0]) if len(truth) > 1 else None
-    return 0.0 if value is None else value
-
-
-METRICS: dict[str, Callable[[Any, Any], float]] = {
-    "accuracy": _accuracy,
-    "f1": _f1,  # of the label with id 1
-    "f1_macro": _f1_macro,
-    "matthews_correlation": _matthews,
-    "mse": _mse,
-    "pearson": _pearson,
-    "spearmanr": _spearman,
-}
+        warnings.simplefilter("ignore")  # SciPy warns of constant input
+        value = float(function(guess, truth)[0])
+    return value if math.isfinite(value) else 0.0

@@ -2,49 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import DataError, ModelError
+from ..errors import ConfigError, DataError, ModelError
 from ._files import check_encoding
-from ._spans import Window, best_span, span_of
 from ._text import faults_of_text
 from .data import Split, load_file
-from .pretrained import Source, load_model, load_tokenizer
-from .squad import answers_of, read_nested, score
+from .pretrained import Source, load_tokenizer
+from .squad import answers_of, best_span, read_nested, score, span_of
 from .task import Task
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
-    from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 __all__ = ["QuestionAnswering"]
 
-_OF_WINDOWS = ("row", "null", "starts", "ends")  # beside what the model takes
+_OF_WINDOWS = ("row", "null", "starts", "ends")  # columns that are not inputs of the model
 
 
 @dataclass
 class QuestionAnswering(Task):
-    """Predict where in ``context`` the answer to ``question`` stands.
+    """Predict the span of ``context`` that answers ``question``.
 
-    A context that is longer than ``max_length`` leaves room for is cut into windows that overlap by ``doc_stride``
-    tokens; each is a sample of its own, and in one without the answer ``[CLS]`` is right. Metrics are SQuAD's
-    ``exact_match`` and ``f1``, in percent. If questions of the training data have no answer (SQuAD v2), none may be
-    predicted too.
+    A long context is cut into windows that overlap by ``doc_stride`` tokens. Each window is a sample; without the
+    answer, ``[CLS]`` is its label. Metrics are SQuAD's ``exact_match`` and ``f1``, in percent. If questions of the
+    training data have no answer (SQuAD v2), "no answer" may be predicted.
 
     Args:
-        question_column: where the question stands.
-        context_column: where the text stands that holds the answer.
-        answers_column: where the answers stand, ``{"text": [...], "answer_start": [...]}``.
-        max_length: tokens of question and window together, at most.
-        doc_stride: tokens by which windows overlap; None: a third of ``max_length``.
-        pad_to_max_length: pad every window to ``max_length`` (default: to the longest of its batch).
-        n_best: starts and ends of a window that are paired.
-        max_answer_length: tokens of an answer, at most.
-        null_threshold: by how much "no answer" must beat the best span.
+        answers_column: ``{"text": [...], "answer_start": [...]}``.
+        max_length: maximum tokens of question and window together.
+        doc_stride: None: a third of ``max_length``.
+        pad_to_max_length: pad to ``max_length``, not to the longest window of the batch.
+        n_best_size: number of starts and ends of a window that are paired.
+        max_answer_length: maximum tokens of an answer.
+        null_score_diff_threshold: by how much "no answer" must exceed the best span.
+
+    Raises:
+        ConfigError: a number is too small.
     """
 
     question_column: str = "question"
@@ -53,20 +52,27 @@ class QuestionAnswering(Task):
     max_length: int = 384
     doc_stride: int | None = None
     pad_to_max_length: bool = False
-    n_best: int = 20
+    n_best_size: int = 20
     max_answer_length: int = 30
-    null_threshold: float = 0.0
+    null_score_diff_threshold: float = 0.0
     _unanswerable: bool | None = field(default=None, init=False)
     _windows: Any = field(default=None, init=False)
     _rows: Any = field(default=None, init=False)
 
     name: ClassVar[str] = "question-answering"
+    auto_class: ClassVar[str] = "AutoModelForQuestionAnswering"
     peft_task_type: ClassVar[str] = "QUESTION_ANS"
     label_names: ClassVar[tuple[str, ...]] = ("start_positions", "end_positions")
     scored_in_order: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        for flag, least in (("doc_stride", 0), ("n_best_size", 1), ("max_answer_length", 1)):
+            value = getattr(self, flag)
+            if value is not None and value < least:
+                raise ConfigError(f"--{flag} is {value}; it must be at least {least}.", fix=f"Leave out --{flag}.")
+
     def read(self, path: str, cache_dir: str | None = None) -> Split:
-        """Rows of question, context and answers, or a file in SQuAD's own format."""
+        """Read rows of question, context and answers, or a file in SQuAD's own format."""
         from datasets import Dataset
 
         file = Path(path).expanduser()
@@ -76,19 +82,15 @@ class QuestionAnswering(Task):
             if rows:
                 return Split(Dataset.from_list(rows), path, lambda index: f"question {rows[index]['id']!r}")
             if rows is not None:
-                raise DataError(f"{path} holds no question.", cause="Its data is empty.", fix="Give another file.")
+                raise DataError(f"{path} has no questions.", fix="Give another file.")
         return load_file(path, cache_dir)
 
-    def columns(self, found: list[str]) -> dict[str, list[str]]:
+    def columns(self, found: list[str]) -> tuple[str, str, str]:
         """Question, context and answers."""
-        return {
-            "--question_column": [self.question_column],
-            "--context_column": [self.context_column],
-            "--answers_column": [self.answers_column],
-        }
+        return "question_column", "context_column", "answers_column"
 
     def faults(self, split: Split) -> dict[int, str]:
-        """Rows without question or context, or whose answers do not stand where they should."""
+        """Rows without question or context, or with an answer that is not in the context at its ``answer_start``."""
         faults = faults_of_text(split, (self.question_column, self.context_column))
         contexts, values = split.rows[self.context_column], split.rows[self.answers_column]
         for index, (context, value) in enumerate(zip(contexts, values, strict=True)):
@@ -106,48 +108,38 @@ class QuestionAnswering(Task):
                     faults.setdefault(index, f"answer_start {start} is beyond the context of {len(context)} characters")
                 elif not context.startswith(text, start):
                     there = context[start : start + len(text)]
-                    faults.setdefault(index, f"at answer_start {start} stands {there!r}, not the answer {text!r}")
+                    faults.setdefault(index, f"the text at answer_start {start} is {there!r}, not the answer {text!r}")
         return faults
 
     def fit(self, train: Split) -> None:
-        """Whether questions may have no answer."""
+        """Learn whether questions may have no answer."""
         counts = [len(answers_of(value) or ()) for value in train.rows[self.answers_column]]
         self._unanswerable = not all(counts)
         if not any(counts):
-            raise DataError(
-                f"{train.name} has no question with an answer.",
-                cause="There is nothing to learn from.",
-                fix="Give rows with answers.",
-            )
+            raise DataError(f"{train.name} has no question with an answer.", fix="Give rows with answers.")
 
     def load_processor(self, source: Source) -> PreTrainedTokenizerBase:
-        """The tokenizer.
+        """Load the tokenizer.
 
         Raises:
-            ModelError: it does not tell which characters a token stands for.
+            ModelError: it is a slow one.
         """
         tokenizer = load_tokenizer(source)
         if not tokenizer.is_fast:
             raise ModelError(
-                f"The tokenizer {source.tokenizer or source.name} does not say which characters a token stands for.",
-                cause="It is written in Python; spans can be mapped back only by the fast ones (tokenizer.json).",
+                f"The tokenizer {source.tokenizer or source.name} is written in Python, and only fast tokenizers "
+                "(tokenizer.json) map tokens to characters.",
                 fix="Give a model with a fast tokenizer: --tokenizer_name NAME",
             )
         tokenizer.padding_side = "right"  # positions count from the left
         return tokenizer
 
-    def load_model(self, source: Source) -> PreTrainedModel:
-        """The model with a head of two outputs a token: start and end."""
-        from transformers import AutoModelForQuestionAnswering
-
-        return load_model(AutoModelForQuestionAnswering, source)
-
     def prepare(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """Windows as token ids, with the first and last token of the answer."""
+        """Token ids of the windows, with the first and last token of the answer."""
         return self._cut(rows, tokenizer).remove_columns(list(_OF_WINDOWS))
 
     def prepare_evaluation(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """The same; ``compute_metrics`` scores these rows from then on."""
+        """The same; later calls of ``compute_metrics`` score these rows."""
         windows = self._cut(rows, tokenizer)
         self._rows, self._windows = rows, windows.select_columns(list(_OF_WINDOWS)).with_format("numpy")
         return windows.remove_columns(list(_OF_WINDOWS))
@@ -157,18 +149,15 @@ class QuestionAnswering(Task):
         special = tokenizer.num_special_tokens_to_add(pair=True)
 
         def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, Any]:
-            # Leading space, of which some questions have a lot, would count as tokens.
+            # Some questions start with many spaces, which would count as tokens.
             questions = [text.strip() for text in batch[self.question_column]]
             for text, ids in zip(questions, tokenizer(questions, add_special_tokens=False)["input_ids"], strict=True):
                 room = self.max_length - len(ids) - special
                 if room <= stride:
                     raise DataError(
-                        f"The question {text[:60]!r} has {len(ids)} tokens, which leave {room} of {self.max_length} to "
-                        "the context.",
-                        cause=f"Windows of the context overlap by {stride} tokens, and must be longer than that.",
-                        fix=f"A longer --max_seq_length, or --doc_stride {max(0, room // 2)}"
-                        if room > 1
-                        else "A longer --max_seq_length.",
+                        f"The question {text[:60]!r} has {len(ids)} tokens and leaves {room} of {self.max_length} for "
+                        f"the context, but windows overlap by {stride}.",
+                        fix="Increase --max_seq_length" + (f", or use --doc_stride {room // 2}." if room > 1 else "."),
                     )
             encoded = tokenizer(
                 questions,
@@ -182,9 +171,11 @@ class QuestionAnswering(Task):
             sources, offsets = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
             found: dict[str, list[Any]] = {name: [] for name in (*self.label_names, *_OF_WINDOWS)}
             for window, source in enumerate(sources):
-                of_context = [which == 1 for which in encoded.sequence_ids(window)]
-                starts = [span[0] if inside else -1 for span, inside in zip(offsets[window], of_context, strict=True)]
-                ends = [span[1] if inside else -1 for span, inside in zip(offsets[window], of_context, strict=True)]
+                spans = [
+                    span if which == 1 else (-1, -1)
+                    for span, which in zip(offsets[window], encoded.sequence_ids(window), strict=True)
+                ]
+                starts, ends = (list(side) for side in zip(*spans, strict=True))
                 null = _null_token(encoded["input_ids"][window], tokenizer)
                 answers = answers_of(batch[self.answers_column][source])
                 span = None
@@ -196,48 +187,32 @@ class QuestionAnswering(Task):
                     found[name].append(value)
             return {**encoded, **found}
 
-        return rows.map(
+        return rows.map(  # load_from_cache_file as in TextPair.prepare
             encode, batched=True, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False
         )
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """Pads to the longest window of the batch, or to ``max_length``."""
-        from .text_classification import pad
-
-        return pad(tokenizer, self)
-
     def preprocess_logits(self, logits: Any, labels: torch.Tensor) -> Any:
-        """Start and end logits. Some models return more behind them."""
+        """Start and end logits; some models return more."""
         return logits[:2]
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Exact match and F1 of the best span of each row's windows."""
-        contexts, windows = self._rows[self.context_column], self._found(prediction)
-        return score(
-            [self.answer(*pair) for pair in zip(contexts, windows, strict=True)],
-            [[text for text, _ in answers_of(value) or ()] for value in self._rows[self.answers_column]],
-        )
-
-    def _found(self, prediction: EvalPrediction) -> list[list[Window]]:
-        """The windows of each row, with what the model says of them."""
-        found: list[list[Window]] = [[] for _ in range(len(self._rows))]
-        logits: Any = prediction.predictions
+        count, logits = len(self._rows), prediction.predictions
+        best: list[tuple[float, tuple[int, int] | None]] = [(-math.inf, None)] * count
+        null = [math.inf] * count  # SQuAD v2: the smallest score of "no answer" among the windows
         for window, start, end in zip(self._windows, *logits, strict=True):
-            size = len(window["starts"])  # beyond it is padding
-            found[int(window["row"])].append(
-                Window(window["starts"], window["ends"], start[:size], end[:size], int(window["null"]))
+            row, size = int(window["row"]), len(window["starts"])  # beyond size is padding
+            span = best_span(
+                window["starts"], window["ends"], start[:size], end[:size], self.n_best_size, self.max_answer_length
             )
-        return found
-
-    def answer(self, context: str, windows: list[Window]) -> str:
-        """The text of the best span; empty where there is none."""
-        span = best_span(
-            windows,
-            n_best=self.n_best,
-            max_tokens=self.max_answer_length,
-            null_threshold=self.null_threshold if self._unanswerable else None,
-        )
-        return "" if span is None else context[slice(*span)]
+            best[row] = max(best[row], span, key=lambda pair: pair[0])
+            null[row] = min(null[row], float(start[window["null"]] + end[window["null"]]))
+        guesses = []
+        for context, (found, place), none in zip(self._rows[self.context_column], best, null, strict=True):
+            impossible = self._unanswerable and none - found > self.null_score_diff_threshold
+            guesses.append("" if place is None or impossible else context[slice(*place)])
+        golds = [[text for text, _ in answers_of(value) or ()] for value in self._rows[self.answers_column]]
+        return score(guesses, golds)
 
 
 def _null_token(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,4 +1,7 @@
-"""SQuAD's exact match and F1 (Rajpurkar et al. 2016, 2018), and its two file formats."""
+"""SQuAD (Rajpurkar et al. 2016, 2018): answer spans, exact match and F1, and the file format.
+
+Written here because transformers 5 has neither its SQuAD metrics nor run_qa's postprocessing.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,57 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import DataError
 
-__all__ = ["answers_of", "exact_match", "f1", "normalize", "read_nested", "score"]
+__all__ = ["answers_of", "best_span", "exact_match", "f1", "normalize", "read_nested", "score", "span_of"]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
+def span_of(starts: Sequence[int], ends: Sequence[int], first: int, last: int) -> tuple[int, int] | None:
+    """The first and last token of the characters [first, last); None if they are not all in the window.
+
+    >>> span_of([-1, 0, 4, 9], [-1, 3, 8, 12], 4, 12), span_of([-1, 4, 9], [-1, 8, 12], 0, 8)
+    ((2, 3), None)
+    """
+    inside = [index for index, start in enumerate(starts) if start >= 0]
+    if not inside or starts[inside[0]] > first or ends[inside[-1]] < last:
+        return None
+    begin = max(index for index in inside if starts[index] <= first)
+    end = min(index for index in inside if ends[index] >= last)
+    return begin, end
+
+
+def best_span(
+    starts: np.ndarray, ends: np.ndarray, start_logits: np.ndarray, end_logits: np.ndarray, n_best: int, max_tokens: int
+) -> tuple[float, tuple[int, int] | None]:
+    """The largest start + end logit of a span in a window, and the characters [first, last) of the span.
+
+    As in transformers' run_qa, the ``n_best`` starts and ends are paired; spans lie in the context, run forward, and
+    have at most ``max_tokens`` tokens. Returns (−inf, None) if there is no such span. The arrays have shape (tokens,);
+    ``starts`` has the first character of each token in the context (−1 for tokens outside the context), ``ends`` the
+    character after its last.
+    """
+    firsts, lasts = np.argsort(start_logits)[::-1][:n_best], np.argsort(end_logits)[::-1][:n_best]
+    length = lasts[None] - firsts[:, None] + 1
+    outside = (starts < 0)[firsts, None] | (starts < 0)[None, lasts]
+    scores: Any = start_logits[firsts, None] + end_logits[None, lasts]
+    scores = np.where((length < 1) | (length > max_tokens) | outside, -np.inf, scores)
+    row, column = np.unravel_index(scores.argmax(), scores.shape)
+    if scores[row, column] == -np.inf:
+        return -np.inf, None
+    return float(scores[row, column]), (int(starts[firsts[row]]), int(ends[lasts[column]]))
+
+
 def normalize(text: str) -> str:
-    """Lower case, without ASCII punctuation, then without the words a, an, the; one space between words.
+    """Lower case without ASCII punctuation, then without the words a, an, the; one space between words.
 
     >>> normalize("The  Eiffel-Tower, Paris!")
     'eiffeltower paris'
@@ -28,14 +68,14 @@ def normalize(text: str) -> str:
 
 
 def exact_match(guess: str, gold: str) -> float:
-    """1 where both are the same normalized text, else 0."""
+    """1 if the normalized texts are equal, else 0."""
     return float(normalize(guess) == normalize(gold))
 
 
 def f1(guess: str, gold: str) -> float:
-    """2·P·R / (P + R) over the words of both normalized texts, counted with repetitions.
+    """2·P·R / (P + R) over the words of the normalized texts, counted with repetitions.
 
-    Where one of them has no words: 1 if neither has, else 0.
+    If one of them has no words: 1 if neither has, else 0.
 
     >>> round(f1("in the old town", "the town"), 4)
     0.5
@@ -48,11 +88,10 @@ def f1(guess: str, gold: str) -> float:
 
 
 def score(guesses: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, float]:
-    """``exact_match`` and ``f1`` in percent: the best over the answers of a question, the mean over questions.
+    """``exact_match`` and ``f1`` in percent: the maximum over the answers of a question, the mean over questions.
 
-    The guess that there is no answer is ``""``, which is right where none of the answers has words. Where questions
-    have none at all, the same is also told of both kinds apart, as ``HasAns_exact``, ``HasAns_f1``, ``NoAns_exact`` and
-    ``NoAns_f1``. All as SQuAD v2's own script has it.
+    As in SQuAD v2's own script, the guess ``""`` is right if no answer has words. If some questions have no answer,
+    both kinds are also scored separately: ``HasAns_exact``, ``HasAns_f1``, ``NoAns_exact``, ``NoAns_f1``.
     """
     answers = [[gold for gold in given if normalize(gold)] for given in golds]
     pairs = list(zip(guesses, answers, strict=True))
@@ -73,7 +112,7 @@ def score(guesses: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, f
 
 
 def answers_of(value: Any) -> list[tuple[str, int]] | None:
-    """(text, where it starts in the context) for each answer of a row; None where it is in neither format.
+    """(text, first character in the context) of each answer of a row; None if the row is in neither format.
 
     >>> answers_of({"text": ["a"], "answer_start": [3]}), answers_of([{"text": "a", "answer_start": 3}])
     ([('a', 3)], [('a', 3)])
@@ -89,13 +128,13 @@ def answers_of(value: Any) -> list[tuple[str, int]] | None:
 
 
 def read_nested(path: Path) -> list[dict[str, Any]] | None:
-    """The rows (id, question, context, answers) of a file in SQuAD's own format; None where it is a list of rows.
+    """The rows (id, question, context, answers) of a file in SQuAD's own format; None for a file of rows.
 
-    That format is ``{"data": [{"paragraphs": [{"context": "...", "qas": [{"id": "...", "question": "...", "answers":
-    [{"text": "...", "answer_start": 0}]}]}]}]}``. A question that ``is_impossible`` has no answers.
+    The format is ``{"data": [{"paragraphs": [{"context": "...", "qas": [{"id": "...", "question": "...", "answers":
+    [{"text": "...", "answer_start": 0}]}]}]}]}``. A question with ``is_impossible`` has no answers.
 
     Raises:
-        DataError: it is neither; the place is named.
+        DataError: it is in neither format.
     """
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip()[:1] != "{":
@@ -103,53 +142,28 @@ def read_nested(path: Path) -> list[dict[str, Any]] | None:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # one object a line
+        if error.msg == "Extra data":  # one object per line
             return None
+        raise DataError(f"{path} is not valid JSON: {error}.", fix=f"Correct line {error.lineno}.") from error
+    rows, place = [], "the file"
+    try:
+        for i, article in enumerate(content["data"]):
+            place = f"data[{i}]"
+            for j, paragraph in enumerate(article["paragraphs"]):
+                place = f"data[{i}].paragraphs[{j}]"
+                for k, question in enumerate(paragraph["qas"]):
+                    place = f"data[{i}].paragraphs[{j}].qas[{k}]"
+                    row = {"id": question["id"], "question": question["question"], "context": paragraph["context"]}
+                    answers = answers_of([] if question.get("is_impossible") else question["answers"])
+                    if answers is None or not all(isinstance(value, str) for value in row.values()):
+                        raise TypeError
+                    given = {"text": [text for text, _ in answers], "answer_start": [start for _, start in answers]}
+                    rows.append({**row, "answers": given})
+    except (KeyError, TypeError) as error:
+        fault = f"has no {error}" if isinstance(error, KeyError) else "has another structure"
         raise DataError(
-            f"{path}, line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}).",
-            cause="The file is cut off, or lacks a quote, a comma or a brace.",
-            fix=f"Correct it; `sed -n {error.lineno}p {path}` shows the line.",
+            f"{path} is not in SQuAD's format: {place} {fault}.",
+            fix='Use {"data": [{"paragraphs": [{"context": "...", "qas": [{"id": "...", "question": "...", "answers": '
+            '[{"text": "...", "answer_start": 0}]}]}]}]}, or rows with question, context and answers.',
         ) from error
-    rows = []
-    for place, article in _items(path, content, "data", ""):
-        for inner, paragraph in _items(path, article, "paragraphs", place):
-            context = _text(path, paragraph, "context", inner)
-            for spot, question in _items(path, paragraph, "qas", inner):
-                given = [] if question.get("is_impossible") else question.get("answers")
-                answers = answers_of(given)
-                if answers is None:
-                    raise _malformed(path, f"{spot}.answers", "is no list of texts with their answer_start")
-                rows.append(
-                    {
-                        "id": _text(path, question, "id", spot),
-                        "question": _text(path, question, "question", spot),
-                        "context": context,
-                        "answers": {"text": [t for t, _ in answers], "answer_start": [s for _, s in answers]},
-                    }
-                )
     return rows
-
-
-def _items(path: Path, parent: dict[str, Any], key: str, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    found = f"{place}.{key}" if place else key
-    if not isinstance(parent.get(key), list):
-        raise _malformed(path, found, "is no list" if key in parent else "is missing")
-    for index, item in enumerate(parent[key]):
-        if not isinstance(item, dict):
-            raise _malformed(path, f"{found}[{index}]", "is no object")
-        yield f"{found}[{index}]", item
-
-
-def _text(path: Path, parent: dict[str, Any], key: str, place: str) -> str:
-    if not isinstance(parent.get(key), str):
-        raise _malformed(path, f"{place}.{key}", "is no text" if key in parent else "is missing")
-    return parent[key]
-
-
-def _malformed(path: Path, place: str, fault: str) -> DataError:
-    return DataError(
-        f"{path} is not in SQuAD's format: {place} {fault}.",
-        cause='It must be {"data": [{"paragraphs": [{"context": "...", "qas": [{"id": "...", "question": "...", '
-        '"answers": [{"text": "...", "answer_start": 0}]}]}]}]}, or rows with question, context and answers.',
-        fix=f"Correct {place}.",
-    )

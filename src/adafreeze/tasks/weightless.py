@@ -1,4 +1,4 @@
-"""A model without weights: built from its configuration alone, with an adapter, and inputs that have only a shape."""
+"""A model without weights, built from its configuration, with an adapter, and example inputs; for plan and doctor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError
-from .pretrained import Source, load_config
+from .adapters import add_adapter
+from .data import first_line
+from .pretrained import Source, load
+from .table import TASKS
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -19,20 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = ["PLANNED_TASKS", "adapted", "build", "configuration", "example_inputs"]
 
-# What is asked for on the command line: transformers' class, and what PEFT calls the task.
-PLANNED_TASKS = {
-    "text-classification": ("AutoModelForSequenceClassification", "SEQ_CLS"),
-    "regression": ("AutoModelForSequenceClassification", "SEQ_CLS"),
-    "question-answering": ("AutoModelForQuestionAnswering", "QUESTION_ANS"),
-    "causal-lm": ("AutoModelForCausalLM", "CAUSAL_LM"),
-    "text-generation": ("AutoModelForCausalLM", "CAUSAL_LM"),
-    "seq2seq-lm": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
-    "image-classification": ("AutoModelForImageClassification", None),
-}
+# --task of plan and doctor: the class of transformers and PEFT's task type. There is no training of seq2seq-lm.
+PLANNED_TASKS = {name: (task.auto_class, task.peft_task_type) for name, task in TASKS.items()}
+PLANNED_TASKS["seq2seq-lm"] = ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM")
 
 
 def configuration(model: str | PretrainedConfig, **options: Any) -> PretrainedConfig:
-    """A configuration by hub name, folder, or path of a config.json.
+    """A configuration by Hub name, folder, or path of a config.json; ``options`` are fields of ``Source``.
 
     Raises:
         ModelError: there is none, or it cannot be used.
@@ -40,22 +36,22 @@ def configuration(model: str | PretrainedConfig, **options: Any) -> PretrainedCo
     if not isinstance(model, str):
         return model
     path = Path(model).expanduser()
-    name = str(path.parent) if path.name == "config.json" and path.is_file() else model
-    if path.suffix == ".json" and not (path.name == "config.json" and path.is_file()):
-        raise ModelError(
-            f"There is no configuration {model}.",
-            cause="A path must name a file config.json, or the folder that holds it.",
-            fix="--model_name_or_path path/to/config.json",
-        )
-    return load_config(Source(name, **options))
+    if path.suffix == ".json":
+        if path.name != "config.json" or not path.is_file():
+            raise ModelError(
+                f"There is no configuration {model}; a path must be a file config.json or its folder.",
+                fix="--model_name_or_path path/to/config.json",
+            )
+        model = str(path.parent)
+    return load("AutoConfig", Source(model, **options))
 
 
 def build(config: PretrainedConfig, task: str, dtype: torch.dtype | None = None, device: str = "meta") -> nn.Module:
-    """The model that ``config`` describes, on ``device``; on ``meta`` without any memory.
+    """The model of ``config`` on ``device``; on ``meta`` it takes no memory.
 
     Raises:
         ModelError: transformers has no model of this type for the task, or the configuration is incomplete.
-        Exception: of the model's own, where it reads values while it is built on ``meta``.
+        Exception: the model reads values while it is built, which ``meta`` does not have.
     """
     import transformers
 
@@ -69,47 +65,35 @@ def build(config: PretrainedConfig, task: str, dtype: torch.dtype | None = None,
             return kind.from_config(config, dtype=dtype)
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, KeyError) as error:
         if device == "meta" and "meta" in str(error):
-            raise  # it reads values while it is built, which only a real device has
-        if "Unrecognized configuration class" not in str(error):
-            raise _incomplete(config, error) from error
+            raise
+        if "Unrecognized configuration class" in str(error):
+            raise ModelError(
+                f"A {config.model_type} model does not do {task}: transformers has no {kind.__name__} for it.",
+                fix=f"--task, one of {', '.join(PLANNED_TASKS)}",
+            ) from error
         raise ModelError(
-            f"A {config.model_type} model does not do {task}.",
-            cause=f"transformers has no {PLANNED_TASKS[task][0]} for it.",
-            fix=f"--task, one of {', '.join(PLANNED_TASKS)}",
+            f"This configuration does not make a {config.model_type} model: {type(error).__name__}: "
+            f"{first_line(error)}.",
+            fix="Compare it with the config.json of a published model of this type.",
         ) from error
 
 
-def _incomplete(config: PretrainedConfig, error: Exception) -> ModelError:
-    reason = next(iter(str(error).splitlines()), "")
-    return ModelError(
-        f"No {config.model_type} model can be built from this configuration: {type(error).__name__}: {reason}.",
-        cause="A field is missing, or two contradict each other.",
-        fix="Compare it with the config.json of a published model of this type.",
-    )
-
-
 def adapted(model: nn.Module, adapter: PeftConfig, autocast_adapter_dtype: bool = True) -> nn.Module:
-    """``get_peft_model``, for a model that may have no weights to start the adapter from.
+    """``get_peft_model`` for a model that may be on ``meta``.
 
     Raises:
-        ConfigError: PEFT refuses the adapter.
+        ConfigError: PEFT rejects the adapter.
     """
-    from .adapters import add_adapter
-
     adapter = copy.deepcopy(adapter)
     if isinstance(getattr(adapter, "init_lora_weights", None), str):
-        adapter.init_lora_weights = True  # type: ignore[attr-defined]  # PiSSA and its like read the weights
+        adapter.init_lora_weights = True  # type: ignore[attr-defined]  # PiSSA and others read the weights
+    on_meta = next(model.parameters()).is_meta
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT asks it
-        on_meta = next(model.parameters()).is_meta
-        made = add_adapter(
-            model,  # type: ignore[arg-type]
-            adapter,
-            low_cpu_mem_usage=on_meta,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-        ).train()
-    if on_meta and not autocast_adapter_dtype:  # PEFT does so when it moves the adapter to the weights
+        warnings.simplefilter("ignore", FutureWarning)  # transformers deprecates an attribute that PEFT reads
+        options = {"low_cpu_mem_usage": on_meta, "autocast_adapter_dtype": autocast_adapter_dtype}
+        made = add_adapter(model, adapter, **options).train()  # type: ignore[arg-type]
+    if on_meta and not autocast_adapter_dtype:  # off meta, PEFT does this when it moves the adapter to the weights
         dtype = next(p.dtype for p in made.parameters() if not p.requires_grad and p.is_floating_point())
         for parameter in made.parameters():
             if parameter.requires_grad:
@@ -120,48 +104,40 @@ def adapted(model: nn.Module, adapter: PeftConfig, autocast_adapter_dtype: bool 
 def example_inputs(
     config: PretrainedConfig, task: str, rows: int, length: int, *, padded: bool, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Inputs of a micro-batch, with labels; for a length that the model can read.
+    """The inputs and labels of a micro-batch.
 
     Raises:
-        ConfigError: the length is beyond what the model reads, or not positive.
-        ModelError: the model's inputs are neither tokens nor pixels.
+        ConfigError: the length is not positive, or more than the model reads.
+        ModelError: the configuration of an image model has no image size.
     """
     if rows < 1 or length < 1:
         raise ConfigError(
-            f"A micro-batch of {rows} samples of {length} tokens is empty.",
-            cause="Both must be at least 1.",
+            f"A micro-batch of {rows} samples of {length} tokens is empty; both must be at least 1.",
             fix="--per_device_train_batch_size 8 --max_seq_length 512",
         )
+    labels = torch.zeros(rows, dtype=torch.long)
     if task == "image-classification":
-        return _images(config, rows, dtype)
+        size: Any = getattr(config, "image_size", None)
+        if size is None:
+            raise ModelError(
+                f"The configuration of this {config.model_type} model has no image_size.",
+                fix="Add image_size to its config.json, or plan another model.",
+            )
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        pixels = torch.zeros(rows, getattr(config, "num_channels", 3), height, width, dtype=dtype)
+        return {"pixel_values": pixels, "labels": labels}
     text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise ConfigError(
-            f"--max_seq_length is {length}, and the model reads {positions} tokens.",
-            cause="Its position embeddings end there.",
+            f"--max_seq_length is {length}, but the model reads {positions} tokens.",
             fix=f"--max_seq_length {positions}",
         )
     ids = torch.ones(rows, length, dtype=torch.long)
     inputs = {"input_ids": ids}
     if padded:
-        # Not all ones, which some attention paths notice.
         inputs["attention_mask"] = torch.ones_like(ids)
-        inputs["attention_mask"][0, -1] = 0 if length > 1 else 1
+        inputs["attention_mask"][0, -1] = 0 if length > 1 else 1  # some attention paths detect a mask of ones
     if task == "question-answering":
-        return inputs | {name: torch.zeros(rows, dtype=torch.long) for name in ("start_positions", "end_positions")}
-    labels = {"regression": torch.zeros(rows), "text-classification": torch.zeros(rows, dtype=torch.long)}
-    return inputs | {"labels": labels.get(task, ids.clone())}
-
-
-def _images(config: PretrainedConfig, rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    size: Any = getattr(config, "image_size", None)
-    if size is None:
-        raise ModelError(
-            f"The configuration of this {config.model_type} model does not say how large its images are.",
-            cause="It has no image_size.",
-            fix="Add image_size to its config.json, or plan another model.",
-        )
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    pixels = torch.zeros(rows, getattr(config, "num_channels", 3), height, width, dtype=dtype)
-    return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.long)}
+        return inputs | {"start_positions": labels, "end_positions": labels.clone()}
+    return inputs | {"labels": {"regression": labels.float(), "text-classification": labels}.get(task, ids.clone())}

@@ -1,111 +1,103 @@
-"""LiveView: a run in three lines of a terminal, while it trains."""
+"""LiveView: a run in three lines of a terminal while it trains."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState
 
-__all__ = ["LiveView", "is_watched"]
+if TYPE_CHECKING:
+    from ..loop.safe import Safe
+
+__all__ = ["LiveView", "add_live_view", "is_watched"]
 
 TRAINS, FROZEN = "█", "░"
 SHOWN = ("eval_accuracy", "eval_f1", "eval_perplexity", "eval_loss")
 
 
 def is_watched(console: Console) -> bool:
-    """Whether somebody sits before it: a terminal, and no CI. Elsewhere the Trainer's plain lines are better."""
-    return (
-        console.is_terminal and not console.is_dumb_terminal and os.environ.get("CI", "").lower() in ("", "false", "0")
-    )
+    """Whether output goes to an interactive terminal; in CI and in files the Trainer's plain lines are better."""
+    in_ci = os.environ.get("CI", "").lower() not in ("", "false", "0")
+    return console.is_terminal and not console.is_dumb_terminal and not in_ci
+
+
+def add_live_view(trainer: Trainer, safe: Callable[[], Safe | None]) -> LiveView | None:
+    """Replace the Trainer's progress bar if the terminal is interactive; close the returned view after training."""
+    console = Console()
+    if trainer.args.disable_tqdm or not is_watched(console):
+        return None
+    trainer.remove_callback(ProgressCallback)
+    view = LiveView(safe, console)
+    trainer.add_callback(view)
+    return view
 
 
 class LiveView(TrainerCallback):
-    """Progress, the stack (which blocks train, which are frozen), loss and costs.
+    """Progress, the stacks with their frozen blocks, loss and costs.
 
     Args:
-        safe: the run's ``Safe``, once there is one; None of a plain run.
-        console: where to.
+        safe: returns the run's ``Safe``, or None if there is none (yet).
+        console: the terminal.
     """
 
-    def __init__(self, safe: Callable[[], Any], console: Console) -> None:
-        self.safe = safe
-        self.console = console
+    def __init__(self, safe: Callable[[], Safe | None], console: Console) -> None:
+        self.safe, self.console = safe, console
         self._live: Live | None = None
         self._logs: dict[str, float] = {}
-        self._begun = self._from = 0.0
+        self._start, self._first_step = 0.0, 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take the lowest lines of the terminal; what others print scrolls above them."""
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Use the last lines of the terminal; other output scrolls above them."""
         if state.is_world_process_zero:
-            self._begun, self._from = time.monotonic(), state.global_step
+            self._start, self._first_step = time.monotonic(), state.global_step
             self._live = Live(get_renderable=lambda: self.lines(state), console=self.console)  # 4 times a second
             self._live.start()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Keep the newest of each number."""
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Keep the newest value of each number."""
         self._logs |= {name: value for name, value in (logs or {}).items() if isinstance(value, (int, float))}
 
     def close(self) -> None:
-        """Give the terminal back, also where the run failed."""
+        """Restore the terminal; also needed if the run fails."""
         live, self._live = self._live, None
         if live is not None:
             live.stop()
 
     def lines(self, state: TrainerState) -> Group:
-        """What is shown now."""
+        """The current view."""
         done, total = state.global_step, max(1, state.max_steps)
-        bar = Table.grid(padding=(0, 1))
-        spent = time.monotonic() - self._begun
-        speed = (done - self._from) / spent if spent > 0 else 0.0
+        spent = time.monotonic() - self._start
+        speed = (done - self._first_step) / spent if spent > 0 else 0.0
         left = f"{_clock((total - done) / speed)} left" if speed > 0 else ""
+        bar = Table.grid(padding=(0, 1))
         bar.add_row(ProgressBar(total, done, width=30), f"step {done} of {total}", _clock(spent), left)
-        return Group(bar, *self._stacks(), Text(" · ".join(self._numbers())))
 
-    def _stacks(self) -> list[Text]:
         safe = self.safe()
-        if safe is None:
-            return []
-        shown = []
-        for stack in safe.stacks:
-            depth = safe.prefixes.get(stack.path, 0)
-            text = Text()
-            text.append(FROZEN * depth, "cyan").append(TRAINS * (len(stack) - depth), "yellow")
-            shown.append(text.append(f" {depth} of {len(stack)} blocks frozen"))
-        return shown
+        stacks = [_stack(len(stack), safe.prefixes.get(stack.path, 0)) for stack in safe.stacks] if safe else []
 
-    def _numbers(self) -> list[str]:
-        found = [f"loss {self._logs['loss']:.4g}"] if "loss" in self._logs else []
-        found += [f"{name} {self._logs[name]:.4g}" for name in SHOWN if name in self._logs][:2]
-        if "safe/saved_mib" in self._logs:
-            found.append(f"saved {self._logs['safe/saved_mib']:.0f} MiB")
-        if "safe/cache_hit_rate" in self._logs:
-            found.append(f"cache hits {self._logs['safe/cache_hit_rate']:.0%}")
-        return found
+        logs = self._logs
+        numbers = [f"loss {logs['loss']:.4g}"] if "loss" in logs else []
+        numbers += [f"{name} {logs[name]:.4g}" for name in SHOWN if name in logs][:2]
+        if "safe/saved_mib" in logs:
+            numbers.append(f"saved {logs['safe/saved_mib']:.0f} MiB")
+        if "safe/cache_hit_rate" in logs:
+            numbers.append(f"cache hits {logs['safe/cache_hit_rate']:.0%}")
+        return Group(bar, *stacks, Text(" · ".join(numbers)))
+
+
+def _stack(blocks: int, frozen: int) -> Text:
+    text = Text().append(FROZEN * frozen, "cyan").append(TRAINS * (blocks - frozen), "yellow")
+    return text.append(f" {frozen} of {blocks} blocks frozen")
 
 
 def _clock(seconds: float) -> str:
-    """Hours, minutes, seconds.
-
-    >>> _clock(65), _clock(7300)
-    ('1:05', '2:01:40')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return str(timedelta(seconds=round(seconds)))

@@ -1,66 +1,113 @@
-"""Backend: what is asked of an adapter library."""
+"""Backend: what adafreeze needs from an adapter library."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
-from ...errors import ModelError
+from ..blocks import user_name
+from ..patches import before_call
 
 __all__ = ["Backend"]
 
 
-class Backend(Protocol):
-    """The adapters that one library put into a model."""
+class Backend:
+    """The adapters that one library put into ``model``.
 
-    def sites(self, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """The outermost adapted modules in ``block`` with their names in it; each one's output is adapted."""
+    To support another library, add one file with a subclass, and one line in ``find.py``.
+    """
 
-    def adapters_off(self, within: nn.Module | None = None) -> AbstractContextManager[None]:
-        """Run ``within`` (default: the model) as pre-trained, and leave no flag otherwise than it was."""
+    merge_method = "merge"
+    """The method of an adapted layer that merges its adapter into the base weight."""
+    moves_ranks = False
+    """Whether the adapters have rank allocation (AdaLoRA), which the first ``keep_frozen`` stops."""
 
-    def any_merged(self) -> bool:
-        """Whether an adapter is merged into its base weight now (its forward would unmerge it: rounding)."""
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether this library adapted ``model``."""
+        raise NotImplementedError
+
+    def is_layer(self, module: nn.Module) -> bool:
+        """Whether ``module`` is a layer of the library that can contain adapters."""
+        raise NotImplementedError
+
+    def active(self, site: nn.Module) -> tuple[str, ...]:
+        """Names of the active adapters of an adapted layer."""
+        raise NotImplementedError
+
+    def configs(self) -> Mapping[str, Any]:
+        """The configuration of each adapter; each has a ``to_dict``."""
+        raise NotImplementedError
 
     def settings(self, site: nn.Module) -> tuple[Any, ...]:
-        """What decides what ``site`` computes, but for its weights: adapters on, their scaling, merged or not."""
+        """What the output of ``site`` depends on besides weights: active adapters, their scaling, merged or not."""
+        raise NotImplementedError
+
+    def adapters_off(self, within: nn.Module | None = None) -> AbstractContextManager[None]:
+        """Run ``within`` (default: the model) as pre-trained; all flags are restored."""
+        raise NotImplementedError
+
+    def dropouts(self, site: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+        """(parent, name) of each adapter dropout of ``site``, which an Identity can replace."""
+        raise NotImplementedError
+
+    def why_frozen(self) -> tuple[str, str]:
+        """(reason, fix) for a model whose blocks contain adapters, none of them trainable."""
+        raise NotImplementedError
+
+    def remedy(self, name: str) -> str:
+        """What to change so that the parameter ``name``, which belongs to no unit, does not train."""
+        return f"requires_grad_(False) on {user_name(name)}"
+
+    def is_site(self, module: nn.Module) -> bool:
+        """Whether ``module`` is an adapted layer."""
+        return self.is_layer(module)
+
+    def sites(self, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """The outermost adapted layers in ``block`` with their names in it."""
+        found: list[str] = []
+        for name, module in block.named_modules():
+            if self.is_site(module) and not any(name.startswith(f"{path}.") for path in found):
+                found.append(name)
+                yield name, module
+
+    def any_merged(self) -> bool:
+        """Whether an adapter is merged into its base weight; a forward pass would unmerge it, which rounds."""
+        return any(self.is_layer(module) and getattr(module, "merged", False) for module in self.model.modules())
+
+    def merges(self, block: nn.Module, notice: Callable[[], None]) -> Iterator[AbstractContextManager[None]]:
+        """Contexts in which ``notice`` is called before an adapter of ``block`` is merged into its base weight."""
+        for module in block.modules():
+            if self.is_layer(module) and hasattr(module, self.merge_method):
+                yield before_call(module, self.merge_method, notice)
 
     def described(self) -> list[str]:
         """The settings of all adapters as text, the same in every process."""
 
-    def why_frozen(self) -> ModelError:
-        """What to raise where adapters stand in the blocks and none of them trains."""
+        def plain(value: Any) -> Any:
+            return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
-    def remedy(self, name: str) -> str:
-        """What to change so that the parameter ``name``, which belongs to no unit, does not train."""
+        return [
+            f"{name}: {json.dumps(config.to_dict(), sort_keys=True, default=plain)}"
+            for name, config in sorted(self.configs().items())
+        ]
 
-    def merges(self, block: nn.Module, notice: Callable[[], None]) -> Iterator[AbstractContextManager[None]]:
-        """Contexts in which ``notice`` is called before an adapter of ``block`` is merged into its base weight."""
+    def keep_frozen(self, sites: Iterable[nn.Module], live: set[int]) -> None:
+        """Let the library itself keep ``sites`` frozen, except parameters whose id is in ``live``; stop moving ranks.
 
-    def hold(self, site: nn.Module, live: set[int]) -> None:
-        """Tell the library to keep all of ``site`` frozen, if it can, but for parameters whose id is in ``live``."""
+        Without such a switch in the library, the audit before each training pass keeps the freeze.
+        """
 
-    def holds(self, site: nn.Module) -> bool:
-        """Whether the library itself keeps what ``hold`` told it to."""
+    def keeps_frozen(self, site: nn.Module) -> bool:
+        """Whether the library itself keeps ``site`` frozen."""
+        return False
 
-    def release(self, sites: Iterable[nn.Module]) -> None:
-        """Undo ``hold``."""
-
-    def active(self, site: nn.Module) -> tuple[str, ...]:
-        """Names of the adapters that are active at ``site``."""
-
-    def dropouts(self, site: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-        """The adapter dropouts of ``site``: (parent, name), each a child module that may become Identity."""
-
-    @property
-    def moves_ranks(self) -> bool:
-        """Whether there is something to stop."""
-
-    def stop_rank_allocation(self) -> None:
-        """End whatever rewrites adapters across layers in mid-run."""
-
-    def resume_rank_allocation(self) -> None:
-        """Undo ``stop_rank_allocation``."""
+    def release(self) -> None:
+        """Undo every ``keep_frozen``."""

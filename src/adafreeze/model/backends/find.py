@@ -1,4 +1,4 @@
-"""Which library put adapters into a model."""
+"""The table of adapter libraries."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from .peft import PeftBackend
 
 __all__ = ["find_backend"]
 
+BACKENDS: tuple[type[Backend], ...] = (
+    AdapterHubBackend,
+    PeftBackend,  # the last: its error is the one for a model without adapters
+)
+
 
 def find_backend(model: nn.Module) -> Backend:
-    """The backend of AdapterHub's ``adapters`` where that library initialised ``model``, else PEFT's.
+    """The backend for the library that adapted ``model``.
 
     Raises:
-        ModelError: there are no adapters, or they are of a kind that has no part in each block.
+        ModelError: there are no adapters, or their weights are not in the blocks.
     """
-    return AdapterHubBackend(model) if hasattr(model, "adapters_config") else PeftBackend(model)
+    return next((backend for backend in BACKENDS if backend.matches(model)), BACKENDS[-1])(model)

@@ -1,4 +1,4 @@
-"""What a run found out, as PEFT configuration: picked blocks, ranks by score, and a next run that trains and loads."""
+"""A run exported as PEFT configuration: selected blocks, ranks by score, a next run that trains and loads."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 import cases
 from adafreeze import AdafreezeError, ConfigError, ModelError, RunError, Safe, SafeConfig
-from adafreeze.train.export import export_config, ranks_by_score
+from adafreeze.integrations.export import export_config, ranks_by_score
 
 FAMILIES = ("bert", "roberta", "gpt2", "llama", "t5", "vit")
 
 
 def train(family: str, model: torch.nn.Module, folder: Path, **safe: object) -> Path:
-    """Twelve steps; journal and adapter go to ``folder``."""
+    """Train 12 steps; writes journal and adapter to ``folder``."""
     optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], 1e-2)
     options = SafeConfig(**{"policy": "bottom_up", "freeze_share": 0.5, "cache": "off", **safe})
     probe, journal = [cases.batch(family)], folder / "journal.jsonl"
@@ -43,7 +43,7 @@ def train(family: str, model: torch.nn.Module, folder: Path, **safe: object) -> 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """``finished(family, config, **SafeConfig)``: the folder of a run, which the caller must leave as it is."""
+    """``finished(family, config, **SafeConfig)``: the folder of a run, shared by tests, read-only."""
     runs: dict[str, Path] = {}
 
     def run(family: str, config: PeftConfig | None = None, **safe: object) -> Path:
@@ -58,7 +58,7 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.parametrize("at_start", [{"freeze_at_start": 0.5}, {"freeze": ["bert.encoder.layer.0"]}])
-def test_what_froze_before_step_0_scores_nothing(finished, at_start):
+def test_units_frozen_before_step_0_score_zero(finished, at_start):
     found = export_config(finished("bert", policy="share", freeze_share=0.0, **at_start))
     assert [block.name for block in found.blocks if block.frozen_at == 0] == [
         f"bert.encoder.layer.{n}" for n in range(2 if "freeze_at_start" in at_start else 1)
@@ -69,7 +69,7 @@ def test_what_froze_before_step_0_scores_nothing(finished, at_start):
 
 def next_model(family: str, folder, base: torch.nn.Module | None = None) -> torch.nn.Module:
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*did not match any targeted module")  # of PEFT, about rank_pattern
+        warnings.filterwarnings("error", message=".*did not match any targeted module")  # PEFT's, for rank_pattern
         return get_peft_model(base or cases.base_model(family), PeftConfig.from_pretrained(str(folder)))
 
 
@@ -79,13 +79,13 @@ def adapted(model: torch.nn.Module) -> dict[str, BaseTunerLayer]:
 
 
 def blocks_of(model: torch.nn.Module, names) -> set[str]:
-    """The blocks with adapters; every adapter must be in one of ``names``."""
+    """The blocks with adapters; fails for adapters outside ``names``."""
     found = {layer: next(name for name in names if layer.startswith(f"{name}.")) for layer in adapted(model)}
     return set(found.values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_next_run_adapts_the_live_blocks_with_their_ranks_trains_saves_and_loads(finished, family, tmp_path):
+def test_the_next_run_adapts_the_live_blocks_and_trains_saves_and_loads(finished, family, tmp_path):
     made = export_config(finished(family))
     assert {block.frozen_at is None for block in made.blocks} == {True, False}
     assert all(block.kept == (block.frozen_at is None) == (block.rank is not None) for block in made.blocks)
@@ -114,7 +114,7 @@ def test_the_next_run_adapts_the_live_blocks_with_their_ranks_trains_saves_and_l
 
 
 @pytest.mark.parametrize("family", ["bert", "t5"])
-def test_the_parameters_are_those_of_the_run_as_near_as_whole_ranks_come(finished, family, tmp_path):
+def test_the_number_of_parameters_is_kept_up_to_rounding(finished, family, tmp_path):
     folder = finished(family)
     made = export_config(folder)
     made.config.save_pretrained(str(tmp_path / "next"))
@@ -132,7 +132,7 @@ def test_the_parameters_are_those_of_the_run_as_near_as_whole_ranks_come(finishe
     )
     assert 0 <= run - following < dearest
     kept = sorted((block for block in made.blocks if block.kept), key=lambda block: block.score)
-    if family == "bert":  # where every block costs the same
+    if family == "bert":  # all blocks cost the same
         assert sum(block.rank for block in kept) == 4 * len(made.blocks)
         assert [block.rank for block in kept] == sorted(block.rank for block in kept)
         total = sum(block.score for block in kept)
@@ -140,11 +140,11 @@ def test_the_parameters_are_those_of_the_run_as_near_as_whole_ranks_come(finishe
             assert abs(block.rank - max(1.0, 16 * block.score / total)) < 1, block
 
 
-def test_of_one_stack_blocks_go_by_number_and_of_two_by_a_pattern(finished):
+def test_one_stack_uses_block_numbers_and_two_stacks_a_pattern(finished):
     config = export_config(finished("gpt2")).config
     assert (config.layers_to_transform, config.layers_pattern) == ([2, 3], r"transformer\.h")
     assert config.target_modules == {"c_attn"}
-    config = export_config(finished("t5")).config  # where the encoder is frozen as a whole
+    config = export_config(finished("t5")).config  # the whole encoder is frozen
     assert (config.layers_to_transform, config.layers_pattern) == ([0, 1, 2, 3], r"decoder\.block")
     shares = {block.name: block.share for block in export_config(finished("t5")).blocks}
     config = export_config(finished("t5"), min_share=min(shares["encoder.block.3"], shares["decoder.block.0"])).config
@@ -158,7 +158,7 @@ def test_of_one_stack_blocks_go_by_number_and_of_two_by_a_pattern(finished):
         assert bool(re.fullmatch(config.target_modules, name)) == taken, name
 
 
-def test_blocks_can_be_picked_by_their_share_of_the_score(finished):
+def test_blocks_can_be_selected_by_their_share_of_the_score(finished):
     folder = finished("bert", dry_run=True)
     by_share = sorted(export_config(folder, min_share=1e-6).blocks, key=lambda block: block.share)
     assert sum(block.share for block in by_share) == pytest.approx(1)
@@ -166,7 +166,7 @@ def test_blocks_can_be_picked_by_their_share_of_the_score(finished):
     assert {block.name for block in made.blocks if block.kept} == {block.name for block in by_share[2:]}
 
 
-def test_ranks_can_be_left_as_they_are(finished):
+def test_ranks_can_be_kept(finished):
     config = export_config(finished("bert"), keep_ranks=True).config
     assert (config.rank_pattern, config.alpha_pattern, config.r) == ({}, {}, 4)
     assert config.layers_to_transform == [2, 3]
@@ -184,7 +184,7 @@ def test_ranks_can_be_left_as_they_are(finished):
     ],
     ids=["dora", "pattern", "all-linear", "ia3", "vera", "adalora"],
 )
-def test_other_adapters_too(finished, config, tmp_path):
+def test_other_adapters_can_be_exported(finished, config, tmp_path):
     made = export_config(finished("bert", config))
     made.config.save_pretrained(str(tmp_path / "next"))
     model = next_model("bert", tmp_path / "next")
@@ -203,7 +203,7 @@ def test_other_adapters_too(finished, config, tmp_path):
     model(**cases.batch("bert")).loss.backward()
 
 
-def test_an_export_can_be_run_and_exported_again(finished, tmp_path):
+def test_an_export_can_be_trained_and_exported_again(finished, tmp_path):
     first = export_config(finished("llama"))
     first.config.save_pretrained(str(tmp_path / "next"))
     model = next_model("llama", tmp_path / "next")
@@ -216,10 +216,10 @@ def test_an_export_can_be_run_and_exported_again(finished, tmp_path):
     assert {(name.split(".self")[0], layer.r["default"]) for name, layer in layers.items()} == {
         (block.name, block.rank)
     }
-    assert block.rank <= 16  # the fewest features of a layer, v_proj's
+    assert block.rank <= 16  # v_proj has the fewest features, 16
 
 
-def test_a_journal_cut_off_in_mid_line_is_exported_up_to_there_and_says_so(finished, tmp_path):
+def test_a_truncated_journal_is_exported_with_a_note(finished, tmp_path):
     folder = shutil.copytree(finished("bert"), tmp_path / "run")
     journal = folder / "journal.jsonl"
     text = journal.read_text()
@@ -232,7 +232,7 @@ def test_a_journal_cut_off_in_mid_line_is_exported_up_to_there_and_says_so(finis
         export_config(folder)
 
 
-def test_of_a_journal_with_two_runs_the_later_counts(finished, tmp_path):
+def test_the_later_of_two_runs_in_a_journal_is_exported(finished, tmp_path):
     folder = shutil.copytree(finished("bert"), tmp_path / "run")
     later = finished("bert", freeze_share=0.25)
     with (folder / "journal.jsonl").open("a") as file:
@@ -240,7 +240,7 @@ def test_of_a_journal_with_two_runs_the_later_counts(finished, tmp_path):
     assert [block.kept for block in export_config(folder).blocks] == [False, True, True, True]
 
 
-def test_a_score_that_is_not_finite_leaves_the_one_before(finished, tmp_path):
+def test_a_score_that_is_not_finite_is_ignored(finished, tmp_path):
     folder = shutil.copytree(finished("bert"), tmp_path / "run")
     expected = export_config(folder).blocks
     with (folder / "journal.jsonl").open("a") as file:
@@ -248,16 +248,17 @@ def test_a_score_that_is_not_finite_leaves_the_one_before(finished, tmp_path):
     assert export_config(folder).blocks == expected
 
 
-def test_what_cannot_be_exported_is_refused_with_the_reason(finished, tmp_path):
+def test_runs_that_cannot_be_exported_are_rejected_with_the_reason(finished, tmp_path):
     def refused(kind, text, *args, **kwargs):
         with pytest.raises(kind, match=f"(?s){text}") as caught:
             export_config(*args, **kwargs)
         assert isinstance(caught.value, AdafreezeError) and "Fix:" in str(caught.value)
 
     refused(RunError, r"There is no journal .*journal\.jsonl", tmp_path)
-    (tmp_path / "journal.jsonl").write_text('not json\n{"event": "other"}\n[1]\n')
-    refused(RunError, "holds no scores", tmp_path)
-    (tmp_path / "journal.jsonl").write_text('{"event": "run", "method": "none", "settings": {}}\n')
+    head = '{"event": "journal", "version": 1}\n'
+    (tmp_path / "journal.jsonl").write_text(head + 'not json\n{"event": "other"}\n[1]\n')
+    refused(RunError, "contains no scores", tmp_path)
+    (tmp_path / "journal.jsonl").write_text(head + '{"event": "run", "method": "none", "settings": {}}\n')
     refused(RunError, r"--method none", tmp_path)
     refused(RunError, r"granularity=\"site\"", finished("bert", granularity="site"))
     dry = shutil.copytree(finished("bert", dry_run=True), tmp_path / "dry")
@@ -271,18 +272,18 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(finished, tmp_path):
     for changed, text in (
         ({"rank_pattern": {"query": 2}}, r"rank_pattern.*--keep_ranks"),
         ({"target_modules": "all-linear"}, r"'all-linear'.*--adapter_config FOLDER"),
-        ({"peft_type": "PREFIX_TUNING"}, "prompt method"),
-        ({"peft_type": "NO_SUCH"}, "no configuration of adapters of PEFT"),
+        ({"peft_type": "PREFIX_TUNING"}, "it has no weights in layers"),
+        ({"peft_type": "NO_SUCH"}, "is not the configuration of a PEFT adapter"),
     ):
         (dry / "adapter_config.json").write_text(json.dumps(config | changed))
         refused((ConfigError, ModelError, RunError), text, dry, min_share=0.3)
     (dry / "adapter_config.json").write_text('{"config": {"mh_adapter": true}, "model_type": "bert"}')  # AdapterHub's
-    refused(RunError, "another library", dry, min_share=0.01)
+    refused(RunError, "missing required keys", dry, min_share=0.01)
     (dry / "adapter_config.json").unlink()
-    refused(RunError, r"script of your own.*--adapter_config", dry, min_share=0.01)
+    refused(RunError, r"no flags of .*--adapter_config", dry, min_share=0.01)
 
 
-def test_ranks_of_a_block_that_differ_are_not_overwritten(finished):
+def test_different_ranks_in_one_block_are_not_overwritten(finished):
     config = LoraConfig(r=4, target_modules=["query", "value"], rank_pattern={"query": 2})
     folder = finished("bert", config)
     with pytest.raises(ConfigError, match=r"(?s)different ranks.*--keep_ranks"):
@@ -295,7 +296,7 @@ def test_ranks_of_a_block_that_differ_are_not_overwritten(finished):
     st.integers(0, 5000),
 )
 @settings(deadline=None, max_examples=60)
-def test_ranks_keep_the_budget_the_bounds_and_the_order_of_scores(blocks, more):
+def test_ranks_respect_the_budget_the_bounds_and_the_order_of_scores(blocks, more):
     scores, costs, most = (list(column) for column in zip(*blocks, strict=True))
     budget = sum(costs) + more
     ranks = ranks_by_score(scores, costs, budget, most)

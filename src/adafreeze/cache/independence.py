@@ -1,0 +1,135 @@
+"""Checks that the prefix computes the same for a sample in any batch, and finds how samples lie in its output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..freeze.prefix import Computed, Prefix, Slot
+from ..model.calls import Call
+from ..model.rows import Rows
+from ..model.traces import stateful_forward, traceless
+from .compare import Refused, Rounding, first_line
+from .kinds import PassKind
+from .layout import Layout, find_layout
+from .padding import PaddingCheck
+
+__all__ = ["IndependenceCheck"]
+
+# Position embeddings that depend on the length of a batch, and those that also depend on the batches before it.
+BY_LENGTH, BY_HISTORY = "longrope", "dynamic"
+
+
+class IndependenceCheck:
+    """Runs the prefix on a whole batch, and on some of its rows in another order and other company.
+
+    This shows randomness, and dependence on the place of a row or on other rows.
+    """
+
+    def __init__(self, prefix: Prefix, padding: PaddingCheck, rounding: Rounding, *, encoder_decoder: bool) -> None:
+        self.prefix = prefix
+        self.padding = padding
+        self.rounding = rounding
+        self._encoder_decoder = encoder_decoder
+
+    def examine(self, kind: PassKind, rows: Rows, call: Call) -> Computed | None:
+        """Fill in the layouts of a kind of pass that has none, or refuse.
+
+        Returns:
+            What was computed of all rows, if this pass can use it.
+        """
+        prefix = self.prefix
+        until = [slot for slot, depth in kind.depths(prefix.depths).items() if depth]
+        if kind.layouts or not until:
+            return None
+        _refuse_by_code(prefix)
+        if BY_LENGTH in _rope_types(prefix.modules) and not self.padding.whole_rows:
+            self.padding.take_whole_rows("position embeddings depend on the length of the batch (rope_type='longrope')")
+            return None
+        written: list[tuple[nn.Module, str]] = []
+        with traceless(prefix.modules, lambda module, name: written.append((module, name))):
+            whole = prefix.compute(call, rows.inputs, {}, until)
+            if whole is None:
+                if kind.recounted:
+                    raise Refused("a training pass does not reach the boundary of every stack")
+                return None  # this pass shows how often its stacks are called
+            self._find_layouts(kind, rows, call, whole, until)
+        inside = {id(module) for block in prefix.blocks for module in block.modules()}
+        for module, name in written:
+            if id(module) in inside:
+                raise Refused(f"a block of the prefix writes to {type(module).__name__}.{name} in each pass")
+        kind.writes = bool(written)
+        if any(not one.by_position and rows.is_padded(one.side) for one in kind.layouts.values()):
+            self.padding.take_whole_rows("padding cannot be found in the hidden states, which are not by position")
+        return None if kind.several_calls else whole
+
+    def _find_layouts(self, kind: PassKind, rows: Rows, call: Call, whole: Computed, until: list[Slot]) -> None:
+        count = rows.count
+        # A quarter of the rows, from last to first. What only the others would show is noticed when stored states are
+        # first compared with those of the model's own pass, which has all rows.
+        size = min(count - 1, max(2, -(-count // 4)))
+        group = list(range(count - 1, -1, -(count // size)))[:size] if size else [0, 0]
+        try:
+            part = self.prefix.compute(call, rows.take(group, rows.otherwise()), {}, until)
+        except Exception as error:
+            raise Refused(f"a pass on a part of the batch fails ({first_line(error)})") from error
+        if part is None:
+            raise Refused("a training pass on a part of the batch does not reach the boundary of every stack")
+        for slot in until:
+            path = slot[0]
+            hidden, piece = whole.boundary[slot], part.boundary[slot]
+            if not isinstance(hidden, Tensor):
+                raise Refused(f"the blocks of {path} return a {type(hidden).__name__} instead of hidden states")
+            layout = find_layout(hidden, piece, count, len(group))
+            if layout is None:
+                raise Refused(f"the hidden states of {path}, {tuple(hidden.shape)}, have no dimension of the samples")
+            ways = [replace(layout, interleaved=way) for way in ((False, True) if layout.rows > 1 else (False,))]
+            found = next((way for way in ways if self._same_rows(way, hidden, piece, count, group)), None)
+            if found is None:
+                again = self.prefix.compute(call, rows.inputs, {}, until)
+                _refuse_dependence(again is not None and torch.equal(again.boundary[slot], hidden))
+            side = int(self._encoder_decoder and path != self.prefix.stacks[0].path)
+            width = rows.width(side)
+            plain = found.dimension == 0 and found.rows == 1 and hidden.ndim > 2 and hidden.shape[1] == width
+            by_position = plain and width > 0 and not self.padding.whole_rows
+            kind.layouts[slot] = replace(found, by_position=by_position, side=side)
+            enters = whole.entered[slot]
+            if (entry := find_layout(enters, part.entered[slot], count, len(group))) is not None:
+                by_position = by_position and enters.shape == hidden.shape
+                kind.entry_layouts[slot] = replace(
+                    entry, interleaved=found.interleaved, by_position=by_position, side=side
+                )
+
+    def _same_rows(self, layout: Layout, hidden: Tensor, piece: Tensor, count: int, group: list[int]) -> bool:
+        samples, taken = layout.by_sample(hidden, count), layout.by_sample(piece, len(group))
+        return all(self.rounding.same_states(samples[row], taken[place]) for place, row in enumerate(group))
+
+
+def _refuse_by_code(prefix: Prefix) -> None:
+    """What one look at the prefix might not show."""
+    if prefix.drops_layers:
+        raise Refused("a setting for layer drop leaves out blocks of the prefix at random (set it to 0.0)")
+    if any(BY_HISTORY in one for one in _rope_types(prefix.modules)):
+        raise Refused("position embeddings depend on earlier batches (rope_type='dynamic')")
+    for module in prefix.modules:
+        for forward in stateful_forward(module):
+            raise Refused(f"a forward was replaced by a {type(forward).__name__}, which has state of its own")
+
+
+def _rope_types(modules: Sequence[nn.Module]) -> set[str]:
+    found = (getattr(module, "rope_type", None) for module in modules)
+    return {str(one) for value in found for one in (value.values() if isinstance(value, dict) else [value])}
+
+
+def _refuse_dependence(repeatable: bool) -> NoReturn:
+    if repeatable:
+        raise Refused("the prefix's output for a sample depends on its place in the batch, or on the other samples")
+    raise Refused(
+        "the prefix gives a sample another output each time (NEFTune noise, or dropout behind the embeddings that is a "
+        "function and no module; BART and its relatives take model.model.encoder.dropout = "
+        "model.model.decoder.dropout = 0.0, or from_pretrained(..., dropout=0.0))"
+    )

@@ -1,0 +1,94 @@
+"""The training pass that is being looked up: its samples, and where the states that it starts from come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import xxhash
+from torch import Tensor
+
+from ..freeze.prefix import Computed, Slot
+from ..model.rows import Rows
+from .kinds import PassKind
+from .layout import fingerprints
+from .tiers import Origin
+
+__all__ = ["OnePass"]
+
+# Verify states that were stored at other widths again in batches that are wider or narrower by this.
+WIDER = 1.25
+
+
+@dataclass
+class OnePass:
+    """One training pass.
+
+    Attributes:
+        kind: of the pass.
+        rows: its samples.
+        keys: of the samples.
+        hits: samples that were found.
+        advanced: samples that were found at a smaller depth.
+        work: positions × blocks that the pass skips.
+        served: it starts above the prefix.
+        expected: fingerprints that must enter block 0 if it is served.
+        admitted: they did, in all calls.
+        filling: what the pass computes itself, to be stored at its end.
+    """
+
+    kind: PassKind
+    rows: Rows
+    keys: list[bytes] = field(default_factory=list)
+    hits: int = 0
+    advanced: int = 0
+    work: int = 0
+    served: bool = False
+    expected: dict[Slot, Tensor] = field(default_factory=dict)
+    admitted: bool = True
+    filling: Computed | None = None
+
+    @property
+    def _batch(self) -> tuple[int, int]:
+        """Samples and their order as 48 bits, which fit into a float, and the width of the rows."""
+        digest = xxhash.xxh3_64_intdigest(b"".join(self.keys)) >> 16
+        return digest, max(self.rows.width(0), self.rows.width(1))
+
+    def origins(self, group: Sequence[int], entered: Mapping[Slot, Tensor]) -> list[Origin]:
+        """The origin of each row that was computed from what ``entered`` block 0."""
+        layouts, unknown = self.kind.entry_layouts, torch.full((len(group), 2), float("nan"), dtype=torch.float64)
+        found = [
+            fingerprints(layouts[slot], entered[slot], self.rows, group).cpu()
+            if slot in layouts and slot in entered
+            else unknown
+            for slot in self.kind.slots
+        ]
+        batch, width = self._batch
+        return [Origin(tuple(row), batch, width) for row in torch.cat(found, 1).tolist()]
+
+    def sources(self, stored: Sequence[Origin]) -> set[str]:
+        """What must be verified before the pass may start from computed states and from those ``stored``.
+
+        A batch that comes again unchanged, as in PPO's inner epochs, shows nothing about samples that moved to another
+        place or other company. Position embeddings may depend on the width of the batch, so this is verified at many.
+        """
+        if not stored:
+            return {"computed"}
+        batch, width = self._batch
+        about = round(math.log(max(width, 1), WIDER))
+        found = {
+            "stored": True,
+            "moved": any(one.batch != batch for one in stored),
+            f"widened to {about}": any(one.width < width for one in stored),
+            f"narrowed to {about}": any(one.width > width for one in stored),
+        }
+        return {source for source, is_one in found.items() if is_one}
+
+    def serve(self, origins: Mapping[int, Origin], work: int) -> None:
+        """Start the pass above the prefix if what enters block 0 has the fingerprints of these origins, by row."""
+        self.served, self.work = True, work
+        all_slots = torch.tensor([origins[row].fingerprint for row in range(self.rows.count)], dtype=torch.float64)
+        by_slot = zip(self.kind.slots, all_slots.split(2, 1), strict=True)
+        self.expected = {slot: numbers for slot, numbers in by_slot if slot in self.kind.entry_layouts}

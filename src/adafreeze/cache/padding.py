@@ -1,0 +1,142 @@
+"""Whether padding matters to what the prefix computes, or to what reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ..freeze.prefix import Prefix, Slot
+from ..model.blocks import modules_outside
+from ..model.calls import Call
+from ..model.rows import Rows
+from ..model.traces import traceless, users_code
+from .compare import Rounding, named_tensors, real_positions
+from .kinds import PassKind
+from .layout import Layout
+
+__all__ = ["PaddingCheck"]
+
+
+class PaddingCheck:
+    """Decides whether samples are stored without padding, or as whole rows because padding matters.
+
+    Without padding, a sample is found again in batches of any width. That is right if a padded sample has the same
+    states as an unpadded one, and if nothing above the prefix reads padding. The first is computed; for the second, the
+    gradient of a padded pass must be zero at padded positions.
+
+    Attributes:
+        whole_rows: padding matters. ``on_whole_rows`` was called with the reason.
+        known: sides (0 the encoder's, 1 the decoder's) whose padding is known not to matter.
+        awaited: calls whose gradient has to show whether padding matters, with their sides.
+    """
+
+    def __init__(self, prefix: Prefix, rounding: Rounding, on_whole_rows: Callable[[str], None]) -> None:
+        self.prefix = prefix
+        self.rounding = rounding
+        self.whole_rows = False
+        self.known: set[int] = set()
+        self.awaited: dict[Slot, int] = {}
+        self._on_whole_rows = on_whole_rows
+        self._rows: Rows | None = None  # of the current pass, if its gradient is awaited
+
+    def take_whole_rows(self, reason: str) -> None:
+        """Store whole rows from now on."""
+        self.whole_rows = True
+        self.awaited = {}
+        self._on_whole_rows(reason)
+
+    def trusts(self, kind: PassKind, rows: Rows, call: Call) -> bool:
+        """Whether stored states, which have no padding, may be used in this batch. If unknown, awaits its gradient."""
+        self._rows = None
+        padded = {slot: one.side for slot, one in kind.layouts.items() if one.by_position and rows.is_padded(one.side)}
+        if self.whole_rows or set(padded.values()) <= self.known:
+            return True
+        # A gradient shows what reads padding now. What reads it later (a gate that starts at zero, another loss from
+        # some step on) is known only for the code of libraries.
+        if (own := users_code(modules_outside(self.prefix.modules, self.prefix.stacks))) is not None:
+            self.take_whole_rows(f"what {own} does with padding is not known")
+        elif self._changes_states(kind, rows, call):
+            self.take_whole_rows("padding changes what the prefix computes (left padding with absolute positions)")
+        else:
+            self._rows, self.awaited = rows, padded
+        return False
+
+    def _changes_states(self, kind: PassKind, rows: Rows, call: Call) -> bool:
+        """Whether a padded sample has other states than without its padding."""
+        width = rows.width(0)
+        padded = next((row for row in range(rows.count) if rows.spans(0)[row] != (0, width)), None)
+        if padded is None:
+            return False
+        with traceless(self.prefix.modules):
+            in_batch = self.prefix.compute(call, rows.take([padded]), {}, kind.layouts)
+            alone = self.prefix.compute(call, rows.alone(padded), {}, kind.layouts)
+        if in_batch is None or alone is None:
+            return True
+        for slot, layout in kind.layouts.items():
+            states = in_batch.boundary[slot]
+            if layout.by_position and layout.side == 0:
+                states = states[:, slice(*rows.spans(0)[padded])]
+            if not self.rounding.same_states(states, alone.boundary[slot]):
+                return True
+        return False
+
+    @property
+    def awaits_gradient(self) -> bool:
+        """Whether a gradient of the current pass is awaited."""
+        return self._rows is not None
+
+    def watch_boundary(self, slot: Slot, hidden: Tensor) -> None:
+        """Check the gradient of a call's boundary, if it is awaited."""
+        if self._rows is not None and slot in self.awaited:
+            self.prefix.mark(hidden).register_hook(partial(self._check_gradient, slot, self.awaited[slot], self._rows))
+
+    def _check_gradient(self, slot: Slot, side: int, rows: Rows, gradient: Tensor) -> None:
+        if slot not in self.awaited or gradient.shape[:2] != (rows.count, rows.width(side)):
+            return
+        if (reads := _reads_padding(gradient, rows, side)) is None:
+            return  # await the next padded pass
+        del self.awaited[slot]
+        if reads:
+            self.take_whole_rows("padding is read above the prefix (labels on it, a mean over all positions)")
+        elif side not in self.awaited.values():
+            self.known.add(side)
+
+    def watch_outputs(self, output: Any, rows: Rows) -> None:
+        """Check the gradients of a served pass's outputs: a loss outside the model may begin to read padding."""
+        for side in (0, 1):
+            width = rows.width(side)
+            if self.whole_rows or not width or not rows.is_padded(side):
+                continue
+            for _, tensor in named_tensors(output):
+                if tensor.requires_grad and tensor.shape[:2] == (rows.count, width):
+                    tensor.register_hook(partial(self._check_output_gradient, side, rows))
+
+    def _check_output_gradient(self, side: int, rows: Rows, gradient: Tensor) -> None:
+        if not self.whole_rows and _reads_padding(gradient, rows, side):
+            self.take_whole_rows("the loss has begun to read padding, which was zeros in this step")
+
+    def keeps_width(self, layout: Layout, rows: Rows, hidden: Tensor) -> bool:
+        """Whether hidden states are as wide as the inputs. If not, takes whole rows.
+
+        Some models pad inside to a multiple of a window, and so only at some widths.
+        """
+        if layout.by_position and hidden.shape[1] != rows.width(layout.side):
+            self.take_whole_rows("the model pads its inputs to another width")
+            return False
+        return True
+
+
+def _reads_padding(gradient: Tensor, rows: Rows, side: int) -> bool | None:
+    """Whether padding has a gradient.
+
+    None: an overflow under loss scaling shows nothing. Neither does a loss that does not depend on the boundary yet (a
+    head that starts at zero).
+    """
+    size = gradient.detach().abs()
+    largest = float(size.max())
+    if not 0 < largest < float("inf"):
+        return None
+    return float(size[~real_positions(rows, side, size.device)].max()) > 1e-6 * largest

@@ -1,0 +1,73 @@
+"""Set attributes for a while, and put containers back in place."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["ABSENT", "restorer", "temporarily"]
+
+ABSENT = object()
+"""The value of an entry that is not there."""
+
+
+@contextmanager
+def temporarily(changes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Set attributes (owner, name, value) within the block, and put the old values back."""
+    before: list[tuple[Any, str, Any]] = []
+    try:
+        for owner, name, value in changes:
+            before.append((owner, name, getattr(owner, name)))
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in reversed(before):
+            setattr(owner, name, value)
+
+
+def restorer(container: Any, skip: Callable[[Any, Any, Any], bool] = lambda *_: False) -> Callable[[], list[Any]]:
+    """Remember the entries of a dict, list, set or deque; the returned function puts them back in place.
+
+    Values are compared by identity, since tensors have no truth value, and nothing is copied.
+
+    Args:
+        container: what to put back.
+        skip: (key, value before, value now), either value ``ABSENT``: True leaves this entry as it is now. Lists, sets
+            and deques have no keys: one skipped entry leaves the whole container.
+
+    Returns:
+        A function that returns the keys it put back ([None] for a container without keys).
+    """
+    if not isinstance(container, dict):
+        return _restorer_of_list(container, skip)
+    before = dict(container)
+
+    def restore() -> list[Any]:
+        changed = [key for key, value in before.items() if container.get(key, ABSENT) is not value]
+        changed += [key for key in container if key not in before]
+        changed = [k for k in changed if not skip(k, before.get(k, ABSENT), container.get(k, ABSENT))]
+        for key in changed:
+            if key in before:
+                container[key] = before[key]
+            else:
+                del container[key]
+        return changed
+
+    return restore
+
+
+def _restorer_of_list(container: Any, skip: Callable[[Any, Any, Any], bool]) -> Callable[[], list[Any]]:
+    before = list(container)
+
+    def restore() -> list[Any]:
+        now = list(container)
+        same = len(now) == len(before) and all(map(operator.is_, now, before))
+        if same or any(skip(None, value, value) for value in (*before, *now)):
+            return []
+        container.clear()
+        (container.update if isinstance(container, set) else container.extend)(before)
+        return [None]
+
+    return restore

@@ -1,0 +1,105 @@
+"""What a run starts from: rows, and the pre-trained model with its tokenizer or image processor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import set_seed
+
+from ..errors import ModelError, warn
+from ..tasks import Source, load_splits
+from ..tasks.data import load_validation
+from .tasks import rows_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+    from ..tasks import Task
+    from .arguments import Arguments, DataArguments
+
+__all__ = ["load_base", "load_rows"]
+
+
+def load_rows(task: Task, arguments: Arguments) -> tuple[Dataset, Dataset | None, Dataset | None]:
+    """Rows to train on, to evaluate on, and MNLI's rows of other genres; ``task`` is fitted to the first.
+
+    Raises:
+        DataError: they cannot be read or do not fit the task.
+    """
+    data, model = arguments.data, arguments.model
+    place = rows_of(data)
+    options: dict[str, Any] = {
+        "skip_bad_rows": data.skip_bad_rows,
+        "cache_dir": model.cache_dir,
+        "token": model.token,
+        "trust_remote_code": model.trust_remote_code,
+    }
+    train_rows, eval_rows = load_splits(
+        task,
+        **place,
+        **options,
+        train_split=data.train_split,
+        max_train_samples=data.max_train_samples,
+        max_eval_samples=data.max_eval_samples,
+        seed=arguments.training.seed,
+    )
+    mismatched = None
+    if data.task_name == "mnli":
+        mismatched = load_validation(
+            task,
+            "validation_mismatched",
+            path=data.validation_mismatched_file,
+            dataset_name=place["dataset_name"],
+            dataset_config_name=place["dataset_config_name"],
+            max_samples=data.max_eval_samples,
+            **options,
+        )
+    return train_rows, eval_rows, mismatched
+
+
+def load_base(task: Task, arguments: Arguments) -> tuple[PreTrainedModel, Any]:
+    """The pre-trained model with a seeded new head, and its tokenizer or image processor.
+
+    Raises:
+        ModelError: they cannot be loaded, or do not belong together.
+    """
+    given = arguments.model
+    source = Source(
+        name=given.model_name_or_path,
+        tokenizer=given.tokenizer_name,
+        revision=given.model_revision,
+        cache_dir=given.cache_dir,
+        token=given.token,
+        trust_remote_code=given.trust_remote_code,
+        dtype=given.dtype,
+        ignore_mismatched_sizes=given.ignore_mismatched_sizes,
+    )
+    processor = task.load_processor(source)
+    set_seed(arguments.training.seed)  # for the new head, and the adapter that the caller adds
+    model = task.load_model(source)
+    if task.max_length is not None:  # None: no tokens
+        _fit_length(task, model, processor, arguments.data)
+    return model, processor
+
+
+def _fit_length(task: Task, model: Any, tokenizer: Any, data: DataArguments) -> None:
+    """Cut rows to what the model can read; torch's error would only be "index out of range"."""
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > embeddings:
+        raise ModelError(
+            f"The tokenizer has {len(tokenizer)} tokens, but the model only {embeddings} embeddings.",
+            fix="Leave out --tokenizer_name, or give the tokenizer that the model was trained with.",
+        )
+    assert task.max_length is not None
+    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or task.max_length)
+    for flag in ("max_seq_length", "block_size"):
+        length = getattr(data, flag)
+        if length is not None and length > limit:
+            warn(
+                f"The model reads {limit} tokens: rows are cut to {limit} tokens, not {length}.",
+                fix=f"--{flag} {limit}",
+            )
+    task.max_length = min(task.max_length, limit)
