@@ -52,7 +52,7 @@ def test_each_adapted_layer_is_scored_on_its_own_output(family):
     batch = cases.batch(family, rows=4, length=12)
     settings = {"granularity": "site", "probe_tokens": 48, "normalize_rows": False, "overhead": 1.0}
     safe = Safe(model, SafeConfig(**settings), probe=batch, total_steps=10)
-    scorer = safe.decider.new_scorer(safe.decider.probe)
+    scorer = safe.decider.scorer.with_probe(safe.decider.probe)
     scorer.prepare(10_000, 5)
     scores = scorer.measure({})
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in safe.units}
@@ -129,7 +129,7 @@ def test_train_adapter_does_not_unfreeze_adapters():
     first, second, *_ = safe.units
     safe.freeze([first, second])
     before = weights(model)
-    with pytest.warns(AdafreezeWarning, match="trainable again"):
+    with pytest.warns(AdafreezeWarning, match="were frozen again"):
         for batch in batches:
             model.train_adapter("task")
             model(**batch).loss.backward()
