@@ -132,7 +132,7 @@ def test_a_script_gets_its_own_arguments(doctor, script, tmp_path):
 
 def test_an_error_of_safe_is_printed(doctor, script):
     code, _, _, error = doctor(script(settings="freeze=['model.layers.9']"))
-    assert code == 2 and "'model.layers.9', but the units of this model are" in error
+    assert code == 2 and "'model.layers.9' to freeze; the units of this model are" in error
 
 
 @pytest.mark.parametrize(

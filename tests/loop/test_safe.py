@@ -343,7 +343,7 @@ def test_models_without_adapters_are_refused():
 def test_bad_arguments_are_refused():
     with pytest.raises(ConfigError, match="total_steps is 0"):
         start(total_steps=0)
-    with pytest.raises(ConfigError, match="but the units of this model are"):
+    with pytest.raises(ConfigError, match="There is no unit"):
         start(config=SafeConfig(freeze=("model.layers.9",)))
     with pytest.raises(RunError, match=r"nn\.DataParallel"):
         start(torch.nn.DataParallel(cases.lora_model("llama")))

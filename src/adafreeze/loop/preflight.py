@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -26,12 +26,13 @@ from ..parallel import Parallel, Ranks
 __all__ = [
     "check_parallel",
     "check_run",
-    "check_units",
+    "check_names",
     "close_earlier",
     "drawn_by_main",
     "flows_of",
     "frozen_at_start",
     "paying_units",
+    "warn_of_units_left_out",
 ]
 
 
@@ -81,8 +82,8 @@ def check_parallel(config: SafeConfig, parallel: Parallel) -> SafeConfig:
     return config.changed(cache="off")
 
 
-def check_units(names: tuple[str, ...], units: Mapping[str, Unit], optimizer: Any, parallel: Parallel) -> None:
-    """Check the names to freeze by hand; warn of units whose parameters the optimizer does not have.
+def check_names(names: Iterable[str], units: Collection[str]) -> None:
+    """Check the names of units to freeze by hand.
 
     Raises:
         ConfigError: a name is no unit.
@@ -90,14 +91,13 @@ def check_units(names: tuple[str, ...], units: Mapping[str, Unit], optimizer: An
     for name in names:
         if name not in units:
             raise ConfigError(
-                f"SafeConfig.freeze names {name!r}, but the units of this model are {', '.join(list(units)[:3])}, ... "
+                f"There is no unit {name!r} to freeze; the units of this model are {', '.join(list(units)[:3])}, ... "
                 f"({len(units)} in all).",
-                fix=f'SafeConfig(freeze=["{next(iter(units))}"])',
+                fix=f'freeze=["{next(iter(units))}"]',
             )
-    _warn_of_units_left_out(optimizer, units, parallel)
 
 
-def _warn_of_units_left_out(optimizer: Any, units: Mapping[str, Unit], parallel: Parallel) -> None:
+def warn_of_units_left_out(optimizer: Any, units: Mapping[str, Unit], parallel: Parallel) -> None:
     """Warn of units whose parameters the optimizer does not have: they get gradients and never change.
 
     Not where parameters are sharded, and not for one optimizer per layer: those have other tensors in their place.
@@ -120,7 +120,7 @@ def _warn_of_units_left_out(optimizer: Any, units: Mapping[str, Unit], parallel:
     warn(
         f"{fact}, so they do not train unless another optimizer has them.",
         fix="torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], ...), made after get_peft_model",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

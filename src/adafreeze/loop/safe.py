@@ -30,14 +30,15 @@ from ..parallel import Ranks, find_parallel
 from .decider import Decider
 from .freezing import Freezing
 from .preflight import (
+    check_names,
     check_parallel,
     check_run,
-    check_units,
     close_earlier,
     drawn_by_main,
     flows_of,
     frozen_at_start,
     paying_units,
+    warn_of_units_left_out,
 )
 from .state import check_frozen, opened, packed_random_state, restore_random_state, sealed, settings_after
 from .watch import Watch
@@ -129,7 +130,8 @@ class Safe:
             self._batches = probe.chunks
         self.parallel = find_parallel(self._wrapped, self._optimizer, self.units)
         self.config = check_parallel(config, self.parallel)
-        check_units(self.config.freeze, self.units, self._optimizer, self.parallel)
+        check_names(self.config.freeze, self.units)
+        warn_of_units_left_out(self._optimizer, self.units, self.parallel)
         self.freezer = Freezer(self.units, self.backend, self._optimizer)
         try:
             flows = flows_of(self.model, self.stacks, probe, collective=self.parallel.collective)
@@ -322,7 +324,7 @@ class Safe:
         Raises:
             ConfigError: a name is no unit.
         """
-        check_units(tuple(names), self.units, None, self.parallel)
+        check_names(names, self.units)
         if names:
             self.freezing.freeze(names, by=by, ramp=self.decider.ramp(self.steps), scores=self.scores)
             self._watch.after_freeze()
