@@ -207,3 +207,14 @@ def test_batch_norm_that_takes_no_single_sample_does_not_end_the_run():
     losses, _, safe = losses_and_weights(model(), batches[:3], SafeConfig())
     assert len(losses) == 3 and safe.frozen
     safe.close()
+
+
+def test_a_step_without_gradients_does_not_end_a_run_in_which_nothing_is_frozen():
+    model = lora_model("bert")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    probe = list(epochs("bert", epochs=1))
+    safe = Safe(model.train(), SafeConfig(freeze_at_start=0), optimizer=optimizer, probe=probe, total_steps=9)
+    optimizer.step()
+    safe.step()
+    assert not safe.frozen
+    safe.close()

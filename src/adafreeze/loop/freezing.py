@@ -172,8 +172,9 @@ class Freezing:
     def follow_prefix(self) -> None:
         """Let budget and cache follow the prefix as it is."""
         self.share_memory()
-        counts = self.budget is not None and self._shares_memory
-        self.cache.update(self.budget.room() if counts and self.budget is not None else None)
+        # The room takes a rehearsal, so it is not asked for a cache that is off.
+        budget = self.budget if self._shares_memory and self.cache.off_because is None else None
+        self.cache.update(None if budget is None else budget.room())
         self.share_memory()
 
     def share_memory(self) -> None:

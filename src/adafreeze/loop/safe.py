@@ -201,7 +201,8 @@ class Safe:
             self._announce()
         try:
             self.freezing.start(probe)
-            self._watch.after_freeze()
+            if self.frozen:
+                self._watch.after_freeze()
             if self.budget is not None:
                 self.budget.check()
         except BaseException:
@@ -412,7 +413,9 @@ class Safe:
         if self.budget is not None and content["budget"] is not None:
             self.budget.load_state_dict(content["budget"])
         again = [name for name in frozen if name not in self.frozen]
-        self.freezing.freeze(again, by="resume", ramp=self.decider.ramp(self.steps), scores=self.scores)
+        if again:
+            self.freezing.freeze(again, by="resume", ramp=self.decider.ramp(self.steps), scores=self.scores)
+            self._watch.after_freeze(check_gradients=False)
         restore_random_state(content["random"], self.ranks.rank)
 
     def _build_anew(self, config: SafeConfig) -> None:

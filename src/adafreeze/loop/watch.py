@@ -52,7 +52,7 @@ class Watch:
         self.model, self.freezing, self.length, self.journal = model, freezing, length, journal
         self.scorer: Scorer | None = None
         self.learning: set[str] = set()
-        self._check_gradients = bool(freezing.frozen) and not freezing.parallel.clears_gradients
+        self._check_gradients = False
         self._silent = 0
         self._warn_once = WarnOnce()
         self._site = next(iter(freezing.freezer.units.values())).sites[0]
@@ -82,10 +82,10 @@ class Watch:
         losses, self._losses = self._losses, Losses()
         return _on_the_host(losses)
 
-    def after_freeze(self) -> None:
+    def after_freeze(self, *, check_gradients: bool = True) -> None:
         """Count the saved bytes of the next training pass, and check its gradients."""
         self._count_next = True
-        self._check_gradients = not self.freezing.parallel.clears_gradients
+        self._check_gradients = check_gradients and not self.freezing.parallel.clears_gradients
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain JSON values."""
