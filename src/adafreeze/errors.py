@@ -15,6 +15,7 @@ __all__ = [
     "ProbeError",
     "RunError",
     "WarnOnce",
+    "error_line",
     "note",
     "warn",
 ]
@@ -89,6 +90,11 @@ class WarnOnce:
         if first:
             warn(fact, fix=fix, stacklevel=5)
         return first
+
+
+def error_line(error: BaseException) -> str:
+    """``"ValueError: the first line of its message"``, of an error from other code."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def note(text: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..freeze.prefix import Prefix
 from ..model.rows import Rows
 
-__all__ = ["Refused", "Rounding", "first_line", "named_tensors", "real_positions", "sampled"]
+__all__ = ["Refused", "Rounding", "named_tensors", "real_positions", "sampled"]
 
 # Compare at most this many numbers of an output, and at least this many rows. A copy of all logits would be too large.
 MOST_COMPARED, LEAST_ROWS = 2**16, 4
@@ -109,8 +109,3 @@ def sampled(output: Any, rows: Rows) -> list[tuple[str, Tensor]]:
             tensor = tensor[:: max(1, -(-len(tensor) // most))]
         found.append((name, tensor.clone()))
     return found
-
-
-def first_line(error: Exception) -> str:
-    """The type and the first line of an error."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

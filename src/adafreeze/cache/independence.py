@@ -9,11 +9,12 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from ..errors import error_line
 from ..freeze.prefix import Computed, Prefix, Slot
 from ..model.calls import Call
 from ..model.rows import Rows
 from ..model.traces import stateful_forward, traceless
-from .compare import Refused, Rounding, first_line
+from .compare import Refused, Rounding
 from .kinds import PassKind
 from .layout import Layout, find_layout
 from .padding import PaddingCheck
@@ -76,7 +77,7 @@ class IndependenceCheck:
         try:
             part = self.prefix.compute(call, rows.take(group, rows.otherwise()), {}, until)
         except Exception as error:
-            raise Refused(f"a pass on a part of the batch fails ({first_line(error)})") from error
+            raise Refused(f"a pass on a part of the batch fails ({error_line(error)})") from error
         if part is None:
             raise Refused("a training pass on a part of the batch does not reach the boundary of every stack")
         for slot in until:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..costs.flops import CountFlops
 from ..decide.run_length import RunLength
-from ..errors import note
+from ..errors import error_line, note
 from ..freeze.prefix import Computed, Prefix, Slot, Starts, autocast_now
 from ..journal import Journal
 from ..model.backends import Backend
@@ -20,7 +20,7 @@ from ..model.calls import Call
 from ..model.random_state import keep_random_state
 from ..model.rows import NotBySample, Rows
 from ..model.traces import captures_outputs, read_by, traceless
-from .compare import Refused, Rounding, first_line
+from .compare import Refused, Rounding
 from .identity import Identity
 from .independence import IndependenceCheck
 from .kinds import PassKinds
@@ -244,7 +244,7 @@ class PrefixCache:
             self.distrusted |= isinstance(error, Refused)
             self.switch_off(str(error))
         except Exception as error:
-            self.switch_off(f"it failed ({getattr(error, 'fact', None) or first_line(error)})")
+            self.switch_off(f"it failed ({getattr(error, 'fact', None) or error_line(error)})")
 
     # For the prefix: what ``Server`` asks.
 

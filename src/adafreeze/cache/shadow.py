@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from ..costs.flops import CountFlops
+from ..errors import error_line
 from ..freeze.prefix import Prefix, Slot, Start, Starts
 from ..model.calls import Call
 from ..model.rows import Rows
 from ..model.traces import traceless
-from .compare import Refused, Rounding, first_line, real_positions, sampled
+from .compare import Refused, Rounding, real_positions, sampled
 from .kinds import PassKind
 from .padding import PaddingCheck
 
@@ -75,7 +76,7 @@ class ShadowCheck:
             with traceless(self.prefix.modules), CountFlops() as count:
                 outputs = self.prefix.shadow(call, rows.inputs, {**starts, **zeroed})
         except Exception as error:
-            raise Refused(f"a pass that starts above the prefix fails ({first_line(error)})") from error
+            raise Refused(f"a pass that starts above the prefix fails ({error_line(error)})") from error
         self.current.outputs, self.current.zeroed = sampled(outputs, rows), bool(zeroed)
         kind.passes = 0
         if not kind.interval:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..model.blocks import Stack, StopForward, hidden_states, modules_outside, without_cache
+from ..model.blocks import Stack, StopForward, base_model, hidden_states, modules_outside, without_cache
 from ..model.calls import Call
 from ..model.flow import Flow, graph_leaves, tensors_in
 from ..model.patches import Hook, forward_hook, forward_pre_hook, held_attribute, patched, patched_forward
@@ -498,8 +498,7 @@ def _config(module: nn.Module) -> Any:
 
 def _entrances(model: nn.Module) -> list[nn.Module]:
     """The model, and the one inside PEFT's wrapper, which a loss function may call instead."""
-    base = getattr(model, "get_base_model", None)
-    inner = base() if callable(base) else model
+    inner = base_model(model)
     return [model] if inner is model else [model, inner]
 
 

@@ -19,6 +19,7 @@ from ..memory._planner import StepPlanner
 from ..memory.rehearsal import failing_module
 from ..model import Flow, Stack, Unit
 from ..model.backends import Backend
+from ..model.blocks import base_model
 from ..model.obstacles import find_obstacles, remedies
 from ..model.units import some
 from ..sizes import readable
@@ -131,11 +132,11 @@ def _examine(
     model: nn.Module, stacks: list[Stack], units: Mapping[str, Unit], flows: Mapping[str, Flow], backend: Backend
 ) -> Iterator[Finding]:
     """Findings in a model with its adapters; ``flows`` are what is below each stack."""
-    inner = getattr(model, "get_base_model", lambda: model)()
+    inner = base_model(model)
     named = ", ".join(f"{stack.path} ({len(stack)})" for stack in stacks)
     yield Finding("model", "ok", f"{type(inner).__name__}; blocks: {named}")
 
-    owned = {id(p): p.numel() for unit in units.values() for p in (*unit.parameters(), *unit.shared_parameters())}
+    owned = {id(p): p.numel() for unit in units.values() for p in unit.all_parameters()}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in owned]
     configs = getattr(model, "peft_config", None)
     kinds = {_name(c.peft_type) for c in configs.values()} if isinstance(configs, dict) else {"adapters"}

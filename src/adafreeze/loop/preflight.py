@@ -107,9 +107,7 @@ def warn_of_units_left_out(optimizer: Any, units: Mapping[str, Unit], parallel: 
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [
-        name
-        for name, unit in units.items()
-        if not any(id(parameter) in held for parameter in (*unit.parameters(), *unit.shared_parameters()))
+        name for name, unit in units.items() if not any(id(parameter) in held for parameter in unit.all_parameters())
     ]
     if not missing:
         return

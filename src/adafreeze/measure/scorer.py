@@ -318,7 +318,7 @@ class Scorer:
         That is all that trains; with adapters at rest, only what trains beside them. Adapters that are switched off and
         ``modules_to_save`` have no effect on a reference then, but unfrozen biases and norms do.
         """
-        owned = {id(p) for unit in self.units.values() for p in (*unit.parameters(), *unit.shared_parameters())}
+        owned = {id(p) for unit in self.units.values() for p in unit.all_parameters()}
         for name, parameter in self.model.named_parameters():
             beside = id(parameter) not in owned and ".modules_to_save." not in name
             if parameter.requires_grad and (beside or not self.at_rest):

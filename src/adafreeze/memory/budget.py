@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..costs.devices import memory_limit
 from ..costs.memory import bytes_of
-from ..errors import RunError, note, warn
+from ..errors import RunError, error_line, note, warn
 from ..freeze import Prefix
 from ..journal import Journal
 from ..measure import Probe
@@ -299,7 +299,7 @@ class Budget:
         self.journal.write("budget_unknown", error=f"{type(error).__name__}: {error}")
         warn(
             f"The memory budget cannot be planned: {failing_module(error)} does not run on fake tensors "
-            f"({type(error).__name__}: {next(iter(str(error).splitlines()), '')}).",
+            f"({error_line(error)}).",
             fix="All blocks are checkpointed now, which holds the least; watch the peak of the first steps.",
         )
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from ..config import AT_START
 from ..costs.devices import GPUS, usable_memory
 from ..decide.policy import PolicyInput, bottom_up
-from ..errors import AdafreezeError, ConfigError, ModelError, warn
+from ..errors import AdafreezeError, ConfigError, ModelError, error_line, warn
 from ..model.batch import rows_of
 from ..model.blocks import users_class
 from ..sizes import readable
 from ..tasks.weightless import PLANNED_TASKS, adapted, build, configuration, example_inputs
 from ._planner import QUANTIZED, PlannedStep, StepPlanner
 from .optimizer import optimizer_names
-from .rehearsal import error_line, failing_module, largest_that_fits
+from .rehearsal import failing_module, largest_that_fits
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -21,7 +21,7 @@ from ..model.calls import loss_in
 from ..model.flow import tensors_in
 from ..model.random_state import keep_random_state
 
-__all__ = ["Rehearsal", "failing_module", "faked", "error_line", "largest_that_fits", "rehearse"]
+__all__ = ["Rehearsal", "failing_module", "faked", "largest_that_fits", "rehearse"]
 
 # The CUDA allocator rounds each storage up to a multiple of this.
 CUDA_ROUNDING = 512
@@ -289,8 +289,3 @@ def failing_module(error: BaseException) -> str:
     owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
     modules = [type(owner).__name__ for owner in owners if isinstance(owner, nn.Module)]
     return modules[-1] if modules else "the model"
-
-
-def error_line(error: BaseException) -> str:
-    """``"ValueError: the first line of its message"``."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

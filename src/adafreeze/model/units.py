@@ -128,7 +128,7 @@ def blocks_below(chains: Sequence[Sequence[Sequence[str]]], names: Iterable[str]
 
 def something_else_trains(model: nn.Module, units: Mapping[str, Unit]) -> bool:
     """Whether a parameter outside the units is trainable."""
-    owned = {id(p) for unit in units.values() for p in (*unit.parameters(), *unit.shared_parameters())}
+    owned = {id(p) for unit in units.values() for p in unit.all_parameters()}
     return any(p.requires_grad and id(p) not in owned for p in model.parameters())
 
 
