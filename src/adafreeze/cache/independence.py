@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import error_line
-from ..freeze.prefix import Computed, Prefix, Slot
+from ..freeze.prefix import Computed, Prefix, Starts
 from ..model.calls import Call
 from ..model.rows import Rows
 from ..model.traces import stateful_forward, traceless
@@ -37,8 +37,17 @@ class IndependenceCheck:
         self.rounding = rounding
         self._encoder_decoder = encoder_decoder
 
-    def examine(self, kind: PassKind, rows: Rows, call: Call) -> Computed | None:
+    def examine(
+        self, kind: PassKind, rows: Rows, call: Call, below: Callable[[Sequence[int]], Starts]
+    ) -> Computed | None:
         """Fill in the layouts of a kind of pass that has none, or refuse.
+
+        Args:
+            kind: of the pass.
+            rows: of its batch.
+            call: how the model is called with them.
+            below: where passes over some of the rows start. A prefix that has grown is examined from the states of the
+                shallower one, whose blocks were examined before.
 
         Returns:
             What was computed of all rows, if this pass can use it.
@@ -53,29 +62,31 @@ class IndependenceCheck:
             return None
         written: list[tuple[nn.Module, str]] = []
         with traceless(prefix.modules, lambda module, name: written.append((module, name))):
-            whole = prefix.compute(call, rows.inputs, {}, until)
+            whole = prefix.compute(call, rows.inputs, below(range(rows.count)), until)
             if whole is None:
                 if kind.recounted:
                     raise Refused("a training pass does not reach the boundary of every stack")
                 return None  # this pass shows how often its stacks are called
-            self._find_layouts(kind, rows, call, whole, until)
+            self._find_layouts(kind, rows, call, whole, below)
         inside = {id(module) for block in prefix.blocks for module in block.modules()}
         for module, name in written:
             if id(module) in inside:
                 raise Refused(f"a block of the prefix writes to {type(module).__name__}.{name} in each pass")
-        kind.writes = bool(written)
+        kind.writes = bool(written) or (kind.shallower is not None and kind.shallower.writes)
         if any(not one.by_position and rows.is_padded(one.side) for one in kind.layouts.values()):
             self.padding.take_whole_rows("padding cannot be found in the hidden states, which are not by position")
         return None if kind.several_calls else whole
 
-    def _find_layouts(self, kind: PassKind, rows: Rows, call: Call, whole: Computed, until: list[Slot]) -> None:
-        count = rows.count
+    def _find_layouts(
+        self, kind: PassKind, rows: Rows, call: Call, whole: Computed, below: Callable[[Sequence[int]], Starts]
+    ) -> None:
+        count, until = rows.count, list(whole.boundary)
         # A quarter of the rows, from last to first. What only the others would show is noticed when stored states are
         # first compared with those of the model's own pass, which has all rows.
         size = min(count - 1, max(2, -(-count // 4)))
         group = list(range(count - 1, -1, -(count // size)))[:size] if size else [0, 0]
         try:
-            part = self.prefix.compute(call, rows.take(group, rows.otherwise()), {}, until)
+            part = self.prefix.compute(call, rows.take(group, rows.otherwise()), below(group), until)
         except Exception as error:
             raise Refused(f"a pass on a part of the batch fails ({error_line(error)})") from error
         if part is None:
@@ -91,7 +102,7 @@ class IndependenceCheck:
             ways = [replace(layout, interleaved=way) for way in ((False, True) if layout.rows > 1 else (False,))]
             found = next((way for way in ways if self._same_rows(way, hidden, piece, count, group)), None)
             if found is None:
-                again = self.prefix.compute(call, rows.inputs, {}, until)
+                again = self.prefix.compute(call, rows.inputs, below(range(count)), until)
                 _refuse_dependence(again is not None and torch.equal(again.boundary[slot], hidden))
             side = int(self._encoder_decoder and path != self.prefix.stacks[0].path)
             width = rows.width(side)
@@ -104,6 +115,28 @@ class IndependenceCheck:
                 kind.entry_layouts[slot] = replace(
                     entry, interleaved=found.interleaved, by_position=by_position, side=side
                 )
+
+    def verify_rows(self, rows: Rows, call: Call, at: Sequence[int], kind: PassKind, starts: Starts) -> bool:
+        """Compute some rows of a batch to the boundary and compare them with the states that a pass would start from.
+
+        Raises:
+            Refused: they differ.
+
+        Returns:
+            False if the prefix cannot be run on a part of the batch, which shows nothing.
+        """
+        with traceless(self.prefix.modules):
+            own = self.prefix.compute(call, rows.take(at), {}, kind.layouts)
+        if own is None:
+            return False
+        for slot, start in starts.items():
+            layout = kind.layouts[slot]
+            computed, served = layout.by_sample(own.boundary[slot], len(at)), layout.by_sample(start.states, rows.count)
+            for place, row in enumerate(at):
+                first, last = layout.span(rows, row, computed.shape[1])
+                if not self.rounding.same_states(computed[place, first:last], served[row, first:last]):
+                    raise Refused("what the prefix computes for a sample depends on the width of its batch")
+        return True
 
     def _same_rows(self, layout: Layout, hidden: Tensor, piece: Tensor, count: int, group: list[int]) -> bool:
         samples, taken = layout.by_sample(hidden, count), layout.by_sample(piece, len(group))

@@ -17,7 +17,10 @@ from .compare import Refused
 from .identity import HOSTS_SET
 from .layout import Layout
 
-__all__ = ["PassKind", "PassKinds"]
+__all__ = ["NARROWED", "WIDENED", "PassKind", "PassKinds"]
+
+# Of sources of states: they were stored in batches of another width.
+WIDENED, NARROWED = "widened to", "narrowed to"
 
 # Give up if the model is called in more ways than this, or a stack's number of calls changes more often than that.
 MOST_KINDS, MOST_COUNTS = 32, 3
@@ -36,6 +39,7 @@ class PassKind:
         interval: passes between two shadow checks; 0 before the first.
         passes: served since the last check.
         recounted: how often ``calls`` was wrong.
+        shallower: the same kind in the prefix as it was before it grew.
     """
 
     calls: dict[str, int]
@@ -46,6 +50,7 @@ class PassKind:
     interval: int = 0
     passes: int = 0
     recounted: int = 0
+    shallower: PassKind | None = None
 
     @property
     def slots(self) -> list[Slot]:
@@ -105,9 +110,10 @@ class PassKinds:
             self._modules = self.prefix.modules
             self._outside = _Outside(self._modules, self.prefix.stacks)
         kind = xxhash.xxh3_64_hexdigest(repr((rows.signature(), str(autocast), self._outside.state())).encode())
+        kind = f"{kind} {whole_rows}"
         # Blocks that join the prefix change to evaluation mode, so their flags are in the key of the depth only.
         training = hash(tuple(module.training for module in self._modules))
-        key = f"{kind} {whole_rows} {tuple(self.prefix.depths.values())} {training}"
+        key = f"{kind} {tuple(self.prefix.depths.values())} {training}"
         if key not in self.known:
             if len(self.known) >= MOST_KINDS:
                 raise Refused(f"the model was called in {MOST_KINDS} different ways")
@@ -115,6 +121,10 @@ class PassKinds:
             made = PassKind({stack.path: 1 for stack in self.prefix.stacks}, verified=set(verified))
             if (before := self._latest.get(kind)) is not None:
                 made.calls |= before.calls
+                made.shallower, before.shallower = before, None
+                if users_code(module for block in self.prefix.blocks for module in block.modules()) is None:
+                    # In libraries, what depends on the width of a batch does so in the lowest block already.
+                    made.verified |= {one for one in before.verified if one.startswith((WIDENED, NARROWED))}
             made.calls |= calls
             self.known[key] = self._latest[kind] = made
         return self.known[key]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..model.traces import captures_outputs, read_by, traceless
 from .compare import Refused, Rounding
 from .identity import Identity
 from .independence import IndependenceCheck
-from .kinds import PassKinds
+from .kinds import NARROWED, WIDENED, PassKind, PassKinds
 from .layout import assemble, fingerprints, split
 from .one_pass import OnePass
 from .padding import PaddingCheck
@@ -352,34 +352,54 @@ class PrefixCache:
         if self._identity.changed():
             self._hash_again()
         ambient = autocast_now(self.stats.device)
+        # Hosts apply autocast around the call or inside it. Which one applies inside is known after the first pass.
+        self.prefix.autocast = self._autocasts.get(ambient, self.prefix.autocast)
         while True:
             kind = self.kinds.of(rows, ambient, whole_rows=whole)
             with self._counted():
-                fresh = self.independence.examine(kind, rows, call)
+                fresh = self.independence.examine(kind, rows, call, self._below(kind, rows))
                 trusted = self.padding.trusts(kind, rows, call)
             if self.padding.whole_rows is whole:
                 break
             whole = True
             rows = Rows(call.inputs, encoder_decoder=self._encoder_decoder, whole=True)
-        # Hosts apply autocast around the call or inside it. Which one applies inside is only known afterwards.
         self.prefix.autocast = self._autocasts.setdefault(ambient, self.prefix.autocast)
         self._pass = OnePass(kind, rows)
         if not kind.layouts:
             return {}  # this pass shows how often its stacks are called
-        self._pass.keys = rows.keys(f"{self.prefix.autocast} {whole} {self.store_dtype} {kind.slots}")
+        self._pass.keys = self._keys(kind, rows)
         return self._served(self._pass, call, trusted, fresh)
+
+    def _keys(self, kind: PassKind, rows: Rows) -> list[bytes]:
+        return rows.keys(f"{self.prefix.autocast} {self.padding.whole_rows} {self.store_dtype} {kind.slots}")
+
+    def _below(self, kind: PassKind, rows: Rows) -> Callable[[Sequence[int]], Starts]:
+        """Where the first passes of a prefix that has grown start: at what the shallower one has stored of all rows."""
+        below = kind.shallower
+        if kind.layouts or below is None or not below.layouts or below.several_calls or below.calls != kind.calls:
+            return lambda _: {}
+        if not self.padding.is_harmless(below, rows):
+            return lambda _: {}
+        entries = self.store.read(self._keys(below, rows), tuple(kind.depths(self.prefix.depths).values()), below.slots)
+        depths = {entry.depths if entry is not None else () for entry in entries}
+        if len(depths) > 1 or not any(next(iter(depths))):
+            return lambda _: {}
+        at_depth = next(iter(depths))
+        found = {row: entry for row, entry in enumerate(entries) if entry is not None}
+        return lambda at: self._assembled(below, rows, at, at_depth, found)
 
     def _assembled(
         self,
-        now: OnePass,
+        kind: PassKind,
+        rows: Rows,
         at: Sequence[int],
         depths: tuple[int, ...],
         entries: Mapping[int, Entry],
         computed: Sequence[tuple[Sequence[int], Mapping[Slot, Tensor]]] = (),
     ) -> Starts:
-        by_slot = dict(zip(now.kind.slots, depths, strict=True))
+        by_slot = dict(zip(kind.slots, depths, strict=True))
         device, rounded = self.stats.device, self.store_dtype is not None
-        return assemble(now.kind.layouts, by_slot, entries, computed, now.rows, at, device, rounded=rounded)
+        return assemble(kind.layouts, by_slot, entries, computed, rows, at, device, rounded=rounded)
 
     def _served(self, now: OnePass, call: Call, trusted: bool, fresh: Computed | None) -> Starts:
         """Where the pass starts; empty if it runs the prefix."""
@@ -404,16 +424,26 @@ class PrefixCache:
             starts = self._completed(now, call, depths, groups, entries, origins, fresh)
         else:
             with self.stats.timed(self.stats.read, 0):
-                starts = self._assembled(now, range(rows.count), depths, entries)
-        sources = now.sources([origin for row, origin in origins.items() if row not in missing])
+                starts = self._assembled(kind, rows, range(rows.count), depths, entries)
+        if not starts:
+            return {}
+        sources = now.sources({row: origin for row, origin in origins.items() if row not in missing})
         if not missing and not self.padding.whole_rows and not (kind.shows_width and self.prefix.sees_entries):
-            sources.add(f"{rows.width(0)} and {rows.width(1)} wide")
+            sources[f"{rows.width(0)} and {rows.width(1)} wide"] = 0
         with self._counted():
-            if not starts or not self.shadow.allows(kind, sources, rows, call, starts):
+            self._verify_width(now, call, sources, starts)
+            if not self.shadow.allows(kind, set(sources), rows, call, starts):
                 return {}
         skipped = len(found) * sum(depths) + sum(len(group) * sum(of) for of, group in groups.items())
         now.serve(origins, work=width * skipped)
         return starts
+
+    def _verify_width(self, now: OnePass, call: Call, sources: Mapping[str, int], starts: Starts) -> None:
+        """Of a width that is new to stored states, compare one row, so that the pass can still be served."""
+        verified = now.kind.verified
+        new = {row: one for one, row in sources.items() if one.startswith((WIDENED, NARROWED)) and one not in verified}
+        if "stored" in verified and new and self.independence.verify_rows(now.rows, call, list(new), now.kind, starts):
+            verified.update(new.values())
 
     def _completed(
         self,
@@ -440,14 +470,14 @@ class PrefixCache:
                 origins.setdefault(row, origin)  # an advanced entry is valid while what it was computed from enters
             self._write(now, group, states.boundary, [origins[row] for row in group])
         found = {row: entry for row, entry in entries.items() if entry.depths == depths}
-        return self._assembled(now, range(now.rows.count), depths, found, computed)
+        return self._assembled(now.kind, now.rows, range(now.rows.count), depths, found, computed)
 
     def _compute(
         self, now: OnePass, call: Call, group: list[int], depths: tuple[int, ...], entries: Mapping[int, Entry]
     ) -> Computed:
         """Run some rows to the boundary, from the states of their entries."""
         inputs = now.rows.take(group)
-        starts = self._assembled(now, group, depths, entries)
+        starts = self._assembled(now.kind, now.rows, group, depths, entries)
         shapes = tuple((name, v.shape[1:]) for name, v in sorted(inputs.items()) if isinstance(v, Tensor) and v.ndim)
         key = (depths, self._depths, shapes)
         work = len(group) * max(now.rows.width(0), 1) * (sum(self._depths) - sum(depths))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..freeze.prefix import Computed, Slot
 from ..model.rows import Rows
-from .kinds import PassKind
+from .kinds import NARROWED, WIDENED, PassKind
 from .layout import fingerprints
 from .tiers import Origin
 
@@ -68,23 +68,25 @@ class OnePass:
         batch, width = self._batch
         return [Origin(tuple(row), batch, width) for row in torch.cat(found, 1).tolist()]
 
-    def sources(self, stored: Sequence[Origin]) -> set[str]:
-        """What must be verified before the pass may start from computed states and from those ``stored``.
+    def sources(self, stored: Mapping[int, Origin]) -> dict[str, int]:
+        """What must be verified before the pass may start from the states of the rows ``stored``, with a row of each.
 
-        A batch that comes again unchanged, as in PPO's inner epochs, shows nothing about samples that moved to another
-        place or other company. Position embeddings may depend on the width of the batch, so this is verified at many.
+        If there are none, all states are computed. A batch that comes again unchanged, as in PPO's inner epochs, shows
+        nothing about samples that moved to another place or other company. Position embeddings may depend on the width
+        of the batch, so this is verified at many.
         """
         if not stored:
-            return {"computed"}
+            return {"computed": 0}
         batch, width = self._batch
         about = round(math.log(max(width, 1), WIDER))
-        found = {
-            "stored": True,
-            "moved": any(one.batch != batch for one in stored),
-            f"widened to {about}": any(one.width < width for one in stored),
-            f"narrowed to {about}": any(one.width > width for one in stored),
-        }
-        return {source for source, is_one in found.items() if is_one}
+        found: dict[str, int] = {}
+        for row, origin in stored.items():
+            found["stored"] = row
+            if origin.batch != batch:
+                found["moved"] = row
+            if origin.width != width:
+                found[f"{WIDENED if origin.width < width else NARROWED} {about}"] = row
+        return found
 
     def serve(self, origins: Mapping[int, Origin], work: int) -> None:
         """Start the pass above the prefix if what enters block 0 has the fingerprints of these origins, by row."""

@@ -51,8 +51,7 @@ class PaddingCheck:
     def trusts(self, kind: PassKind, rows: Rows, call: Call) -> bool:
         """Whether stored states, which have no padding, may be used in this batch. If unknown, awaits its gradient."""
         self._rows = None
-        padded = {slot: one.side for slot, one in kind.layouts.items() if one.by_position and rows.is_padded(one.side)}
-        if self.whole_rows or set(padded.values()) <= self.known:
+        if self.is_harmless(kind, rows):
             return True
         # A gradient shows what reads padding now. What reads it later (a gate that starts at zero, another loss from
         # some step on) is known only for the code of libraries.
@@ -61,8 +60,12 @@ class PaddingCheck:
         elif self._changes_states(kind, rows, call):
             self.take_whole_rows("padding changes what the prefix computes (left padding with absolute positions)")
         else:
-            self._rows, self.awaited = rows, padded
+            self._rows, self.awaited = rows, _padded(kind, rows)
         return False
+
+    def is_harmless(self, kind: PassKind, rows: Rows) -> bool:
+        """Whether it is known that this batch may have zeros for padding."""
+        return self.whole_rows or self.known.issuperset(_padded(kind, rows).values())
 
     def _changes_states(self, kind: PassKind, rows: Rows, call: Call) -> bool:
         """Whether a padded sample has other states than without its padding."""
@@ -127,6 +130,11 @@ class PaddingCheck:
             self.take_whole_rows("the model pads its inputs to another width")
             return False
         return True
+
+
+def _padded(kind: PassKind, rows: Rows) -> dict[Slot, int]:
+    """The calls whose states have padding that is not stored, with their sides."""
+    return {slot: one.side for slot, one in kind.layouts.items() if one.by_position and rows.is_padded(one.side)}
 
 
 def _reads_padding(gradient: Tensor, rows: Rows, side: int) -> bool | None:
