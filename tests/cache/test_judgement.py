@@ -308,8 +308,8 @@ def test_a_width_that_the_model_pads_is_noticed_before_entries_are_served_at_it(
         model(**pad_to(width)(rows)).loss.backward()
     cache = safe.cache.prefix_cache
     assert cache.off is None and cache.padding.known == {0} and cache.padding.whole_rows
-    # Held at 16, found at 16; at 12 what is found is compared and of no use, then the rows are held, then found.
-    assert (cache.stats.hits, cache.stats.misses) == (4 + 4 + 4, 4 + 4)
+    # Stored at 16, found at 16; at 12 what is found is not admitted, then whole rows are stored, then found.
+    assert (cache.stats.hits, cache.stats.misses) == (4 + 4, 4 + 4 + 4)
     safe.close()
 
 

@@ -255,7 +255,12 @@ class SequenceFirst(nn.Module):
 def test_samples_may_be_the_second_dimension(batch_first):
     lora = LoraConfig(r=4, target_modules=["linear1", "linear2"])
     batches = [{n: one[n] for n in ("input_ids", "labels")} for one in epochs("bert", collator=pad_to(16))]
-    safe = same_without("bert", batches, model=lambda: get_peft_model(SequenceFirst(batch_first), lora).train())
+
+    def model():
+        return get_peft_model(SequenceFirst(batch_first), lora).train()
+
+    # With the samples second, some processors round a product of fewer rows differently.
+    safe = same_without("bert", batches, model=model, rounded=not batch_first)
     assert counts(safe)[0] >= COUNT
 
 
@@ -658,6 +663,28 @@ def test_position_embeddings_that_depend_on_the_length_of_the_batch(rope):
     cached, without = run("ram"), run("off")
     assert cached[0] == pytest.approx(without[0], rel=2e-5)
     assert cached[2].cache.prefix_cache.padding.whole_rows if rope == "longrope" else "dynamic" in off_reason(cached[2])
+
+
+@pytest.mark.parametrize("threshold", range(10, 16))
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_block_that_changes_at_some_width_of_the_batch_ends_the_cache(index, threshold):
+    """The prefix grows by block 1 in mid-run; widths that its block 0 has passed show nothing about it."""
+
+    def wide(_, hidden):
+        return hidden + 0.5 * (hidden.shape[1] > threshold) * torch.linspace(-1, 1, hidden.shape[-1])
+
+    def run(cache):
+        batches = [
+            pad_to(width)([sample("bert", row, 6 + row % 4) for row in rows])
+            for width in (10, 12, 10, 14, 11, 16, 10, 13, 12, 16, 10, 16, 15)
+            for rows in ((0, 5, 2, 7), (4, 1, 6, 3))
+        ]
+        model = in_block(lora_model("bert", BLOCKS, dropout=0.0), wide, index)
+        return train("bert", config({1: 1, 9: 2}, cache=cache), batches, model=model, count=8)
+
+    (losses, _, safe), (expected, _, _) = run("ram"), run("off")
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert "width of its batch" in off_reason(safe) or "differs" in off_reason(safe)
 
 
 @pytest.mark.parametrize("again", [1, 2])

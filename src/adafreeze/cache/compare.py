@@ -12,7 +12,7 @@ from torch import Tensor
 from ..freeze.prefix import Prefix
 from ..model.rows import Rows
 
-__all__ = ["Refused", "Rounding", "named_tensors", "real_positions", "sampled"]
+__all__ = ["Refused", "Rounding", "named_tensors", "real_positions", "sampled", "side_of"]
 
 # Compare at most this many numbers of an output, and at least this many rows. A copy of all logits would be too large.
 MOST_COMPARED, LEAST_ROWS = 2**16, 4
@@ -93,16 +93,22 @@ def named_tensors(output: Any, name: str = "") -> list[tuple[str, Tensor]]:
     return [pair for key, item in items for pair in named_tensors(item, key)]
 
 
+def side_of(name: str, output: Tensor, rows: Rows) -> int | None:
+    """Whose positions the second dimension of an output is: 0 the encoder's, 1 the decoder's; None if no text's."""
+    sides = (0,) if name.startswith("encoder_") or not rows.width(1) else (1, 0)  # the widths of both may be equal
+    return next(
+        (side for side in sides if rows.width(side) and output.shape[:2] == (rows.count, rows.width(side))), None
+    )
+
+
 def sampled(output: Any, rows: Rows) -> list[tuple[str, Tensor]]:
     """Evenly spaced rows of each tensor of an output, without padded positions."""
     found = []
     for name, tensor in named_tensors(output):
         tensor = tensor.detach()
-        for side in (0, 1):
-            width = rows.width(side)
-            if width and tensor.shape[:2] == (rows.count, width) and rows.is_padded(side):
-                tensor = tensor[real_positions(rows, side, tensor.device)]
-                break
+        side = side_of(name, tensor, rows)
+        if side is not None and rows.is_padded(side):
+            tensor = tensor[real_positions(rows, side, tensor.device)]
         if tensor.ndim > 1:
             tensor = tensor.reshape(-1, tensor.shape[-1])
             most = max(LEAST_ROWS, MOST_COMPARED // max(1, tensor.shape[-1]))

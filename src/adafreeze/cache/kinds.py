@@ -16,14 +16,30 @@ from ..model.traces import users_code
 from .compare import Refused
 from .identity import HOSTS_SET
 from .layout import Layout
+from .tiers import Origin
 
-__all__ = ["NARROWED", "WIDENED", "PassKind", "PassKinds"]
-
-# Of sources of states: they were stored in batches of another width.
-WIDENED, NARROWED = "widened to", "narrowed to"
+__all__ = ["BELOW", "PassKind", "PassKinds", "Sources"]
 
 # Give up if the model is called in more ways than this, or a stack's number of calls changes more often than that.
 MOST_KINDS, MOST_COUNTS = 32, 3
+# Marks sources of states that were stored at a smaller depth.
+BELOW = " below"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the states come from that a pass is to start from.
+
+    Attributes:
+        names: ``"computed"`` in this pass; ``"stored"`` at the full depth, and ``"moved"`` from another batch;
+            ``"stored below"`` and ``"moved below"``: at a smaller depth, which shows nothing about the other blocks.
+            In blocks of the user's own also each width.
+        widths: smallest and largest width of this batch and of those that states were stored in, by ``"stored"`` and
+            ``"stored below"``.
+    """
+
+    names: frozenset[str]
+    widths: Mapping[str, tuple[int, int]]
 
 
 @dataclass
@@ -34,23 +50,28 @@ class PassKind:
         calls: of each stack in such a pass.
         layouts: of each call at the boundary. Empty until the prefix was examined.
         entry_layouts: of what enters block 0, where samples can be told apart there.
-        verified: sources of states from which passes may start (``OnePass.sources``).
+        verified: names of the sources from which passes may start.
+        widths: of batches between which stored states were shown to be the same, as in ``Sources``. Position embeddings
+            may be others from some width on.
         writes: the prefix, or something below it, writes to its modules, which nested passes must undo.
         interval: passes between two shadow checks; 0 before the first.
         passes: served since the last check.
         recounted: how often ``calls`` was wrong.
         shallower: the same kind in the prefix as it was before it grew.
+        own_code: class of a module in the prefix that is the user's; None if all are of libraries.
     """
 
     calls: dict[str, int]
     layouts: dict[Slot, Layout] = field(default_factory=dict)
     entry_layouts: dict[Slot, Layout] = field(default_factory=dict)
     verified: set[str] = field(default_factory=set)
+    widths: dict[str, tuple[int, int]] = field(default_factory=dict)
     writes: bool = False
     interval: int = 0
     passes: int = 0
     recounted: int = 0
     shallower: PassKind | None = None
+    own_code: str | None = None
 
     @property
     def slots(self) -> list[Slot]:
@@ -71,12 +92,48 @@ class PassKind:
         """Whether a stack is called more than once in a pass."""
         return any(count > 1 for count in self.calls.values())
 
+    def new_widths(self, sources: Sources) -> list[str]:
+        """The keys of ``sources.widths`` that were not verified."""
+        new = []
+        for name, (low, high) in sources.widths.items():
+            lowest, highest = self.widths.get(name, (high, low))
+            if not lowest <= low <= high <= highest:
+                new.append(name)
+        return new
+
+    def showing(self, name: str, origins: Mapping[int, Origin]) -> list[int]:
+        """Rows that would show whether stored states are other ones at the widths of a pass."""
+        low, high = self.widths.get(name, (0, 0))
+        extremes = {choose(origins, key=lambda row: origins[row].width) for choose in (min, max)}
+        return [row for row in extremes if not low <= origins[row].width <= high] or list(extremes)[:1]
+
+    def may_start(self, sources: Sources) -> bool:
+        """Whether all of this was verified."""
+        return self.verified >= sources.names and not self.new_widths(sources)
+
+    def verify(self, sources: Sources) -> None:
+        """Passes may start from such states."""
+        self.verified |= sources.names
+        for name, (low, high) in sources.widths.items():
+            lowest, highest = self.widths.get(name, (low, high))
+            if low <= highest and lowest <= high:
+                low, high = min(low, lowest), max(high, highest)
+            self.widths[name] = low, high
+
+    def follow(self, shallower: PassKind) -> None:
+        """Take over from the same kind in a shallower prefix what holds in the deeper one, too."""
+        self.shallower, shallower.shallower = shallower, None
+        self.calls |= shallower.calls
+        self.verified |= {name if name.endswith(BELOW) else name + BELOW for name in shallower.verified}
+        for name, span in shallower.widths.items():
+            self.widths.setdefault(name if name.endswith(BELOW) else name + BELOW, span)
+
     def has_calls(self, seen: Mapping[str, int]) -> bool:
         """Whether stacks were called as expected. If not, the prefix must be examined again."""
         if all(self.calls[path] == count for path, count in seen.items()):
             return True
         self.calls.update(seen)
-        self.layouts, self.entry_layouts, self.verified = {}, {}, set()
+        self.layouts, self.entry_layouts, self.verified, self.widths = {}, {}, set(), {}
         self.recounted += 1
         if self.recounted > MOST_COUNTS:
             raise Refused("the number of calls of a stack varies from pass to pass")
@@ -89,13 +146,13 @@ class PassKinds:
     Attributes:
         known: by key: names, ranks and dtypes of the inputs, autocast, training flags, flags and hooks of the modules
             outside the blocks, whether padding counts, and the depths of the prefix.
-        restored: ``verified`` and ``calls`` of kinds that were known before the run was resumed.
+        restored: ``verified``, ``widths`` and ``calls`` of kinds that were known before the run was resumed.
     """
 
     def __init__(self, prefix: Prefix) -> None:
         self.prefix = prefix
         self.known: dict[str, PassKind] = {}
-        self.restored: dict[str, tuple[Sequence[str], dict[str, int]]] = {}
+        self.restored: dict[str, Sequence[Any]] = {}
         self._latest: dict[str, PassKind] = {}  # the same kinds regardless of depth
         self._outside = _Outside((), ())
         self._modules: list[nn.Module] = []
@@ -117,21 +174,23 @@ class PassKinds:
         if key not in self.known:
             if len(self.known) >= MOST_KINDS:
                 raise Refused(f"the model was called in {MOST_KINDS} different ways")
-            verified, calls = self.restored.get(key, ((), {}))
+            verified, widths, calls = self.restored.get(key, ((), {}, {}))
             made = PassKind({stack.path: 1 for stack in self.prefix.stacks}, verified=set(verified))
+            made.own_code = users_code(module for block in self.prefix.blocks for module in block.modules())
             if (before := self._latest.get(kind)) is not None:
-                made.calls |= before.calls
-                made.shallower, before.shallower = before, None
-                if users_code(module for block in self.prefix.blocks for module in block.modules()) is None:
+                made.follow(before)
+                if made.own_code is None:
                     # In libraries, what depends on the width of a batch does so in the lowest block already.
-                    made.verified |= {one for one in before.verified if one.startswith((WIDENED, NARROWED))}
+                    made.widths |= before.widths
+            made.widths |= {name: (low, high) for name, (low, high) in widths.items()}
             made.calls |= calls
             self.known[key] = self._latest[kind] = made
         return self.known[key]
 
     def state_dict(self) -> dict[str, Any]:
         """Verified sources and calls by key."""
-        return self.restored | {key: [sorted(k.verified), k.calls] for key, k in self.known.items() if k.verified}
+        verified = {key: kind for key, kind in self.known.items() if kind.verified}
+        return self.restored | {key: [sorted(kind.verified), kind.widths, kind.calls] for key, kind in verified.items()}
 
 
 class _Outside:

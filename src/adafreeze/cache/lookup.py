@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from ..model.traces import captures_outputs, read_by, traceless
 from .compare import Refused, Rounding
 from .identity import Identity
 from .independence import IndependenceCheck
-from .kinds import NARROWED, WIDENED, PassKind, PassKinds
+from .kinds import BELOW, PassKind, PassKinds
 from .layout import assemble, fingerprints, split
 from .one_pass import OnePass
 from .padding import PaddingCheck
@@ -328,6 +329,7 @@ class PrefixCache:
         asked = [inputs.get(name) for name in _WHOLE_PASS]
         asked += [getattr(config, name, False) for name in _WHOLE_PASS[:2]]
         if any(value is not None and value is not False for value in asked):
+            self._note_wait(f"passes that ask for one of {', '.join(_WHOLE_PASS)} run the prefix")
             return False
         now = (module.__dict__.get("forward") for module in self._modules)
         if not all(forward is before for forward, before in zip(now, self._forwards, strict=True)):
@@ -336,7 +338,12 @@ class PrefixCache:
         if (reader := read_by(self._modules)) is not None:
             self._note_wait(f"a hook of yours reads {reader} in the frozen prefix, so passes with it run the prefix")
             return False
-        return [self.backend.settings(site) for site in self._sites] == self._settings
+        if [self.backend.settings(site) for site in self._sites] != self._settings:
+            self._note_wait(
+                "passes in which adapters of the frozen prefix are off, merged, others or scaled differently run it"
+            )
+            return False
+        return True
 
     def _look_up(self, call: Call) -> Starts:
         whole = self.padding.whole_rows
@@ -427,23 +434,21 @@ class PrefixCache:
                 starts = self._assembled(kind, rows, range(rows.count), depths, entries)
         if not starts:
             return {}
-        sources = now.sources({row: origin for row, origin in origins.items() if row not in missing})
+        stored, advanced = ({row: origins[row] for row in entries if (row in found) is of} for of in (True, False))
+        sources = now.sources(stored, advanced)
         if not missing and not self.padding.whole_rows and not (kind.shows_width and self.prefix.sees_entries):
-            sources[f"{rows.width(0)} and {rows.width(1)} wide"] = 0
+            sources = replace(sources, names=sources.names | {f"{rows.width(0)} and {rows.width(1)} wide"})
         with self._counted():
-            self._verify_width(now, call, sources, starts)
-            if not self.shadow.allows(kind, set(sources), rows, call, starts):
+            if sources.names <= kind.verified and (new := kind.new_widths(sources)):
+                # Compare one or two rows instead of the whole batch, so that the pass can be served.
+                at = [row for name in new for row in kind.showing(name, advanced if BELOW in name else stored)]
+                if self.independence.verify_rows(rows, call, sorted(set(at)), kind, starts):
+                    kind.verify(sources)
+            if not self.shadow.allows(kind, sources, rows, call, starts):
                 return {}
         skipped = len(found) * sum(depths) + sum(len(group) * sum(of) for of, group in groups.items())
         now.serve(origins, work=width * skipped)
         return starts
-
-    def _verify_width(self, now: OnePass, call: Call, sources: Mapping[str, int], starts: Starts) -> None:
-        """Of a width that is new to stored states, compare one row, so that the pass can still be served."""
-        verified = now.kind.verified
-        new = {row: one for one, row in sources.items() if one.startswith((WIDENED, NARROWED)) and one not in verified}
-        if "stored" in verified and new and self.independence.verify_rows(now.rows, call, list(new), now.kind, starts):
-            verified.update(new.values())
 
     def _completed(
         self,
@@ -466,9 +471,11 @@ class PrefixCache:
             if self.prefix.autocast != autocast or not keeps_width:
                 return {}
             computed.append((group, states.boundary))
-            for row, origin in zip(group, now.origins(group, states.entered), strict=True):
-                origins.setdefault(row, origin)  # an advanced entry is valid while what it was computed from enters
-            self._write(now, group, states.boundary, [origins[row] for row in group])
+            here = now.origins(group, states.entered)
+            for place, row in enumerate(group):
+                # An advanced entry is valid while what it was computed from enters. Its new blocks ran in this batch.
+                here[place] = here[place]._replace(fingerprint=origins.setdefault(row, here[place]).fingerprint)
+            self._write(now, group, states.boundary, here)
         found = {row: entry for row, entry in entries.items() if entry.depths == depths}
         return self._assembled(now.kind, now.rows, range(now.rows.count), depths, found, computed)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,14 +11,11 @@ from torch import Tensor
 
 from ..freeze.prefix import Computed, Slot
 from ..model.rows import Rows
-from .kinds import NARROWED, WIDENED, PassKind
+from .kinds import BELOW, PassKind, Sources
 from .layout import fingerprints
 from .tiers import Origin
 
 __all__ = ["OnePass"]
-
-# Verify states that were stored at other widths again in batches that are wider or narrower by this.
-WIDER = 1.25
 
 
 @dataclass
@@ -68,25 +64,29 @@ class OnePass:
         batch, width = self._batch
         return [Origin(tuple(row), batch, width) for row in torch.cat(found, 1).tolist()]
 
-    def sources(self, stored: Mapping[int, Origin]) -> dict[str, int]:
-        """What must be verified before the pass may start from the states of the rows ``stored``, with a row of each.
+    def sources(self, found: Mapping[int, Origin], advanced: Mapping[int, Origin]) -> Sources:
+        """Where the states of the pass come from.
 
-        If there are none, all states are computed. A batch that comes again unchanged, as in PPO's inner epochs, shows
-        nothing about samples that moved to another place or other company. Position embeddings may depend on the width
-        of the batch, so this is verified at many.
+        A batch that comes again unchanged, as in PPO's inner epochs, shows nothing about samples that moved to another
+        place or other company.
+
+        Args:
+            found: rows that are stored, by their origin. Of the others some are computed.
+            advanced: rows that were stored at a smaller depth.
         """
-        if not stored:
-            return {"computed": 0}
+        names = set() if len(found) == self.rows.count else {"computed"}
         batch, width = self._batch
-        about = round(math.log(max(width, 1), WIDER))
-        found: dict[str, int] = {}
-        for row, origin in stored.items():
-            found["stored"] = row
-            if origin.batch != batch:
-                found["moved"] = row
-            if origin.width != width:
-                found[f"{WIDENED if origin.width < width else NARROWED} {about}"] = row
-        return found
+        widths: dict[str, tuple[int, int]] = {}
+        for origins, where in ((found.values(), ""), (advanced.values(), BELOW)):
+            if origins:
+                names.add(f"stored{where}")
+                those = [width, *(origin.width for origin in origins)]
+                widths[f"stored{where}"] = min(those), max(those)
+                if self.kind.own_code is not None:  # libraries change at some width, users' code may at any
+                    names |= {f"{one} wide{where}" for one in those}
+            if any(origin.batch != batch for origin in origins):
+                names.add(f"moved{where}")
+        return Sources(frozenset(names), widths)
 
     def serve(self, origins: Mapping[int, Origin], work: int) -> None:
         """Start the pass above the prefix if what enters block 0 has the fingerprints of these origins, by row."""

@@ -13,7 +13,7 @@ from ..model.blocks import modules_outside
 from ..model.calls import Call
 from ..model.rows import Rows
 from ..model.traces import traceless, users_code
-from .compare import Rounding, named_tensors, real_positions
+from .compare import Rounding, named_tensors, real_positions, side_of
 from .kinds import PassKind
 from .layout import Layout
 
@@ -109,13 +109,10 @@ class PaddingCheck:
 
     def watch_outputs(self, output: Any, rows: Rows) -> None:
         """Check the gradients of a served pass's outputs: a loss outside the model may begin to read padding."""
-        for side in (0, 1):
-            width = rows.width(side)
-            if self.whole_rows or not width or not rows.is_padded(side):
-                continue
-            for _, tensor in named_tensors(output):
-                if tensor.requires_grad and tensor.shape[:2] == (rows.count, width):
-                    tensor.register_hook(partial(self._check_output_gradient, side, rows))
+        for name, tensor in named_tensors(output) if not self.whole_rows else ():
+            side = side_of(name, tensor, rows)
+            if side is not None and rows.is_padded(side) and tensor.requires_grad:
+                tensor.register_hook(partial(self._check_output_gradient, side, rows))
 
     def _check_output_gradient(self, side: int, rows: Rows, gradient: Tensor) -> None:
         if not self.whole_rows and _reads_padding(gradient, rows, side):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from ..model.calls import Call
 from ..model.rows import Rows
 from ..model.traces import traceless
 from .compare import Refused, Rounding, real_positions, sampled
-from .kinds import PassKind
+from .kinds import PassKind, Sources
 from .padding import PaddingCheck
 
 __all__ = ["ShadowCheck"]
@@ -39,7 +38,7 @@ class _Shadow:
     """
 
     kind: PassKind
-    sources: Collection[str]
+    sources: Sources
     starts: dict[Slot, Start]
     rows: Rows
     outputs: list[tuple[str, Tensor]] | None = None
@@ -62,10 +61,10 @@ class ShadowCheck:
         self.rounding = rounding
         self.current: _Shadow | None = None
 
-    def allows(self, kind: PassKind, sources: Collection[str], rows: Rows, call: Call, starts: Starts) -> bool:
+    def allows(self, kind: PassKind, sources: Sources, rows: Rows, call: Call, starts: Starts) -> bool:
         """Whether this pass may be served. If that has to be shown first, the pass is checked."""
         due = kind.interval and kind.passes >= kind.interval
-        if kind.verified.issuperset(sources) and not due:
+        if kind.may_start(sources) and not due:
             kind.passes += 1
             return True
         self.current = _Shadow(kind, sources, dict(starts), rows)
@@ -125,7 +124,8 @@ class ShadowCheck:
             shadow.problem = differs
         if shadow.problem is not None:
             raise Refused(f"a pass that starts above the prefix differs: {shadow.problem}")
-        shadow.kind.verified |= {*shadow.sources, "computed"}
+        shadow.kind.verify(shadow.sources)
+        shadow.kind.verified.add("computed")
 
     def _difference(self, shadow: _Shadow, output: Any) -> str | None:
         if shadow.outputs is None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from ..errors import ConfigError
 from .cka import CKAReference
 
 __all__ = ["SCORES", "Captures", "Score", "random_score", "resolve_score"]
@@ -137,8 +138,19 @@ class FunctionScore(Score):
         self.name = getattr(function, "__name__", "callable")
 
     def compare(self, before: Tensor, after: Tensor) -> float:
-        """What the function returns."""
-        return float(self.function(before, after))
+        """What the function returns.
+
+        Raises:
+            ConfigError: it returns no number.
+        """
+        score = self.function(before, after)
+        try:
+            return float(score)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"The score {self.name} returned a {type(score).__name__}, which is not a number.",
+                fix="Return one float for the two outputs of a unit.",
+            ) from error
 
 
 def random_score(name: str, seed: int) -> float:

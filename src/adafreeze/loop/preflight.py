@@ -48,14 +48,48 @@ def close_earlier(model: nn.Module) -> None:
         note(f"An earlier Safe still had this model; it was closed, and its {frozen} frozen units train again.")
 
 
-def check_run(total_steps: Any) -> None:
-    """Raise a ConfigError unless ``total_steps`` is a positive whole number."""
-    if not isinstance(total_steps, int) or total_steps < 1:
+def check_run(config: Any, optimizer: Any, total_steps: Any, **counts: Any) -> None:
+    """Check the arguments of Safe that no other part checks.
+
+    Args:
+        config: a SafeConfig, or None.
+        optimizer: one, a wrapper of one, or None.
+        total_steps: of the run.
+        counts: by the argument's name; None where it was not given.
+
+    Raises:
+        ConfigError: one of them is of another type, or not positive.
+    """
+    if config is not None and not isinstance(config, SafeConfig):
+        raise ConfigError(
+            f"config is {_briefly(config)}, but must be a SafeConfig.",
+            fix="Safe(model, SafeConfig(...), ...); SafeConfig.from_dict takes a dictionary.",
+        )
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise ConfigError(
+            f"optimizer is {_briefly(optimizer)}, but must be the optimizer of the run.",
+            fix="Safe(..., optimizer=optimizer) with the object whose step() the loop calls.",
+        )
+    if not _is_count(total_steps):
         raise ConfigError(
             f"total_steps is {total_steps!r}, but must be the number of optimizer steps of the run: warm-up and ramp "
             "are shares of it.",
             fix="Safe(..., total_steps=len(train_dataloader) // accumulation * epochs)",
         )
+    for name, value in counts.items():
+        if value is not None and not _is_count(value):
+            raise ConfigError(
+                f"{name} is {_briefly(value)}, but must be a positive whole number.",
+                fix=f"Leave out {name} to take it from the dataloader, or pass a number of samples.",
+            )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _briefly(value: Any) -> str:
+    return repr(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
 
 
 def check_parallel(config: SafeConfig, parallel: Parallel) -> SafeConfig:

@@ -82,7 +82,7 @@ class Safe:
     Raises:
         ModelError: the model has no adapters in its blocks.
         ProbeError: the probe contains nothing that the model takes.
-        ConfigError: total_steps is not positive, or a unit to freeze by hand does not exist.
+        ConfigError: an argument is of another type or not positive, or a unit to freeze by hand does not exist.
         RunError: freezing is not supported for this run (nn.DataParallel, FSDP1, an unknown DeepSpeed), or the memory
             budget is too small.
     """
@@ -103,7 +103,14 @@ class Safe:
         samples_per_epoch: int | None = None,
         journal: Journal | str | os.PathLike[str] | None = None,
     ) -> None:
-        check_run(total_steps)
+        check_run(
+            config,
+            optimizer,
+            total_steps,
+            batch_size=batch_size,
+            samples_per_step=samples_per_step,
+            samples_per_epoch=samples_per_epoch,
+        )
         self.ranks = Ranks()
         self.model = unwrap(model)
         close_earlier(self.model)

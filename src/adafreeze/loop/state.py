@@ -29,7 +29,7 @@ __all__ = [
     "settings_after",
 ]
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 
 def sealed(state: Mapping[str, Any]) -> dict[str, Any]:

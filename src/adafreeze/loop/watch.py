@@ -58,6 +58,7 @@ class Watch:
         self._site = next(iter(freezing.freezer.units.values())).sites[0]
         self._active = freezing.freezer.backend.active(self._site)
         self._forwards = self._tokens = self._last_tokens = 0
+        self._in_evaluation = False  # a pass with gradients was in evaluation mode
         self._losses = Losses()
         self._saved_per_token: float | None = None
         self._count_next = True
@@ -106,6 +107,7 @@ class Watch:
     @torch.compiler.disable
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not model.training or not torch.is_grad_enabled():
+            self._in_evaluation |= torch.is_grad_enabled()
             return
         self.freezing.training_begins()
         self.look()
@@ -142,6 +144,12 @@ class Watch:
         if self.scorer is not None:
             self.scorer.listen()
         self._freeze_again()
+        if self._in_evaluation and not self._forwards:
+            self._warn_once(
+                "evaluation mode",
+                "The model trains in evaluation mode, in which nothing is skipped: no frozen prefix, and no cache.",
+                fix="Call model.train() before training.",
+            )
         if not self._learns():
             self.freezing.undo_all()
 
