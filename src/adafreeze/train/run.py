@@ -12,13 +12,11 @@ from ..integrations.transformers import SafeCallback
 from ..journal import Journal
 from ..methods import Method, Setup
 from ..tasks import add_adapter
-from ..tasks.adapters import head_names, optimizer_steps
-from .adapter import peft_config
+from ..tasks.adapters import config_from_flags, head_names, optimizer_steps
 from .arguments import Arguments, contradiction
-from .inputs import load_base, load_rows
+from .inputs import load_base, load_rows, make_task
 from .live import add_live_view
 from .output import JOURNAL_FILE, clear_run, find_checkpoint, prepare_folder, write_config
-from .tasks import make_task
 from .trainer import JournalCallback, MeteredTrainer, RankAllocationCallback, meter_of
 
 if TYPE_CHECKING:
@@ -53,7 +51,8 @@ def train(
     with training.main_process_first(desc="reading the data"):
         train_rows, eval_rows, mismatched = load_rows(task, arguments)
     _check_evaluation(training, task, has_rows=eval_rows is not None)
-    adapter: Any = peft_config(arguments.adapter, task.peft_task_type, optimizer_steps(training, len(train_rows)))
+    steps = optimizer_steps(training, len(train_rows))
+    adapter: Any = config_from_flags(vars(arguments.adapter), task.peft_task_type, steps)
     base, processor = load_base(task, arguments)
     if task.peft_task_type is None and getattr(adapter, "modules_to_save", None) is None:
         adapter.modules_to_save = head_names(base)
