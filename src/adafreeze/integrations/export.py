@@ -303,14 +303,11 @@ def _distribute(
     ranks = dict(zip(names, ranks_by_score(list(scores.values()), costs, budget, most), strict=True))
     scaling = scalings.pop() if scalings else settings.lora_alpha / root(settings.r)
     alphas = {name: round(scaling * root(r), 6) for name, r in ranks.items()}
-    settings.rank_pattern = {_within(name): r for name, r in ranks.items()}
-    settings.alpha_pattern = {_within(name): int(a) if a == int(a) else a for name, a in alphas.items()}
+    pattern = {name: rf"{re.escape(name)}\..*" for name in names}
+    settings.rank_pattern = {pattern[name]: r for name, r in ranks.items()}
+    settings.alpha_pattern = {pattern[name]: int(a) if a == int(a) else a for name, a in alphas.items()}
     spent = sum(cost * r for cost, r in zip(costs, ranks.values(), strict=True))
     return ranks, (budget, spent) if inside else None
-
-
-def _within(block: str) -> str:
-    return rf"{re.escape(block)}\..*"
 
 
 def _select(config: PeftConfig, kept: Sequence[str], layers: Sequence[_Layer]) -> None:

@@ -138,11 +138,7 @@ def _fit(
     trainer: MeteredTrainer, rows: Sized, safe_callback: SafeCallback | None, checkpoint: str | None
 ) -> dict[str, Any]:
     """Train and save: adapter, tokenizer, and metrics under the names in transformers' scripts."""
-
-    def safe_of_run() -> Any:
-        return safe_callback.safe if safe_callback is not None else None
-
-    view = add_live_view(trainer, safe_of_run)
+    view = add_live_view(trainer, lambda: getattr(safe_callback, "safe", None))
     try:
         metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
     finally:
@@ -151,7 +147,7 @@ def _fit(
     metrics["train_samples"] = len(rows)
     if trainer.meter is not None:
         metrics.update({f"train_{name}": value for name, value in trainer.meter.summary().items()})
-    safe = safe_of_run()
+    safe = getattr(safe_callback, "safe", None)
     if safe is not None:
         metrics |= {"frozen_units": len(safe.frozen), "score_flops": safe.flops_spent}
         for event in safe.journal.events:
