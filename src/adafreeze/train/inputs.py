@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .arguments import Arguments, DataArguments
 
-__all__ = ["load_base", "load_rows", "make_task", "rows_of"]
+__all__ = ["load_base", "load_rows", "make_task"]
 
 # Flags that are not fields of a task, by the tasks that use them.
 _IMAGES = ["image-classification"]
@@ -62,7 +62,7 @@ def _fields(task: type[Task]) -> set[str]:
     return {entry.name for entry in dataclasses.fields(task) if entry.init}  # type: ignore[arg-type]
 
 
-def rows_of(data: DataArguments) -> dict[str, Any]:
+def _rows_of(data: DataArguments) -> dict[str, Any]:
     """Where the rows are, as arguments of ``adafreeze.tasks.load_splits``; GLUE's default is the Hub.
 
     Raises:
@@ -92,7 +92,7 @@ def load_rows(task: Task, arguments: Arguments) -> tuple[Dataset, Dataset | None
         DataError: they cannot be read or do not fit the task.
     """
     data, model = arguments.data, arguments.model
-    place = rows_of(data)
+    place = _rows_of(data)
     options: dict[str, Any] = {
         "skip_bad_rows": data.skip_bad_rows,
         "cache_dir": model.cache_dir,
