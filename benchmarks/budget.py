@@ -54,8 +54,10 @@ def model(blocks: int, checkpointing: bool = False) -> torch.nn.Module:
 def batches() -> list[dict[str, torch.Tensor]]:
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     data, _ = sentences(SAMPLES, 1000, seed=0)
-    rows = tokenizer(list(data.texts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
-    rows = dict(rows) | {"labels": torch.tensor(list(data.labels))}
+    rows = tokenizer(
+        [row["text"] for row in data], padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+    )
+    rows = dict(rows) | {"labels": torch.tensor([row["label"] for row in data])}
     return [{name: value[i : i + BATCH] for name, value in rows.items()} for i in range(0, SAMPLES, BATCH)]
 
 

@@ -55,7 +55,7 @@ def batches(shape: str) -> list[dict[str, torch.Tensor]]:
     """One epoch: sentences sorted by length, padded to the longest of each batch."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     data, _ = sentences(SAMPLES[shape], 1000, seed=0)
-    rows = sorted(zip(data.texts, data.labels, strict=True), key=lambda row: len(tokenizer(row[0])["input_ids"]))
+    rows = sorted(((row["text"], row["label"]) for row in data), key=lambda row: len(tokenizer(row[0])["input_ids"]))
     epoch = []
     for start in range(0, len(rows), BATCH[shape]):
         texts, labels = zip(*rows[start : start + BATCH[shape]], strict=True)

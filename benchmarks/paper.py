@@ -109,7 +109,7 @@ def split_rows(setting: Setting, folder: Path) -> tuple[Dataset, Dataset]:
     """
     if setting.data == "rotten_tomatoes":
         train, held_out = sentences(setting.train, setting.evaluate, seed=0)
-        return tuple(Dataset.from_dict({"text": part.texts, "label": part.labels}) for part in (train, held_out))
+        return tuple(Dataset.from_list(part) for part in (train, held_out))
     if setting.held_out:
         both = draw(folder / "train.parquet", setting.train + setting.evaluate, setting.by, seed=0)
         parts = both.class_encode_column(setting.by).train_test_split(

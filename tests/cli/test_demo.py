@@ -47,8 +47,8 @@ def test_the_hold_out_is_fixed_stratified_and_disjoint():
     train, test = _demo_data.sentences(2500, 1000, seed=0)
     other_train, other_test = _demo_data.sentences(2500, 1000, seed=1)
     assert test == other_test and train != other_train
-    assert sum(train.labels) == 1250 and sum(test.labels) == 500
-    assert not set(train.texts) & set(test.texts)
+    assert sum(row["label"] for row in train) == 1250 and sum(row["label"] for row in test) == 500
+    assert not {row["text"] for row in train} & {row["text"] for row in test}
     assert len(train) == 2500 and len(test) == 1000
 
 

@@ -45,7 +45,7 @@ def test_the_headline_compares_with_the_plain_run(runs, tmp_path):
     assert (
         "Blocks froze from step 20 of 40 on, 2 of 4 by the end; compared with other: mean saved bytes −50 %, " in words
     )
-    assert "FLOPs −50 %, time −50 %, CPU time −50 %, accuracy 0.8 instead of 0.8." in words
+    assert "FLOPs −50 %, time −50 %, CPU time of the process −50 %, accuracy 0.8 instead of 0.8." in words
     assert reader.figures == ["scores-mine", "stack-mine", "loss", "saved-bytes", "seconds", "rate"]
     assert "The cache then served 70 of 80 samples." in words
 

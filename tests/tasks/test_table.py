@@ -9,7 +9,7 @@ import pytest
 from adafreeze.errors import ConfigError
 from adafreeze.tasks import GLUE, TASKS, Task, TextClassification
 from adafreeze.train.arguments import DataArguments
-from adafreeze.train.tasks import make_task
+from adafreeze.train.inputs import make_task
 
 
 def test_the_flags_take_the_names_of_the_tables():

@@ -2,9 +2,8 @@
 
 from .figure import draw
 from .hessian import Hessian, eigenvalues, trace
-from .landscape import direction, line, plane, sharpness
 from .loss import Loss, adapter_parameters, predictions
-from .measure import Finding, Settings, block_norms, measure
+from .measure import Finding, Settings, block_norms, direction, line, measure, plane, sharpness
 
 __all__ = [
     # a loss as a function of parameters

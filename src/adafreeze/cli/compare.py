@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
 from ..errors import ConfigError
-from ..methods import METHODS, Row
-from ..report.page import SUMMARY_FILE
+from ..methods import METHODS
+from ..report.page import SUMMARY_FILE, comparison_cells
 from ..train import Arguments, Comparison, compare
 from ..train.arguments import DataArguments, parse
 from ..train.output import write_page
@@ -20,13 +20,7 @@ from ._table import number_table
 __all__ = ["main"]
 
 DEFAULTS = ("--save_strategy", "no", "--report_to", "none")  # override a task file, but not the command line
-RATIOS = {
-    "mean_saved_bytes": "saved bytes",
-    "peak_saved_bytes": "peak",
-    "flops": "FLOPs",
-    "seconds": "time",
-    "cpu_seconds": "CPU time",
-}
+HEADINGS = ("n", "score", "difference [95 %]", "saved bytes", "peak", "FLOPs", "time", "CPU time", "frozen")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -83,28 +77,11 @@ def _print(found: Comparison) -> None:
         rows = [row for row in found.rows if row.task == task]
         title = f"average over {len(found.metrics)} tasks" if task is None else f"{task}: {found.metrics[task]}"
         title += f"; ratios to {found.reference}, in brackets by arithmetic"
-        table = number_table(title, "method", "n", "score", "difference [95 %]", *RATIOS.values(), "frozen")
+        table = number_table(title, "method", *HEADINGS)
         for row in rows:
-            table.add_row(row.method, *(_cells(row) if row.reason is None else "-" * 9))
+            table.add_row(row.method, *(comparison_cells(asdict(row)) if row.reason is None else "-" * len(HEADINGS)))
         console.print()
         console.print(table)
         for row in rows:
             if row.reason is not None:
                 console.print(f"[dim]not run, {row.method}: {row.reason}[/dim]", highlight=False)
-
-
-def _cells(row: Row) -> list[str]:
-    score = f"{row.score:.2f}" if math.isfinite(row.score) else "-"
-    if row.sd is not None:
-        score += f" ± {row.sd:.2f}"
-    difference = "reference" if math.isfinite(row.score) else "-"  # "-": scores without an average
-    if row.difference is not None:
-        mean, low, high = row.difference.mean, row.difference.low, row.difference.high
-        difference = f"{mean:+.2f}" + (f" [{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else "")
-    values = [(row.ratios or {}).get(name, math.nan) for name in RATIOS]
-    ratios = dict(zip(RATIOS, (f"{value:.3f}" if math.isfinite(value) else "-" for value in values), strict=True))
-    if row.theory is not None:
-        ratios["mean_saved_bytes"] += f" ({row.theory[0]:.2f})"
-        ratios["flops"] += f" ({row.theory[1]:.2f})"
-    frozen = f"{row.frozen:.1f} of {row.units}" if row.units else "-"
-    return [str(row.seeds), score, difference, *ratios.values(), frozen]

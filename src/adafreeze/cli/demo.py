@@ -59,8 +59,7 @@ def main(argv: Sequence[str]) -> None:
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
         for name, rows in (("train", train_rows), ("test", test_rows)):
-            lines = [json.dumps({"text": t, "label": n}) for t, n in zip(rows.texts, rows.labels, strict=True)]
-            (output / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            (output / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(
         f"all-MiniLM-L6-v2 on {len(train_rows):,} Rotten Tomatoes sentences, {options.epochs} epochs, "
         f"tested on {len(test_rows):,} others; three runs."

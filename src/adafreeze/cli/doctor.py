@@ -11,8 +11,9 @@ from rich.table import Table
 from ..env import environment
 from ..errors import ConfigError
 from ..integrations.doctor import Finding, examine_model, examine_script
+from ..tasks.adapters import config_from_flags
 from ..tasks.weightless import PLANNED_TASKS
-from ..train.adapter import AdapterArguments, peft_config
+from ..train.arguments import AdapterArguments
 from ..train.parser import Parser, build, flag
 
 __all__ = ["main"]
@@ -55,7 +56,7 @@ def _of_model(target: str, flags: Sequence[str]) -> list[Finding]:
     parser = Parser(DoctorArguments, AdapterArguments, prog="adafreeze doctor")
     values = vars(parser.parse_args(["--model_name_or_path", target, *flags]))
     given = build(DoctorArguments, values)
-    adapter = peft_config(build(AdapterArguments, values), PLANNED_TASKS[given.task][1])
+    adapter = config_from_flags(vars(build(AdapterArguments, values)), PLANNED_TASKS[given.task][1])
     return examine_model(target, given.task, adapter, trust_remote_code=given.trust_remote_code)
 
 

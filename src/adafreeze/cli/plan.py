@@ -12,8 +12,9 @@ from transformers.utils import logging
 
 from ..memory.plan import Plan, PlannedStep, plan
 from ..sizes import readable
+from ..tasks.adapters import config_from_flags
 from ..tasks.weightless import PLANNED_TASKS
-from ..train.adapter import AdapterArguments, peft_config
+from ..train.arguments import AdapterArguments
 from ..train.parser import Parser, build, flag
 from ._table import number_table
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity_error()  # hides transformers' warning that checkpointing turns use_cache off
     planned = plan(
         run.model_name_or_path,
-        peft_config(build(AdapterArguments, values), PLANNED_TASKS[run.task][1]),
+        config_from_flags(vars(build(AdapterArguments, values)), PLANNED_TASKS[run.task][1]),
         task=run.task,
         batch_size=run.per_device_train_batch_size,
         max_length=run.max_seq_length,

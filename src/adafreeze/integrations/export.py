@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, ModelError, RunError
 from ..journal import History, read_history
-from ..tasks.adapters import CONFIG, config_for_task, make_config, saved_config
+from ..tasks.adapters import CONFIG, config_from_flags, saved_config
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -229,19 +228,9 @@ def _config_from_flags(history: History) -> PeftConfig:
             fix="--adapter_config FOLDER, the folder of the saved adapter",
         )
     task_type = PLANNED_TASKS[history.task][1] if history.task is not None else None
-    if given.get("adapter_config"):
-        return config_for_task(saved_config(Path(given["adapter_config"])), task_type)
-    config = make_config(
-        given.get("adapter", "lora"),
-        task_type,
-        r=given.get("adapter_r"),
-        alpha=given.get("adapter_alpha"),
-        dropout=given.get("adapter_dropout"),
-        target_modules=given.get("target_modules"),
-        total_steps=history.total_steps,
-        options=json.loads(given.get("adapter_kwargs", "{}")),
-    )
-    config.base_model_name_or_path = given["model_name_or_path"]
+    config = config_from_flags(given, task_type, history.total_steps)
+    if not given.get("adapter_config"):
+        config.base_model_name_or_path = given["model_name_or_path"]
     return config
 
 
@@ -314,14 +303,11 @@ def _distribute(
     ranks = dict(zip(names, ranks_by_score(list(scores.values()), costs, budget, most), strict=True))
     scaling = scalings.pop() if scalings else settings.lora_alpha / root(settings.r)
     alphas = {name: round(scaling * root(r), 6) for name, r in ranks.items()}
-    settings.rank_pattern = {_within(name): r for name, r in ranks.items()}
-    settings.alpha_pattern = {_within(name): int(a) if a == int(a) else a for name, a in alphas.items()}
+    pattern = {name: rf"{re.escape(name)}\..*" for name in names}
+    settings.rank_pattern = {pattern[name]: r for name, r in ranks.items()}
+    settings.alpha_pattern = {pattern[name]: int(a) if a == int(a) else a for name, a in alphas.items()}
     spent = sum(cost * r for cost, r in zip(costs, ranks.values(), strict=True))
     return ranks, (budget, spent) if inside else None
-
-
-def _within(block: str) -> str:
-    return rf"{re.escape(block)}\..*"
 
 
 def _select(config: PeftConfig, kept: Sequence[str], layers: Sequence[_Layer]) -> None:

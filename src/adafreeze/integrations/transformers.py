@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
@@ -19,9 +21,10 @@ from ..decide.scores import SCORES
 from ..errors import AdafreezeError, ConfigError, ProbeError, RunError, note, warn
 from ..journal import Journal
 from ..loop.safe import Safe
-from ..measure.draw import samples_of, train_samples
+from ..measure.draw import MOST_SAMPLES, samples_of, train_samples
+from ..model.batch import arguments, rows_of
 from ..model.packing import packed, unpacked
-from ._batches import BatchRecorder
+from ..model.patches import forward_pre_hook
 
 __all__ = ["SafeCallback"]
 
@@ -58,7 +61,7 @@ class SafeCallback(TrainerCallback, ExportableState):
         self.probe = unpacked(probe) if isinstance(probe, Mapping) and probe.keys() == {"tensors", "rest"} else probe
         self.journal = journal
         self.safe: Safe | None = None
-        self._recorder: BatchRecorder | None = None
+        self._recorder: _BatchRecorder | None = None
         self._start: Callable[..., Safe]
 
     def state(self) -> dict[str, Any]:
@@ -109,7 +112,7 @@ class SafeCallback(TrainerCallback, ExportableState):
         resumes = state.global_step > 0 and name in known  # at step 0 an entry is of an earlier train()
         kept = _attributes(known[name]) if resumes else {}
         if kept.get("seen") is not None:
-            self._recorder = BatchRecorder(kwargs["model"], unpacked(kept["seen"]))
+            self._recorder = _BatchRecorder(kwargs["model"], unpacked(kept["seen"]))
             self._start_recorded()
         else:
             self._draw(kwargs["model"], kwargs["train_dataloader"])
@@ -169,7 +172,7 @@ class SafeCallback(TrainerCallback, ExportableState):
                     f"{error.fact} A memory budget needs samples before the first step, as the model gets them.",
                     fix='SafeCallback(..., probe=[tokenizer(texts, padding=True, return_tensors="pt")])',
                 ) from error
-            self._recorder = BatchRecorder(model)
+            self._recorder = _BatchRecorder(model)
             note(f"Scores are measured on what the model gets in the first step. {error.fact}")
 
     def _start_recorded(self) -> Safe:
@@ -180,6 +183,71 @@ class SafeCallback(TrainerCallback, ExportableState):
         with self._recorder.initial_weights():
             self.safe.decider.begin()
         return self.safe
+
+
+class _BatchRecorder:
+    """Copies the inputs of training passes to the host, for as many samples as a probe has at most.
+
+    Args:
+        model: that the host library calls.
+        batches: recorded in an earlier process.
+
+    Attributes:
+        batches: inputs by the names of forward's parameters; a dictionary of features stays one under its name.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[dict[str, Any]] = ()) -> None:
+        self.batches = list(batches)
+        self._samples = 0
+        self._model = model
+        # The inputs of the first step are available only after it, when the adapters have changed.
+        self._initial = {
+            name: parameter.detach().to("cpu", copy=True)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and type(parameter.detach()) is Tensor
+        }
+        self._handle = forward_pre_hook(model, self._record)
+
+    def remove(self) -> None:
+        """Stop recording."""
+        self._handle.remove()
+
+    @contextmanager
+    def initial_weights(self) -> Iterator[None]:
+        """Restore the weights from before recording within the ``with`` block."""
+        parameters = dict(self._model.named_parameters())
+        now = {name: parameters[name].detach().clone() for name in self._initial}
+        try:
+            for name, before in self._initial.items():
+                parameters[name].data.copy_(before)
+            yield
+        finally:
+            for name, value in now.items():
+                parameters[name].data.copy_(value)
+
+    def _record(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not model.training or not torch.is_grad_enabled() or self._samples >= MOST_SAMPLES:
+            return
+        inputs = _on_host(arguments(model, args, kwargs))
+        self._samples += rows_of(inputs)
+        self.batches.append(inputs)
+
+
+def _on_host(value: Any) -> Any:
+    """Tensors, plain values, and dictionaries and lists of them; drops all else."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {name: _on_host(item) for name, item in value.items() if _is_plain(item)}
+    if isinstance(value, (list, tuple)):
+        return [_on_host(item) for item in value]
+    return value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (Tensor, Mapping, bool, int, float, str))
 
 
 def _running_callbacks() -> list[TrainerCallback]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import Any
 from .._version import __version__
 from ..errors import ConfigError, RunError
 from ..journal import JOURNAL_FILE, History, read_history
-from .charts import Chart, number_text
-from .sections import analysis_charts, costs, curves_of, headline, run_charts, slug
+from .charts import Chart
+from .sections import COSTS, analysis_charts, costs, curves_of, headline, run_charts, slug
 
-__all__ = ["write_report"]
+__all__ = ["comparison_cells", "write_report"]
 
 SUMMARY_FILE, ANALYSIS_FILE = "compare.json", "analysis.json"
 MOST_RUNS = 12
@@ -82,7 +83,7 @@ def _gather(
         compared, analyzed = (place / SUMMARY_FILE).is_file(), (place / ANALYSIS_FILE).is_file()
         if compared:
             with _written_by("compare", place / SUMMARY_FILE) as summary:
-                table = [_row(row) for row in summary["rows"]]
+                table = [row | {"cells": comparison_cells(row)} for row in summary["rows"]]
                 runs += _cells(place, summary["outcomes"])
         if analyzed:
             with _written_by("analyze", place / ANALYSIS_FILE) as found:
@@ -116,24 +117,25 @@ def _cells(folder: Path, outcomes: Sequence[dict[str, Any]]) -> list[tuple[Path,
     return [(cell, name) for cell, name in cells if (cell / JOURNAL_FILE).is_file()]
 
 
-def _row(row: dict[str, Any]) -> dict[str, Any]:
-    difference, ratios = row["difference"], row["ratios"] or {}
-    bounds = ""
-    if difference and difference["low"] is not None:
-        bounds = f" [{difference['low']:+.2f}, {difference['high']:+.2f}]"
-    return {
-        "task": row["task"] or "all tasks",
-        "method": row["method"],
-        "reason": row["reason"],
-        "cells": [
-            str(row["seeds"]),
-            "-" if row["score"] is None else f"{row['score']:.2f}",
-            f"{difference['mean']:+.2f}{bounds}" if difference else "",
-            *("-" if ratios.get(name) is None else f"{ratios[name]:.3f}"
-              for name in ("mean_saved_bytes", "peak_saved_bytes", "flops", "seconds", "cpu_seconds")),
-            f"{number_text(row['frozen'])} of {row['units']}" if row["units"] else "-",
-        ],
-    }  # fmt: skip
+def comparison_cells(row: Mapping[str, Any]) -> list[str]:
+    """A row of ``compare`` as text: runs, score, difference, ratios (in brackets by arithmetic), frozen units."""
+
+    def text(value: float | None, form: str = ".3f") -> str:
+        return "-" if value is None or not math.isfinite(value) else format(value, form)  # JSON has None for NaN
+
+    score = text(row["score"], ".2f") + (f" ± {row['sd']:.2f}" if row["sd"] is not None else "")
+    difference = row["difference"]
+    if difference is not None:
+        low, high = text(difference["low"], "+.2f"), text(difference["high"], "+.2f")
+        against = f"{difference['mean']:+.2f}" + (f" [{low}, {high}]" if low != "-" else "")
+    else:
+        against = "-" if score == "-" else "reference"  # "-": scores without an average
+    ratios = {name: text((row["ratios"] or {}).get(name)) for name, *_ in COSTS}
+    if row["theory"] is not None:
+        ratios["mean_saved_bytes"] += f" ({row['theory'][0]:.2f})"
+        ratios["flops"] += f" ({row['theory'][1]:.2f})"
+    frozen = f"{row['frozen']:.1f} of {row['units']}" if row["units"] else "-"
+    return [str(row["seeds"]), score, against, *ratios.values(), frozen]
 
 
 def _differences(histories: Sequence[History]) -> list[tuple[str, list[str]]]:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..journal import History, is_score
 from ..sizes import readable
 from .charts import Caption, Chart, Curve, bands, heat_map, lines, number_text
 
-__all__ = ["analysis_charts", "costs", "curves_of", "headline", "run_charts", "slug"]
+__all__ = ["COSTS", "analysis_charts", "costs", "curves_of", "headline", "run_charts", "slug"]
 
 TRAINS, CHECKPOINTED, FROZEN, CACHED = "trains", "trains, checkpointed", "frozen, computed", "frozen, cached"
+# (name in ``History.cost``, title, text of a value).
+COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("mean_saved_bytes", "mean saved bytes", readable),
+    ("peak_saved_bytes", "peak saved bytes", readable),
+    ("flops", "FLOPs", lambda value: f"{value / 1e12:.3g} T"),
+    ("seconds", "time", lambda value: f"{value:,.0f} s"),
+    ("cpu_seconds", "CPU time of the process", lambda value: f"{value:,.0f} s"),
+)
 # (log key, name on the page, title, factor).
 LOGGED = (
     ("loss", "loss", "Training loss", 1.0),
@@ -39,13 +47,8 @@ def headline(history: History, plain: History | None) -> str:
     text = f"Blocks froze from step {when} of {history.total_steps} on, {depth} of {blocks} by the end"
     parts = []
     if plain is not None and plain is not history:
-        for name, word in (
-            ("mean_saved_bytes", "mean saved bytes"),
-            ("flops", "FLOPs"),
-            ("seconds", "time"),
-            ("cpu_seconds", "CPU time"),
-        ):
-            if (ours := history.cost(name)) and (theirs := plain.cost(name)):
+        for name, word, _ in COSTS:
+            if name != "peak_saved_bytes" and (ours := history.cost(name)) and (theirs := plain.cost(name)):
                 parts.append(f"{word} {100 * (ours / theirs - 1):+.0f} %".replace("-", "−"))
     if plain is None or not parts:
         return f"{text}.{ended}"
@@ -153,13 +156,7 @@ def _spans(history: History, path: str, index: int, end: int) -> Iterator[tuple[
 def costs(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
     """Rows of a table: a name, and a cell per run."""
     shown: list[tuple[str, list[str]]] = []
-    for title, name, text_of in (
-        ("mean saved bytes", "mean_saved_bytes", readable),
-        ("peak saved bytes", "peak_saved_bytes", readable),
-        ("FLOPs", "flops", lambda value: f"{value / 1e12:.3g} T"),
-        ("time", "seconds", lambda value: f"{value:,.0f} s"),
-        ("CPU time of the process", "cpu_seconds", lambda value: f"{value:,.0f} s"),
-    ):
+    for name, title, text_of in COSTS:
         values = [h.cost(name) for h in histories]
         if any(value is not None for value in values):
             shown.append((title, ["-" if value is None else text_of(value) for value in values]))

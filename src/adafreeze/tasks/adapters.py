@@ -23,7 +23,7 @@ __all__ = [
     "CONFIG",
     "adapter_names",
     "add_adapter",
-    "config_for_task",
+    "config_from_flags",
     "head_names",
     "make_config",
     "optimizer_steps",
@@ -144,14 +144,32 @@ def saved_config(folder: Path) -> PeftConfig:
     return config
 
 
-def config_for_task(config: PeftConfig, task_type: str | None) -> PeftConfig:
-    """``config`` with PEFT's ``task_type`` set.
+def config_from_flags(flags: Mapping[str, Any], task_type: str | None, total_steps: int | None = None) -> PeftConfig:
+    """The PEFT config of ``--adapter_config``, or of ``--adapter`` and its settings.
+
+    Args:
+        flags: of the adapter, as in ``adafreeze train``; those that were not given may be missing.
+        task_type: PEFT's name of the task.
+        total_steps: optimizer steps of the run, for adapters that schedule their ranks.
 
     Raises:
-        RunError: it has another one: PEFT would wrap the model for that, and would not train this task's head.
+        ConfigError: the adapter or a setting does not exist, or PEFT refuses a value.
+        RunError: the folder contains no adapter configuration, or one for another task.
     """
+    if not flags.get("adapter_config"):
+        return make_config(
+            flags.get("adapter", "lora"),
+            task_type,
+            r=flags.get("adapter_r"),
+            alpha=flags.get("adapter_alpha"),
+            dropout=flags.get("adapter_dropout"),
+            target_modules=flags.get("target_modules"),
+            total_steps=total_steps,
+            options=json.loads(flags.get("adapter_kwargs") or "{}"),
+        )
+    config = saved_config(Path(flags["adapter_config"]))
     given = getattr(config.task_type, "value", config.task_type)
-    if given not in (None, task_type):
+    if given not in (None, task_type):  # PEFT would wrap the model for that, and would not train this task's head
         raise RunError(
             f"The saved adapter is for PEFT's task {given}, and this run is for {task_type or 'one without a name'}.",
             fix=f'Another --task, or "task_type": {json.dumps(task_type)} and "modules_to_save": null in {CONFIG}.',

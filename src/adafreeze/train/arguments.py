@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import textwrap
 from collections.abc import Sequence
@@ -15,12 +16,10 @@ from transformers import TrainingArguments
 
 from ..config import SafeConfig
 from ..errors import ConfigError
-from ..tasks import GLUE
-from .adapter import AdapterArguments
+from ..tasks import GLUE, TASKS
 from .parser import Parser, build, flag
-from .tasks import TASKS
 
-__all__ = ["Arguments", "DataArguments", "build_parser", "contradiction", "parse"]
+__all__ = ["AdapterArguments", "Arguments", "DataArguments", "build_parser", "contradiction", "parse"]
 
 
 @dataclass
@@ -89,6 +88,46 @@ class DataArguments:
     max_train_samples: int | None = flag("Train on the first rows only.")
     max_eval_samples: int | None = flag("Evaluate on the first rows only.")
     skip_bad_rows: bool = flag("Leave out rows without text or label instead of stopping.", False)
+
+
+@dataclass
+class AdapterArguments:
+    """Which adapter, from PEFT.
+
+    Raises:
+        ConfigError: ``adapter_kwargs`` is not a JSON object, or ``adapter_config`` is given with another setting.
+    """
+
+    _argument_group_name = "adapter"
+
+    adapter: str = flag("lora, dora, ia3, vera, adalora, oft, ...: any tuner of the installed PEFT.", "lora")
+    adapter_r: int | None = flag("Its rank. If not given: PEFT's default.")
+    adapter_alpha: float | None = flag("Its scaling. If not given: PEFT's default.")
+    adapter_dropout: float | None = flag("Its dropout. If not given: PEFT's default.")
+    target_modules: list[str] | None = flag(
+        "Names of the layers to adapt, or all-linear, or one pattern. If not given: PEFT's default."
+    )
+    adapter_kwargs: str | None = flag("Any other field of the PEFT config, as JSON: '{\"use_rslora\": true}'.")
+    adapter_config: str | None = flag(
+        "Instead of these: a folder with PEFT's adapter_config.json, such as export-config writes."
+    )
+
+    def __post_init__(self) -> None:
+        try:
+            options = json.loads(self.adapter_kwargs or "{}")
+            reason = "" if isinstance(options, dict) else "not an object with names of PEFT's config"
+        except json.JSONDecodeError as error:
+            reason = f"not JSON ({error.msg}, column {error.colno})"
+        if reason:
+            raise ConfigError(
+                f"--adapter_kwargs is {reason}: {self.adapter_kwargs}", fix="--adapter_kwargs '{\"use_rslora\": true}'"
+            )
+        for entry in dataclasses.fields(self) if self.adapter_config is not None else ():
+            if entry.name != "adapter_config" and getattr(self, entry.name) != entry.default:
+                raise ConfigError(
+                    f"--adapter_config and --{entry.name} are both given.",
+                    fix=f"Leave out --{entry.name}, or change it in the folder's adapter_config.json.",
+                )
 
 
 @dataclass

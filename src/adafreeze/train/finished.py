@@ -16,9 +16,8 @@ from ..analysis import Loss, adapter_parameters
 from ..errors import ConfigError, ModelError, RunError
 from ..journal import read_history
 from .arguments import Arguments, parse
-from .inputs import load_base, load_rows
+from .inputs import load_base, load_rows, make_task
 from .output import CONFIG_FILE, JOURNAL_FILE
-from .tasks import make_task
 
 __all__ = ["FinishedRun", "comparable_runs", "group_by_seed", "training_loss"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -87,7 +86,8 @@ def compare(
     order = [outcomes[task, name, seed] for task in tasks for name in names for seed in seeds]
     metrics = {task: _metric_of(task, [one for one in order if one.task == task], metric) for task in tasks}
     found = Comparison(reference, metrics, summarize(order, metrics, reference), order)
-    summary = _finite(asdict(found) | {"environment": environment()})
+    text = json.dumps(asdict(found) | {"environment": environment()})
+    summary = json.loads(text, parse_constant=lambda _: None)  # JSON has no NaN
     (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return found
 
@@ -193,12 +193,3 @@ def _metric_of(task: str, outcomes: Sequence[Outcome], metric: str | None) -> st
             fix=f"--metric {known[0] if known else 'accuracy'}",
         )
     return chosen
-
-
-def _finite(value: Any) -> Any:
-    """NaN as None, because JSON has no NaN."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -12,13 +12,11 @@ from ..integrations.transformers import SafeCallback
 from ..journal import Journal
 from ..methods import Method, Setup
 from ..tasks import add_adapter
-from ..tasks.adapters import head_names, optimizer_steps
-from .adapter import peft_config
+from ..tasks.adapters import config_from_flags, head_names, optimizer_steps
 from .arguments import Arguments, contradiction
-from .inputs import load_base, load_rows
+from .inputs import load_base, load_rows, make_task
 from .live import add_live_view
 from .output import JOURNAL_FILE, clear_run, find_checkpoint, prepare_folder, write_config
-from .tasks import make_task
 from .trainer import JournalCallback, MeteredTrainer, RankAllocationCallback, meter_of
 
 if TYPE_CHECKING:
@@ -53,7 +51,8 @@ def train(
     with training.main_process_first(desc="reading the data"):
         train_rows, eval_rows, mismatched = load_rows(task, arguments)
     _check_evaluation(training, task, has_rows=eval_rows is not None)
-    adapter: Any = peft_config(arguments.adapter, task.peft_task_type, optimizer_steps(training, len(train_rows)))
+    steps = optimizer_steps(training, len(train_rows))
+    adapter: Any = config_from_flags(vars(arguments.adapter), task.peft_task_type, steps)
     base, processor = load_base(task, arguments)
     if task.peft_task_type is None and getattr(adapter, "modules_to_save", None) is None:
         adapter.modules_to_save = head_names(base)
@@ -139,11 +138,7 @@ def _fit(
     trainer: MeteredTrainer, rows: Sized, safe_callback: SafeCallback | None, checkpoint: str | None
 ) -> dict[str, Any]:
     """Train and save: adapter, tokenizer, and metrics under the names in transformers' scripts."""
-
-    def safe_of_run() -> Any:
-        return safe_callback.safe if safe_callback is not None else None
-
-    view = add_live_view(trainer, safe_of_run)
+    view = add_live_view(trainer, lambda: getattr(safe_callback, "safe", None))
     try:
         metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
     finally:
@@ -152,7 +147,7 @@ def _fit(
     metrics["train_samples"] = len(rows)
     if trainer.meter is not None:
         metrics.update({f"train_{name}": value for name, value in trainer.meter.summary().items()})
-    safe = safe_of_run()
+    safe = getattr(safe_callback, "safe", None)
     if safe is not None:
         metrics |= {"frozen_units": len(safe.frozen), "score_flops": safe.flops_spent}
         for event in safe.journal.events:
