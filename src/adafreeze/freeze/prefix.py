@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..model.batch import Call
 from ..model.blocks import Stack, StopForward, base_model, hidden_states, modules_outside, without_cache
-from ..model.calls import Call
 from ..model.flow import Flow, graph_leaves, tensors_in
 from ..model.patches import Hook, forward_hook, forward_pre_hook, held_attribute, patched, patched_forward
 from ..model.traces import captures_outputs, read_by, without_users_hooks

@@ -20,7 +20,7 @@ from ..errors import AdafreezeError, ConfigError, ProbeError, RunError, note, wa
 from ..journal import Journal
 from ..loop.safe import Safe
 from ..measure.draw import samples_of, train_samples
-from ..model.packing import packed, unpacked
+from ..model.batch import packed, unpacked
 from ._batches import BatchRecorder
 
 __all__ = ["SafeCallback"]
