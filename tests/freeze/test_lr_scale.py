@@ -9,7 +9,7 @@ from transformers.optimization import Adafactor
 
 import cases
 from adafreeze import Safe, SafeConfig
-from adafreeze.freeze.lr_scale import LRScaler
+from adafreeze.freeze.optimizer import LRScaler
 from adafreeze.model.units import Unit
 
 

@@ -13,8 +13,7 @@ import cases
 from adafreeze import ProbeError
 from adafreeze.measure import Probe
 from adafreeze.measure.draw import MOST_SAMPLES, collect
-from adafreeze.model.batch import arguments, by_sample, padded_tokens, real_tokens, repeated, rows_of
-from adafreeze.model.packing import packed, unpacked
+from adafreeze.model.batch import arguments, by_sample, packed, padded_tokens, real_tokens, repeated, rows_of, unpacked
 
 IDS, MASK = torch.arange(3, 15).reshape(2, 6), torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import error_line
 from ..freeze.prefix import Computed, Prefix, Starts
-from ..model.calls import Call
+from ..model.batch import Call
 from ..model.rows import Rows
 from ..model.traces import stateful_forward, traceless
 from .compare import Refused, Rounding

@@ -16,9 +16,9 @@ from ..errors import error_line, note
 from ..freeze.prefix import Computed, Prefix, Slot, Starts, autocast_now
 from ..journal import Journal
 from ..model.backends import Backend
+from ..model.batch import Call
 from ..model.blocks import device_of
-from ..model.calls import Call
-from ..model.random_state import keep_random_state
+from ..model.restore import keep_random_state
 from ..model.rows import NotBySample, Rows
 from ..model.traces import captures_outputs, read_by, traceless
 from .compare import Refused, Rounding

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ..freeze.prefix import Prefix, Slot
+from ..model.batch import Call
 from ..model.blocks import modules_outside
-from ..model.calls import Call
 from ..model.rows import Rows
 from ..model.traces import traceless, users_code
 from .compare import Rounding, named_tensors, real_positions, side_of

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..costs.flops import CountFlops
 from ..errors import error_line
 from ..freeze.prefix import Prefix, Slot, Start, Starts
-from ..model.calls import Call
+from ..model.batch import Call
 from ..model.rows import Rows
 from ..model.traces import traceless
 from .compare import Refused, Rounding, real_positions, sampled

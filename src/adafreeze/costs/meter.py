@@ -40,6 +40,10 @@ class Meter:
         state_key: returns a hashable that changes when the cost of a step does.
         nested_flops: running total of FLOPs counted elsewhere within the steps, which differ between steps of one kind
             (the prefix cache computes samples that it does not contain yet).
+
+    Attributes:
+        costs: of each micro-step, in order.
+        kinds: the cost of each kind of step, without nested FLOPs.
     """
 
     def __init__(
@@ -51,38 +55,29 @@ class Meter:
         self.model = model
         self.state_key = state_key
         self.nested_flops = nested_flops
-        self.nested: list[int] = []
-        self.kinds: list[Hashable] = []
-        self.costs: dict[Hashable, StepCost] = {}
+        self.kinds: dict[Hashable, StepCost] = {}
+        self.costs: list[StepCost] = []
 
     @contextmanager
     def step(self, batch: Mapping[str, Any]) -> Iterator[None]:
         """Around forward and backward of one micro-step on ``batch``."""
         kind = (self.state_key(), _shapes(batch), self.model.training)
         before = self.nested_flops()
-        if kind in self.costs:
+        if kind in self.kinds:
             yield
         else:
             with CountFlops() as flops, SavedBytes(self.model) as saved:
                 yield
-            self.costs[kind] = StepCost(flops.total - (self.nested_flops() - before), saved.total)
-        self.kinds.append(kind)
-        self.nested.append(self.nested_flops() - before)
-
-    def series(self, start: int = 0) -> list[StepCost]:
-        """The cost of each micro-step from ``start`` on, in order."""
-        return [
-            StepCost(self.costs[kind].flops + nested, self.costs[kind].saved_bytes)
-            for kind, nested in zip(self.kinds[start:], self.nested[start:], strict=True)
-        ]
+            self.kinds[kind] = StepCost(flops.total - (self.nested_flops() - before), saved.total)
+        cost = self.kinds[kind]
+        self.costs.append(StepCost(cost.flops + self.nested_flops() - before, cost.saved_bytes))
 
     def summary(self) -> dict[str, float]:
         """``steps`` (micro-steps), ``flops`` (sum), ``peak_saved_bytes`` and ``mean_saved_bytes``."""
-        costs = self.series()
-        saved = [cost.saved_bytes for cost in costs]
+        saved = [cost.saved_bytes for cost in self.costs]
         return {
-            "steps": len(costs),
-            "flops": sum(cost.flops for cost in costs),
+            "steps": len(self.costs),
+            "flops": sum(cost.flops for cost in self.costs),
             "peak_saved_bytes": max(saved, default=0),
             "mean_saved_bytes": sum(saved) / len(saved) if saved else 0.0,
         }

@@ -12,7 +12,7 @@ from torch import nn
 from ..model.backends import Backend
 from ..model.patches import replaced_child, trainable_in_copies
 from ..model.units import Unit, frozen_parameters
-from .lorafa import LoraFAPairs
+from .optimizer import LoraFAPairs
 
 __all__ = ["Freezer"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..model.blocks import Stack, StopForward, base_model, hidden_states, modules_outside, without_cache
-from ..model.calls import Call
+from ..model.batch import Call
+from ..model.blocks import Stack, StopForward, base_model, device_of, hidden_states, modules_outside, without_cache
 from ..model.flow import Flow, graph_leaves, tensors_in
 from ..model.patches import Hook, forward_hook, forward_pre_hook, held_attribute, patched, patched_forward
 from ..model.traces import captures_outputs, read_by, without_users_hooks
@@ -155,7 +155,9 @@ class Prefix:
         self.on_change: Callable[[list[str]], None] | None = None
         self.autocast: torch.dtype | str | None = "unknown"
         self.sees_entries = False
-        self.drops_layers = any(getattr(_config(m), name, None) for m in model.modules() for name in LAYER_DROP)
+        self.drops_layers = any(
+            getattr(m.__dict__.get("config"), name, None) for m in model.modules() for name in LAYER_DROP
+        )
         self.modules = list(model.modules())
         self._undo = ExitStack()
         self._hooks: list[Hook] = []
@@ -205,7 +207,8 @@ class Prefix:
         if not self._hooks:
             # These stay when the prefix changes: it may change from a hook of the same pass, after torch has listed
             # the hooks to call.
-            for module in _entrances(self.model):
+            # PEFT's wrapper and the model inside, which a loss function may call instead.
+            for module in dict.fromkeys((self.model, base_model(self.model))):
                 self._hooks += [forward_pre_hook(module, self._begin), forward_hook(module, self._end, always=True)]
         for stack in self.stacks:
             depth = self.depths[stack.path]
@@ -424,9 +427,7 @@ class Prefix:
                 self.server.bypassed()
 
     def _notice_autocast(self, block: nn.Module) -> None:
-        # Weights that accelerate has offloaded are on the meta device until their module is called.
-        devices = (parameter.device for parameter in block.parameters() if not parameter.is_meta)
-        autocast = autocast_now(next(devices, torch.device("cpu")))
+        autocast = autocast_now(device_of(block))
         if autocast != self.autocast:
             self.autocast = autocast
             if self._pass.recorded is None:
@@ -490,16 +491,6 @@ def _beside(output: Any) -> tuple[Any, ...] | bool | None:
     """What a block returns beside its hidden states: None where it returns them alone; True if there are tensors."""
     rest = _after_first(output)
     return True if any(True for _ in tensors_in(rest)) else rest
-
-
-def _config(module: nn.Module) -> Any:
-    return module.__dict__.get("config")
-
-
-def _entrances(model: nn.Module) -> list[nn.Module]:
-    """The model, and the one inside PEFT's wrapper, which a loss function may call instead."""
-    inner = base_model(model)
-    return [model] if inner is model else [model, inner]
 
 
 class _KeptInEvaluation:

@@ -22,8 +22,7 @@ from ..errors import AdafreezeError, ConfigError, ProbeError, RunError, note, wa
 from ..journal import Journal
 from ..loop.safe import Safe
 from ..measure.draw import MOST_SAMPLES, samples_of, train_samples
-from ..model.batch import arguments, rows_of
-from ..model.packing import packed, unpacked
+from ..model.batch import arguments, packed, rows_of, unpacked
 from ..model.patches import forward_pre_hook
 
 __all__ = ["SafeCallback"]

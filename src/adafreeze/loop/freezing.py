@@ -13,13 +13,13 @@ from ..config import SafeConfig
 from ..decide.run_length import RunLength
 from ..errors import ConfigError, RunError, note, warn
 from ..freeze import Freezer, Prefix
-from ..freeze.lr_scale import LRScaler
+from ..freeze.optimizer import LRScaler
 from ..journal import Journal
 from ..measure import Probe
 from ..memory.budget import Budget
 from ..model import Stack
+from ..model.batch import loss_in
 from ..model.blocks import device_of
-from ..model.calls import loss_in
 from ..model.flow import tensors_in
 from ..model.traces import traceless
 from ..model.units import something_else_trains

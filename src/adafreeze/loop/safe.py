@@ -15,7 +15,7 @@ from ..decide.policy import is_prefix_only
 from ..decide.run_length import RunLength
 from ..errors import ProbeError, note, warn
 from ..freeze import Freezer, Prefix
-from ..freeze.lr_scale import LRScaler
+from ..freeze.optimizer import LRScaler
 from ..journal import Journal
 from ..measure import Scorer
 from ..measure.draw import batch_size_of, samples_of

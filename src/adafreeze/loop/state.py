@@ -17,7 +17,7 @@ from ..config import SafeConfig
 from ..decide.policy import POLICIES
 from ..decide.scores import SCORES
 from ..errors import ConfigError, RunError, note, warn
-from ..model.random_state import random_state, set_random_state
+from ..model.restore import random_state, set_random_state
 
 __all__ = [
     "STATE_VERSION",

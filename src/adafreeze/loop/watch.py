@@ -12,11 +12,10 @@ from ..costs.memory import SavedBytes
 from ..decide.run_length import RunLength
 from ..decide.schedule import Losses
 from ..errors import WarnOnce
-from ..freeze.before_step import before_step
+from ..freeze.optimizer import before_step
 from ..journal import Journal
 from ..measure import Scorer
-from ..model.batch import arguments, rows_of
-from ..model.calls import loss_in
+from ..model.batch import arguments, loss_in, rows_of
 from ..model.patches import forward_hook, forward_pre_hook
 from .freezing import Freezing
 

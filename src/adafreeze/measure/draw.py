@@ -26,7 +26,7 @@ from ..model.batch import (
     real_tokens,
     rows_of,
 )
-from ..model.random_state import keep_random_state
+from ..model.restore import keep_random_state
 from ..model.untouched import untouched
 
 __all__ = ["batch_size_of", "collect", "samples_of", "split", "train_samples", "varies"]

@@ -30,7 +30,7 @@ from ..model.batch import (
 from ..model.blocks import Stack, StopForward, device_of, hidden_states, quiet, starting_at
 from ..model.flow import tensors_in
 from ..model.patches import patched_forward
-from ..model.random_state import keep_random_state
+from ..model.restore import keep_random_state
 from ..model.units import Unit
 from .draw import collect, split
 

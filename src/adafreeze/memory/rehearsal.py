@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_map_only
 from ..costs.flops import flops_of
 from ..costs.memory import SavedBytes, StorageTracker, bytes_of, uncounted
 from ..errors import ModelError
-from ..model.calls import loss_in
+from ..model.batch import loss_in
 from ..model.flow import tensors_in
-from ..model.random_state import keep_random_state
+from ..model.restore import keep_random_state
 
 __all__ = ["Rehearsal", "failing_module", "faked", "largest_that_fits", "rehearse"]
 

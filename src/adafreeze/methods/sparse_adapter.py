@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from ..errors import ProbeError
 from ..measure.draw import collect
 from ..model.blocks import device_of
-from ..model.random_state import keep_random_state
+from ..model.restore import keep_random_state
 from .method import Method, Setup
 
 __all__ = ["SparseAdapter"]

@@ -1,22 +1,25 @@
-"""Batches of model inputs: their samples and tokens, and how to cut them."""
+"""Batches of model inputs: their samples and tokens, how to cut and pack them; and the calls that pass them."""
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .blocks import base_model
 
 __all__ = [
-    "CHUNK", "INPUTS", "REAL_TOKENS", "Chunk",
-    "arguments", "as_mapping", "by_sample", "chunks_of", "cut", "forward_names", "leaves", "main_input", "masks",
-    "padded_tokens", "real_tokens", "repeated", "rows_of",
+    "CHUNK", "INPUTS", "REAL_TOKENS", "Call", "Chunk",
+    "arguments", "as_mapping", "by_sample", "chunks_of", "cut", "forward_names", "leaves", "loss_in", "main_input",
+    "masks", "packed", "padded_tokens", "real_tokens", "repeated", "rows_of", "unpacked",
 ]  # fmt: skip
 
 Chunk = dict[str, Any]
@@ -32,6 +35,9 @@ INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_f
 
 # Only the model knows the positions of an image, a sound or a time series; this estimate per sample is enough.
 UNKNOWN_TOKENS = 64
+
+# Marks a tensor among the plain values of a packed batch; no input has this name.
+_TENSOR = "<tensor>"
 
 
 def as_mapping(batch: Any) -> Chunk | None:
@@ -204,3 +210,101 @@ def real_tokens(chunk: Mapping[str, Any]) -> int:
     if texts:
         return sum(positions if mask is None else int(mask.sum()) for positions, mask in texts)
     return padded_tokens(chunk)
+
+
+def packed(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Batches of tensors and JSON values as JSON values; tensors become base64 safetensors.
+
+    >>> batch = {"input": {"input_ids": torch.tensor([[1, 2]])}, "use_cache": False}
+    >>> unpacked(packed([batch]))
+    [{'input': {'input_ids': tensor([[1, 2]])}, 'use_cache': False}]
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            name = str(len(tensors))
+            tensors[name] = value.detach().to("cpu", copy=True).contiguous()  # safetensors refuses shared storages
+            return {_TENSOR: name}
+        if isinstance(value, Mapping):
+            return {name: plain(item) for name, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    rest = [plain(batch) for batch in batches]
+    return {"tensors": base64.b64encode(save(tensors)).decode(), "rest": rest}
+
+
+def unpacked(state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Undo ``packed``; tuples come back as lists."""
+    tensors = load(base64.b64decode(state["tensors"]))
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return tensors[value[_TENSOR]] if _TENSOR in value else {name: whole(item) for name, item in value.items()}
+        return [whole(item) for item in value] if isinstance(value, list) else value
+
+    return [whole(batch) for batch in state["rest"]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module, with a name for every argument.
+
+    Hosts call a model with keywords (Trainer), positional tensors, or one dictionary of features
+    (sentence-transformers).
+
+    Attributes:
+        module: the called module.
+        inputs: name to value; a value inside a dictionary has its key as its name.
+        places: name to (position or keyword, key in the dictionary there or None).
+        positions: number of positional arguments.
+    """
+
+    module: nn.Module
+    inputs: dict[str, Any]
+    places: dict[str, tuple[int | str, Any]]
+    positions: int
+
+    @classmethod
+    def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """Name the arguments of a call of ``module``."""
+        names = forward_names(module)
+        inputs: dict[str, Any] = {}
+        places: dict[str, tuple[int | str, Any]] = {}
+
+        def add(name: str, place: int | str, value: Any) -> None:
+            entries = [(name, None, value)]
+            if isinstance(value, Mapping):
+                entries = [(str(key), key, item) for key, item in value.items()]
+            for short, key, item in entries:
+                free = short if short not in inputs else f"{name}.{short}"
+                inputs[free], places[free] = item, (place, key)
+
+        for position, value in enumerate(args):
+            add(names[position] if position < len(names) else f"argument {position}", position, value)
+        for name, value in kwargs.items():
+            add(name, name, value)
+        return cls(module, inputs, places, len(args))
+
+    def arguments(self, inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same call with other values; dictionaries are new, since a model may write into its inputs."""
+        found: dict[int | str, Any] = {}
+        for name, value in inputs.items():
+            place, key = self.places[name]
+            if key is None:
+                found[place] = value
+            else:
+                found.setdefault(place, {})[key] = value
+        args = tuple(found.pop(position, {}) for position in range(self.positions))
+        return args, {str(name): value for name, value in found.items()}
+
+
+def loss_in(output: Any) -> Tensor | None:
+    """The loss in a model's output: its ``loss``, or the first entry of a tuple."""
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    elif isinstance(output, tuple) and not hasattr(output, "loss"):
+        loss = output[0] if output else None
+    else:
+        loss = getattr(output, "loss", output)
+    return loss if isinstance(loss, Tensor) and loss.ndim == 0 else None

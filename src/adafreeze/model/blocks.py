@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import ModelError
 from .patches import patched_forward
@@ -61,10 +63,11 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     if not isinstance(model, nn.Module):
         raise _no_module(model)
     _refuse_shared_layers(model)
-    holding = _holding_adapters(model)
+    adapters = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
 
     def adapted(entries: list[nn.Module]) -> bool:
-        return not holding or any(id(entry) in holding for entry in entries)
+        parts = (part for entry in entries for part in entry.modules())
+        return not adapters or any(isinstance(part, BaseTunerLayer) for part in parts)
 
     # Those of transformers count even without adapters: an adapted decoder may read such an encoder.
     lists = _outermost_lists(model, _of_transformers)
@@ -75,8 +78,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
         kept = {name: entries for name, entries in _outermost_lists(model, _alike).items() if adapted(entries)} or lists
     if kept:
         return [Stack(user_name(name), tuple(kept[name])) for name, _ in model.named_modules() if name in kept]
-    adapted_names = [name for name, module in model.named_modules() if _is_adapted(module)]
-    around = f" around its adapter {user_name(adapted_names[0])}" if adapted_names else ""
+    around = f" around its adapter {user_name(adapters[0])}" if adapters else ""
     raise ModelError(
         f"No stack of transformer blocks was found in {users_class(model)}: no nn.ModuleList or nn.Sequential{around}.",
         fix="Use a transformers model, or keep your blocks in one nn.ModuleList.",
@@ -84,8 +86,6 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 
 
 def _of_transformers(entries: list[nn.Module]) -> bool:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
     return all(isinstance(entry, GradientCheckpointingLayer) for entry in entries)
 
 
@@ -118,17 +118,6 @@ def _outermost_lists(
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) and is_stack(list(module)):
             found[name] = list(module)
     return found
-
-
-def _holding_adapters(model: nn.Module) -> set[int]:
-    """Ids of the modules that are or contain an adapted layer of PEFT."""
-    return {id(module) for module in model.modules() if any(map(_is_adapted, module.modules()))}
-
-
-def _is_adapted(module: nn.Module) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return isinstance(module, BaseTunerLayer)
 
 
 def _refuse_shared_layers(model: nn.Module) -> None:

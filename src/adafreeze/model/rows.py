@@ -119,12 +119,8 @@ class Rows:
 
     def otherwise(self) -> dict[str, Any]:
         """The inputs with other values for those in ``OF_THE_BATCH``."""
-        return {
-            name: (value + 1 if isinstance(value, (int, float, Tensor)) and not isinstance(value, bool) else value)
-            if name in OF_THE_BATCH
-            else value
-            for name, value in self.inputs.items()
-        }
+        numbers = {name: self.inputs.get(name) for name in OF_THE_BATCH}
+        return self.inputs | {name: n + 1 for name, n in numbers.items() if isinstance(n, (int, float, Tensor))}
 
     def take(self, rows: Sequence[int], inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The inputs (default: the batch's own) of these samples, at the width of the batch."""
@@ -187,15 +183,6 @@ class Rows:
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
-    """For each input the shape of one sample, and bytes as (samples, bytes); one transfer per accelerator."""
-    flat = {name: tensor.contiguous().view(torch.uint8).reshape(-1) for name, tensor in tensors.items()}
-    for device in {data.device for data in flat.values() if data.device.type != "cpu"}:
-        names = [name for name, data in flat.items() if data.device == device]
-        names.sort(key=lambda name: -tensors[name].element_size())  # keeps each aligned for its dtype
-        together = torch.cat([flat[name] for name in names]).cpu()
-        pieces = together.split([len(flat[name]) for name in names])
-        flat.update(zip(names, pieces, strict=True))
-    return {
-        name: (tuple(tensors[name].shape[1:]), data.numpy().reshape(len(tensors[name]), -1))
-        for name, data in flat.items()
-    }
+    """For each input the shape of one sample, and bytes as (samples, bytes)."""
+    flat = {name: tensor.contiguous().view(torch.uint8).cpu().numpy() for name, tensor in tensors.items()}
+    return {name: (tuple(tensors[name].shape[1:]), data.reshape(len(tensors[name]), -1)) for name, data in flat.items()}

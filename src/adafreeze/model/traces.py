@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .patches import HOOK_TABLES
-from .random_state import keep_random_state
-from .restore import restorer, temporarily
+from .restore import keep_random_state, restorer, temporarily
 
 __all__ = ["captures_outputs", "read_by", "stateful_forward", "traceless", "users_code", "without_users_hooks"]
 

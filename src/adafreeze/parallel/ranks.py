@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from .. import errors
 from ..errors import AdafreezeError, RunError
-from ..model.packing import packed, unpacked
+from ..model.batch import packed, unpacked
 
 __all__ = ["Ranks"]
 

@@ -114,7 +114,7 @@ class JournalCallback(TrainerCallback, ExportableState):
             return {}
         found = {"seconds_per_step": self._seconds / self._steps}
         if self.meter is not None:
-            series = self.meter.series(self._metered)
+            series = self.meter.costs[self._metered :]
             self._metered += len(series)
             found["flops_per_step"] = sum(cost.flops for cost in series) / self._steps
             found["saved_bytes"] = sum(cost.saved_bytes for cost in series) / max(1, len(series))
