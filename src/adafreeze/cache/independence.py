@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import error_line
-from ..freeze.prefix import Computed, Prefix, Starts
+from ..freeze.prefix import Computed, Prefix, Slot, Starts
 from ..model.batch import Call
 from ..model.rows import Rows
 from ..model.traces import stateful_forward, traceless
 from .compare import Refused, Rounding
 from .kinds import PassKind
-from .layout import Layout, find_layout
+from .layout import Layout, find_layout, fingerprints
 from .padding import PaddingCheck
 
 __all__ = ["IndependenceCheck"]
@@ -116,19 +116,39 @@ class IndependenceCheck:
                     entry, interleaved=found.interleaved, by_position=by_position, side=side
                 )
 
-    def verify_rows(self, rows: Rows, call: Call, at: Sequence[int], kind: PassKind, starts: Starts) -> bool:
+    def verify_rows(
+        self,
+        rows: Rows,
+        call: Call,
+        at: Sequence[int],
+        kind: PassKind,
+        starts: Starts,
+        expected: Mapping[Slot, Tensor],
+    ) -> bool:
         """Compute some rows of a batch to the boundary and compare them with the states that a pass would start from.
+
+        Args:
+            rows: of the batch.
+            call: how the model is called with them.
+            at: the rows to compute.
+            kind: of the pass.
+            starts: of the whole batch.
+            expected: fingerprints of what enters block 0, of the whole batch.
 
         Raises:
             Refused: they differ.
 
         Returns:
-            False if the prefix cannot be run on a part of the batch, which shows nothing.
+            False if that shows nothing: the pass ends below the boundary, or something else enters block 0.
         """
         with traceless(self.prefix.modules):
             own = self.prefix.compute(call, rows.take(at), {}, kind.layouts)
         if own is None:
             return False
+        for slot, numbers in expected.items():
+            here = fingerprints(kind.entry_layouts[slot], own.entered[slot], rows, at).cpu()
+            if not self.rounding.same_fingerprints(here, numbers[list(at)]):
+                return False
         for slot, start in starts.items():
             layout = kind.layouts[slot]
             computed, served = layout.by_sample(own.boundary[slot], len(at)), layout.by_sample(start.states, rows.count)

@@ -279,7 +279,10 @@ class PrefixCache:
         return False
 
     def entered(self, slot: Slot, hidden: Tensor) -> None:
-        """Keep it for its fingerprints, if the states of this pass are to be stored."""
+        """Keep it for its fingerprints, if the states of this pass are to be stored. Do not compare other inputs."""
+        with self._guarded():
+            if self.shadow.current is not None and not self._is_expected(slot, hidden):
+                self.shadow.current = None
         if self._pass is not None and self._pass.filling is not None:
             self._pass.filling.entered[slot] = hidden
 
@@ -438,16 +441,17 @@ class PrefixCache:
         sources = now.sources(stored, advanced)
         if not missing and not self.padding.whole_rows and not (kind.shows_width and self.prefix.sees_entries):
             sources = replace(sources, names=sources.names | {f"{rows.width(0)} and {rows.width(1)} wide"})
+        now.expect(origins)
         with self._counted():
             if sources.names <= kind.verified and (new := kind.new_widths(sources)):
                 # Compare one or two rows instead of the whole batch, so that the pass can be served.
                 at = [row for name in new for row in kind.showing(name, advanced if BELOW in name else stored)]
-                if self.independence.verify_rows(rows, call, sorted(set(at)), kind, starts):
+                if self.independence.verify_rows(rows, call, sorted(set(at)), kind, starts, now.expected):
                     kind.verify(sources)
             if not self.shadow.allows(kind, sources, rows, call, starts):
                 return {}
         skipped = len(found) * sum(depths) + sum(len(group) * sum(of) for of, group in groups.items())
-        now.serve(origins, work=width * skipped)
+        now.served, now.work = True, width * skipped
         return starts
 
     def _completed(

@@ -88,9 +88,8 @@ class OnePass:
                 names.add(f"moved{where}")
         return Sources(frozenset(names), widths)
 
-    def serve(self, origins: Mapping[int, Origin], work: int) -> None:
-        """Start the pass above the prefix if what enters block 0 has the fingerprints of these origins, by row."""
-        self.served, self.work = True, work
+    def expect(self, origins: Mapping[int, Origin]) -> None:
+        """Start above the prefix only if what enters block 0 has the fingerprints of these origins, by row."""
         all_slots = torch.tensor([origins[row].fingerprint for row in range(self.rows.count)], dtype=torch.float64)
         by_slot = zip(self.kind.slots, all_slots.split(2, 1), strict=True)
         self.expected = {slot: numbers for slot, numbers in by_slot if slot in self.kind.entry_layouts}
