@@ -36,6 +36,9 @@ from .draw import collect, split
 
 __all__ = ["Outputs", "Probe"]
 
+# More sets of input names are not traced; the prefix checks those in training.
+MOST_KINDS = 8
+
 Outputs = dict[str, list[Tensor]]
 """Unit name -> one tensor of shape (chosen tokens, features), or two: without and with the unit's own adapter."""
 
@@ -119,7 +122,7 @@ class Probe:
         return found.hexdigest()
 
     def kinds(self, device: torch.device) -> list[Chunk]:
-        """Model inputs of the shortest sample for each set of input names.
+        """Model inputs of the shortest sample for each set of input names, of at most MOST_KINDS.
 
         In mixed data (with and without images), different parameters feed a stack.
         """
@@ -129,7 +132,7 @@ class Probe:
             kind = frozenset(path for path, value in leaves(one) if value is not None)
             if kind not in smallest or padded_tokens(one) < padded_tokens(smallest[kind]):
                 smallest[kind] = one
-        return [_model_inputs(one, device) for one in smallest.values()]
+        return [_model_inputs(one, device) for one in list(smallest.values())[:MOST_KINDS]]
 
     def micro_batch(self, rows: int, device: torch.device) -> Chunk:
         """The shapes of at least ``rows`` samples of the longest length, without data: repeats the longest sample."""

@@ -6,6 +6,7 @@ import base64
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -36,6 +37,7 @@ ROUNDING = 1e-5
 HALF_ROUNDING = 2
 
 
+@dataclass(eq=False)
 class Scorer:
     """Scores of all units, measured on one probe, relative to the model as training began.
 
@@ -65,34 +67,30 @@ class Scorer:
         at_rest: the adapters had no effect when training began, or that is unknown.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        stacks: list[Stack],
-        units: Mapping[str, Unit],
-        backend: Backend,
-        config: SafeConfig,
-        probe: Probe,
-        *,
-        collective: bool = False,
-    ) -> None:
-        self.model, self.stacks, self.units, self.backend = model, stacks, units, backend
-        self.config, self.probe, self.collective = config, probe, collective
-        self.score: Score = resolve_score(config.score)
-        self.seed = config.seed
+    model: nn.Module
+    stacks: list[Stack]
+    units: Mapping[str, Unit]
+    backend: Backend
+    config: SafeConfig
+    probe: Probe
+    collective: bool = False
+
+    def __post_init__(self) -> None:
+        self.score: Score = resolve_score(self.config.score)
+        self.seed = self.config.seed
         self.flops_spent = 0
         self.flops_per_measurement = 0
         self.floor: dict[str, float] = {}
         self.at_rest = True
+        self.resumed = False
         self._references: dict[str, Any] = {}
         self._began: dict[str, Tensor] = {}
-        self._gradients: dict[str, float] = dict.fromkeys(units, 0.0)
+        self._gradients: dict[str, float] = dict.fromkeys(self.units, 0.0)
         self._prefix: Mapping[str, int] = {}
-        self.resumed = False
 
     def with_probe(self, probe: Probe) -> Scorer:
         """A scorer of the same model that has measured nothing yet."""
-        return Scorer(self.model, self.stacks, self.units, self.backend, self.config, probe, collective=self.collective)
+        return replace(self, probe=probe)
 
     @property
     def runs_model(self) -> bool:

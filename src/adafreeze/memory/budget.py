@@ -15,7 +15,6 @@ from ..errors import RunError, error_line, note, warn
 from ..freeze import Prefix
 from ..journal import Journal
 from ..measure import Probe
-from ..model import Stack
 from ..model.blocks import device_of
 from ..model.flow import tensors_in
 from ..model.patches import forward_pre_hook
@@ -54,8 +53,6 @@ class Budget:
         limit: ``memory_budget`` of SafeConfig.
         probe: its longest sample, ``rows`` times, is the micro-batch of ``check``.
         rows: samples per micro-batch.
-        model: as the host calls it.
-        stacks: of the model.
         prefix: its blocks save nothing.
         optimizer: its state counts; None: as AdamW's.
         journal: of the run.
@@ -74,18 +71,13 @@ class Budget:
         limit: int | float | str,
         probe: Probe,
         rows: int,
-        model: nn.Module,
-        stacks: list[Stack],
         prefix: Prefix,
         optimizer: Any,
         journal: Journal,
     ) -> None:
-        self.probe, self.rows = probe, rows
-        self.model = model
-        self.stacks = stacks
-        self.prefix = prefix
-        self.optimizer = getattr(optimizer, "optimizer", optimizer) or "adamw_torch"
-        self.journal = journal
+        self.probe, self.rows, self.prefix, self.journal = probe, rows, prefix, journal
+        self.model, self.stacks = model, stacks = prefix.model, prefix.stacks
+        self.optimizer = optimizer or "adamw_torch"
         self.device = device_of(model)
         self.beside = 0
         weights = bytes_of((*model.parameters(), *model.buffers()))
