@@ -51,20 +51,13 @@ class Probe:
             otherwise (images of all samples in one tensor) it stays whole.
         tokens: real (unpadded) tokens to choose, spread evenly over the samples.
         seed: for choosing tokens.
-        pad_token_id: identifies padding if there is no attention mask.
 
     Raises:
         ProbeError: there are no samples, or a chunk has no model input.
     """
 
-    def __init__(
-        self,
-        chunks: Sequence[Mapping[str, Any]],
-        tokens: int = 2048,
-        seed: int = 0,
-        pad_token_id: int | None = None,
-    ) -> None:
-        self.chunks: list[Chunk] = [piece for chunk in chunks for piece in split(chunk, pad_token_id)]
+    def __init__(self, chunks: Sequence[Mapping[str, Any]], tokens: int = 2048, seed: int = 0) -> None:
+        self.chunks: list[Chunk] = [piece for chunk in chunks for piece in split(chunk)]
         if not self.samples:
             raise ProbeError(
                 "The probe is empty: scores are measured on training samples.",
@@ -81,6 +74,7 @@ class Probe:
 
         Samples of a dataloader are chosen by the probe's own generator and collated as the dataloader does. The sampler
         and all random states of the run do not advance, and changes to dataset and collator are undone.
+        ``pad_token_id`` identifies padding if there is no attention mask.
 
         Raises:
             ProbeError: ``source`` has no usable samples, or drawing would use them up.
@@ -88,7 +82,7 @@ class Probe:
         if isinstance(source, Probe):
             return source
         with keep_random_state():
-            return cls(collect(source, tokens, seed, pad_token_id), tokens, seed, pad_token_id)
+            return cls(collect(source, tokens, seed, pad_token_id), tokens, seed)
 
     @property
     def samples(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -21,6 +20,7 @@ from ..errors import ProbeError, warn
 from ..model import Stack, Unit
 from ..model.backends import Backend
 from ..model.batch import CHUNK
+from ..model.packing import tensors_as_text, tensors_of_text
 from .probe import Probe
 
 __all__ = ["Scorer"]
@@ -181,8 +181,8 @@ class Scorer:
             "samples": self.probe.samples,
             "floor": dict(self.floor),
             "gradients": dict(self._gradients),
-            "references": _packed(self._references) if not self.runs_model else None,
-            "began": _packed(self._began) if self._began and measures_again else None,
+            "references": tensors_as_text(self._references) if not self.runs_model else None,
+            "began": tensors_as_text(self._began) if self._began and measures_again else None,
             "at_rest": self.at_rest,
             "flops_spent": self.flops_spent,
             "flops_per_measurement": self.flops_per_measurement,
@@ -201,9 +201,9 @@ class Scorer:
         """Load only what cannot be measured again; ``prepare`` may follow."""
         self.resumed = True
         self.at_rest = state["at_rest"]
-        self._began = _unpacked(state["began"]) if state["began"] is not None else {}
+        self._began = tensors_of_text(state["began"]) if state["began"] is not None else {}
         if state["references"] is not None:
-            self._references = dict(_unpacked(state["references"]))
+            self._references = dict(tensors_of_text(state["references"]))
         self._gradients, self.flops_spent = dict(state["gradients"]), state["flops_spent"]
 
     def measure(self, prefix: Mapping[str, int]) -> dict[str, float]:
@@ -385,15 +385,3 @@ class Scorer:
                 f"{free / 2**20:,.0f} MiB that are free.",
                 fix=f"SafeConfig(probe_tokens={max(64, int(tokens * free / 4 / needed))})",
             )
-
-
-def _packed(tensors: Mapping[str, Tensor]) -> str:
-    from safetensors.torch import save
-
-    return base64.b64encode(save(dict(tensors))).decode()
-
-
-def _unpacked(text: str) -> dict[str, Tensor]:
-    from safetensors.torch import load
-
-    return load(base64.b64decode(text))

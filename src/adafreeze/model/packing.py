@@ -6,9 +6,21 @@ import base64
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from safetensors.torch import load, save
 from torch import Tensor
 
-__all__ = ["packed", "unpacked"]
+__all__ = ["packed", "tensors_as_text", "tensors_of_text", "unpacked"]
+
+
+def tensors_as_text(tensors: Mapping[str, Tensor]) -> str:
+    """Tensors by name, as base64 safetensors."""
+    return base64.b64encode(save(dict(tensors))).decode()
+
+
+def tensors_of_text(text: str) -> dict[str, Tensor]:
+    """Undo ``tensors_as_text``."""
+    return load(base64.b64decode(text))
+
 
 # Marks a tensor among the plain values; no input has this name.
 _TENSOR = "<tensor>"
@@ -22,8 +34,6 @@ def packed(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     >>> unpacked(packed([batch]))
     [{'input': {'input_ids': tensor([[1, 2]])}, 'use_cache': False}]
     """
-    from safetensors.torch import save
-
     tensors: dict[str, Tensor] = {}
 
     def plain(value: Any) -> Any:
@@ -36,14 +46,12 @@ def packed(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     rest = [plain(batch) for batch in batches]
-    return {"tensors": base64.b64encode(save(tensors)).decode(), "rest": rest}
+    return {"tensors": tensors_as_text(tensors), "rest": rest}
 
 
 def unpacked(state: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Undo ``packed``; tuples come back as lists."""
-    from safetensors.torch import load
-
-    tensors = load(base64.b64decode(state["tensors"]))
+    tensors = tensors_of_text(state["tensors"])
 
     def whole(value: Any) -> Any:
         if isinstance(value, Mapping):
