@@ -133,7 +133,7 @@ def steps_at(
     with StepPlanner(network(case, houlsby), batch, target="cuda") as planner:
         found, recomputed = {}, {}
         for depth in sorted(depths):
-            planner.freeze(planner.lowest(depth))
+            planner.freeze(planner.lowest(depth / len(planner.blocks)))
             found[depth] = planner.step(case.rows)
             assert found[depth].prefix == depth
             if depth in starts:

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 import cases
 from adafreeze.costs import SavedBytes
-from adafreeze.memory.checkpointing import BlockCost, Checkpointing, fewest_checkpointed
+from adafreeze.memory.checkpointing import Checkpointing, fewest_checkpointed
 from adafreeze.model import find_stacks
 
-LIKE = {("layers", index): BlockCost(freed=10, flops=5) for index in range(6)}
+LIKE = {("layers", index): (10, 5) for index in range(6)}
 
 
 def additive(costs, plain):
-    return lambda chosen: plain - sum(costs[name].freed for name in chosen)
+    return lambda chosen: plain - sum(costs[name][0] for name in chosen)
 
 
 def test_none_if_all_fit():
@@ -29,7 +29,7 @@ def test_identical_blocks_from_the_bottom_up():
 
 
 def test_the_lowest_block_comes_first_even_if_it_frees_a_little_less():
-    costs = LIKE | {("layers", 0): BlockCost(freed=9, flops=5)}
+    costs = LIKE | {("layers", 0): (9, 5)}
     assert sorted(index for _, index in fewest_checkpointed(costs, additive(costs, 60), 42)) == [0, 1]
 
 
@@ -39,16 +39,16 @@ def test_none_returned_if_all_blocks_are_not_enough():
 
 
 def test_blocks_that_free_nothing_are_not_checkpointed():
-    costs = LIKE | {("layers", 0): BlockCost(freed=0, flops=5), ("layers", 1): BlockCost(freed=-3, flops=5)}
+    costs = LIKE | {("layers", 0): (0, 5), ("layers", 1): (-3, 5)}
     assert sorted(index for _, index in fewest_checkpointed(costs, additive(costs, 60), 45)) == [2, 3]
 
 
 def test_different_blocks_by_bytes_freed_per_flop():
     costs = {
-        ("a", 0): BlockCost(10, 100),
-        ("a", 1): BlockCost(10, 10),
-        ("a", 2): BlockCost(40, 40),
-        ("a", 3): BlockCost(2, 1),
+        ("a", 0): (10, 100),
+        ("a", 1): (10, 10),
+        ("a", 2): (40, 40),
+        ("a", 3): (2, 1),
     }
     assert fewest_checkpointed(costs, additive(costs, 62), 52) == {("a", 1)}
     assert fewest_checkpointed(costs, additive(costs, 62), 22) == {("a", 2)}
@@ -60,14 +60,14 @@ def test_different_blocks_by_bytes_freed_per_flop():
     st.integers(0, 320),
 )
 def test_it_fits_if_possible_and_no_chosen_block_is_unnecessary(blocks, excess):
-    costs = {("layers", index): BlockCost(*block) for index, block in enumerate(blocks)}
+    costs = {("layers", index): block for index, block in enumerate(blocks)}
     peak = additive(costs, 1000)
     chosen = fewest_checkpointed(costs, peak, 1000 - excess)
-    if sum(cost.freed for cost in costs.values()) < excess:
+    if sum(freed for freed, _ in costs.values()) < excess:
         assert chosen is None
         return
     assert peak(chosen) <= 1000 - excess
-    flops = {name: cost.flops for name, cost in costs.items()}
+    flops = {name: cost for name, (_, cost) in costs.items()}
     every = itertools.chain.from_iterable(itertools.combinations(costs, n) for n in range(len(costs) + 1))
     best = min(sum(flops[name] for name in some) for some in every if peak(some) <= 1000 - excess)
     assert sum(flops[name] for name in chosen) <= 2 * best + max(flops.values())  # greedy, and not far off

@@ -159,12 +159,15 @@ def test_the_largest_micro_batch_is_found(limit, fits):
         asked.add(rows)
         return 100 + 10 * rows
 
-    assert largest_that_fits(peak, 8, held=100, limit=limit, most=64) == fits
+    assert largest_that_fits(peak, 8, peak(8), held=100, limit=limit, most=64) == fits
     assert len(asked) <= 3
 
 
 def test_the_largest_micro_batch_if_the_peak_moves_to_another_moment():
-    assert largest_that_fits(lambda rows: max(200 + rows, 100 + 10 * rows), 4, held=100, limit=300, most=64) == 20
+    def peak(rows):
+        return max(200 + rows, 100 + 10 * rows)
+
+    assert largest_that_fits(peak, 4, peak(4), held=100, limit=300, most=64) == 20
 
 
 class DropsAMaskOfOnes(torch.nn.Module):

@@ -90,14 +90,10 @@ class RunLength:
         """Continue where ``state_dict`` was written. Returns, in words, what differs from the run that wrote it."""
         self.steps, self.rows = state["steps"], state["rows"]
         self._since, self._before = tuple(state["since"]), state["samples_per_step"]
-        both_known = self.samples_per_step is not None and self._before is not None
-        compared = [
-            ("steps", self.total_steps, state["total_steps"]),
-            ("samples per step and process", self.samples_per_step, self._before if both_known else None),
-            ("processes", self.ranks, state["ranks"]),
-        ]
-        if not both_known:
-            del compared[1]
+        compared = [("steps", self.total_steps, state["total_steps"])]
+        if self.samples_per_step is not None and self._before is not None:
+            compared.append(("samples per step and process", self.samples_per_step, self._before))
+        compared.append(("processes", self.ranks, state["ranks"]))
         changes = [f"{now} {what} now, {before} planned then" for what, now, before in compared if now != before]
         if changes:
             self._since = self.steps, self.rows

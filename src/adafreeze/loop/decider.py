@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config import SafeConfig
@@ -19,6 +21,7 @@ from ..parallel import Ranks
 __all__ = ["Decider"]
 
 
+@dataclass(eq=False)
 class Decider:
     """Measures and decides in three stages: warm-up, freezing while the ramp rises, and the rest of the run.
 
@@ -29,7 +32,7 @@ class Decider:
         config: policy, schedule.
         total_steps: optimizer steps of the whole run.
         chains: unit names by block by chain, as in ``PolicyInput``.
-        scorer: of this model, with the drawn probe, not yet fitted to the run's length.
+        fresh: a scorer of this model, with the drawn probe, not yet fitted to the run's length.
         journal: of the run.
         ranks: of the run.
 
@@ -38,32 +41,32 @@ class Decider:
         warmup_end: t_w in optimizer steps, from which the ramp rises; None before it is known. If the warm-up went on
             for the loss's sake, the ramp starts above 0.
         plan: steps at which scores are measured; None before the first step.
-        scorer: None where another rank measures.
+        scorer: fitted; None where another rank measures.
     """
 
-    def __init__(
-        self,
-        config: SafeConfig,
-        total_steps: int,
-        chains: tuple[tuple[tuple[str, ...], ...], ...],
-        scorer: Scorer,
-        journal: Journal,
-        ranks: Ranks,
-    ) -> None:
-        self.config, self.total_steps, self.chains = config, total_steps, chains
-        self.probe, self.collective, self._new = scorer.probe, scorer.collective, scorer
-        self.journal, self.ranks = journal, ranks
+    config: SafeConfig
+    total_steps: int
+    chains: tuple[tuple[tuple[str, ...], ...], ...]
+    fresh: Scorer
+    journal: Journal
+    ranks: Ranks
+
+    def __post_init__(self) -> None:
+        self.probe, self.collective = self.fresh.probe, self.fresh.collective
         self.scores: dict[str, float] = {}
         self.warmup_end: int | None = None
         self.plan: tuple[int, ...] | None = None
         self.scorer: Scorer | None = None
-        self._settling = Settling(config.settle_patience, config.settle_tolerance)
+        self._settling = self._unsettled()
         self._loss_fall = LossFall()
         self._waited = False
         self._before: tuple[int, ...] = ()  # the plan of a checkpoint that another one follows
         self._measured_at = 0
         self._warn_once = WarnOnce()
         self.begin()
+
+    def _unsettled(self) -> Settling:
+        return Settling(self.config.settle_patience, self.config.settle_tolerance)
 
     @property
     def measures_here(self) -> bool:
@@ -87,9 +90,9 @@ class Decider:
     def begin(self) -> None:
         """Take the model as it is now as the reference of all scores."""
         if self.measures_here:
-            self.scorer = self._new.with_probe(self.probe)
+            self.scorer = self.fresh.with_probe(self.probe)
             # A model that fails here fails again in prepare(), which warns.
-            with suppress(Exception), traceless(self._new.model.modules()):
+            with suppress(Exception), traceless(self.fresh.model.modules()):
                 self.scorer.begin()
 
     def prepare(self, step: int, step_samples: int) -> None:
@@ -99,7 +102,12 @@ class Decider:
             step: optimizer steps done.
             step_samples: rows of one optimizer step on one rank.
         """
-        self._take(self._of_main(lambda: self._guarded(lambda: self._prepared(step, step_samples), step)))
+
+        def work() -> list[str]:
+            self._guarded(lambda: self._prepare(step, step_samples), step)
+            return []
+
+        self._of_main(work)
         self._before = ()
 
     def schedule_after(self, step: int) -> str:
@@ -135,10 +143,12 @@ class Decider:
             something_else_trains: beside the units.
         """
 
-        def given(ramp: float) -> PolicyInput:
-            return PolicyInput(
+        def work() -> list[str]:
+            if not self._guarded(lambda: self._measure(step, prefixes), step):
+                return []
+            given = PolicyInput(
                 step=step,
-                ramp=ramp,
+                ramp=1.0,
                 scores=dict(self.scores),
                 chains=self.chains,
                 frozen=frozen,
@@ -148,9 +158,9 @@ class Decider:
                 something_else_trains=something_else_trains,
                 learning=learning or None,
             )
+            return self._chosen(losses, given)
 
-        names: list[str] = self._take(self._of_main(lambda: self._decided(step, prefixes, losses, given)))
-        return names
+        return self._of_main(work)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain JSON values."""
@@ -192,7 +202,7 @@ class Decider:
         self._load_shared_state(state)
         self.scorer, self._measured_at, kept = None, step, state["scorer"]
         if other_score:
-            self.scores, self._settling = {}, Settling(self.config.settle_patience, self.config.settle_tolerance)
+            self.scores, self._settling = {}, self._unsettled()
             kept = kept and {**kept, "references": None, "gradients": dict.fromkeys(kept["gradients"], 0.0)}
         if other_schedule and self.plan is not None:
             self._before, self.plan = self.plan, None
@@ -201,52 +211,53 @@ class Decider:
             return
         if kept is None or not self.measures_here:
             return
+        probe = self.probe if self.plan is None else self.probe.shrunk(kept["samples"])
+        self.scorer = scorer = self.fresh.with_probe(probe)
         if self.plan is None:
-            self.scorer = scorer = self._new.with_probe(self.probe)
             self._guarded(lambda: scorer.load_unmeasurable(kept), step)
-            return
-        self.scorer = scorer = self._new.with_probe(self.probe.shrunk(kept["samples"]))
-        measures_again = any(later > step for later in self.plan)
-        self._guarded(lambda: scorer.load_state_dict(kept, measures_again=measures_again), step)
+        else:
+            measures_again = any(later > step for later in self.plan)
+            self._guarded(lambda: scorer.load_state_dict(kept, measures_again=measures_again), step)
 
-    def _of_main(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What ``work`` returns on rank 0; it runs on the others too where forward passes are collectives."""
-        if not self.collective:
-            return self.ranks.of_main(work)  # type: ignore[no-any-return]
-        failed: Exception | None = None
-        try:
-            done = work()
-        except Exception as error:
-            failed = error
+    def _of_main(self, work: Callable[[], list[str]]) -> list[str]:
+        """The names that ``work`` returns on rank 0, whose state all ranks take over.
+
+        The others run it too where forward passes are collectives.
+        """
 
         def outcome() -> dict[str, Any]:
-            if failed is not None:
-                raise failed
-            return done
+            names = work()
+            return {**self._shared_state(), "names": names}
 
-        return self.ranks.of_main(outcome)  # type: ignore[no-any-return]
-
-    def _take(self, outcome: dict[str, Any]) -> Any:
-        """Take over the state of rank 0; returns the names."""
+        if self.collective:
+            done: Future[dict[str, Any]] = Future()
+            try:
+                done.set_result(outcome())
+            except Exception as error:
+                done.set_exception(error)
+            outcome = done.result
+        state = self.ranks.of_main(outcome)
         if not self.ranks.is_main:
-            self._load_shared_state(outcome)
-        return outcome["names"]
+            self._load_shared_state(state)
+        names: list[str] = state["names"]
+        return names
 
-    def _guarded(self, work: Callable[[], None], step: int) -> dict[str, Any]:
-        """Run ``work``; warn on failure; return the decider's state."""
+    def _guarded(self, work: Callable[[], None], step: int) -> bool:
+        """Run ``work``, and warn if it fails; whether it did not."""
         try:
-            with traceless(self._new.model.modules()):
+            with traceless(self.fresh.model.modules()):
                 work()
         except (RunError, ConfigError):
             raise
         except Exception as error:  # a measurement must not end the run
             self._give_up_measuring(error, step)
-        return {**self._shared_state(), "plan": list(self.plan or ()), "names": []}
+            return False
+        return True
 
-    def _prepared(self, step: int, step_samples: int) -> None:
+    def _prepare(self, step: int, step_samples: int) -> None:
         self.plan = ()
         until = max(1, self._ramp_end)
-        self.scorer = self.scorer or self._new.with_probe(self.probe)
+        self.scorer = self.scorer or self.fresh.with_probe(self.probe)
         count = self.scorer.prepare(self.total_steps * step_samples, until)
         self.plan = measurement_steps(until, count)
         self._join(step, until / count)
@@ -271,26 +282,10 @@ class Decider:
         before, plan = self._before, self.plan or ()
         if before and distance > before[-1] / len(before) and self.warmup_end is None:
             # Settled scores mean less over shorter intervals, and losses fall less in them.
-            self._settling = Settling(self.config.settle_patience, self.config.settle_tolerance)
+            self._settling = self._unsettled()
             self._loss_fall = LossFall()
         if plan and plan[-1] < step and any(later >= step for later in before):
             self.plan = (*plan, step)  # the ramp has ended meanwhile: one measurement decides
-
-    def _decided(
-        self, step: int, prefixes: Mapping[str, int], losses: Losses, given: Callable[[float], PolicyInput]
-    ) -> dict[str, Any]:
-        measured = False
-
-        def work() -> None:
-            nonlocal measured
-            self._measure(step, prefixes)
-            measured = True
-
-        outcome = self._guarded(work, step)
-        if measured:
-            names = self._chosen(step, losses, given)
-            outcome = {**self._shared_state(), "names": names}
-        return outcome
 
     def _measure(self, step: int, prefixes: Mapping[str, int]) -> None:
         assert self.scorer is not None
@@ -315,10 +310,11 @@ class Decider:
             "measure", step=step, scores=measured, ramp=self.ramp(step), flops=self.scorer.flops_spent - before
         )
 
-    def _chosen(self, step: int, losses: Losses, given: Callable[[float], PolicyInput]) -> list[str]:
+    def _chosen(self, losses: Losses, given: PolicyInput) -> list[str]:
+        step = given.step
         if self.warmup_end is None:
             limit = self._warmup_limit
-            choice = frozenset(choose(self.config.policy, given(1.0)))
+            choice = frozenset(choose(self.config.policy, given))
             over = self._settling.update(self.scores, choice) or step >= limit
             if self._loss_fall.update(losses) and self.config.wait_for_loss and step < self._ramp_end:
                 if over:
@@ -328,7 +324,7 @@ class Decider:
                 return []
             self.warmup_end = min(step, limit)
             self.journal.write("warmup_end", step=step, warmup_end=self.warmup_end)
-        return choose(self.config.policy, given(self.ramp(step)))
+        return choose(self.config.policy, replace(given, ramp=self.ramp(step)))
 
     def _wait(self, step: int) -> None:
         self.journal.write("warmup_goes_on", step=step)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..cache.run import RunCache
 from ..config import SafeConfig
@@ -17,18 +17,17 @@ from ..freeze.optimizer import LRScaler
 from ..journal import Journal
 from ..measure import Probe
 from ..memory.budget import Budget
-from ..model import Stack
 from ..model.batch import loss_in
 from ..model.blocks import device_of
 from ..model.flow import tensors_in
 from ..model.traces import traceless
 from ..model.units import something_else_trains
 from ..parallel import Parallel, Ranks
-from .preflight import MOST_KINDS
 
 __all__ = ["Freezing"]
 
 
+@dataclass(kw_only=True, eq=False)
 class Freezing:
     """The units of a run that are frozen or may freeze, and what a freeze changes.
 
@@ -37,8 +36,6 @@ class Freezing:
 
     Args:
         config: settings of the run.
-        model: as the host calls it.
-        stacks: of the model.
         freezer: changes flags.
         prefix: follows the flags.
         lr_scaler: follows the number of live units.
@@ -55,35 +52,26 @@ class Freezing:
         measuring_bytes: host memory of the scorer.
     """
 
-    def __init__(
-        self,
-        *,
-        config: SafeConfig,
-        model: nn.Module,
-        stacks: list[Stack],
-        freezer: Freezer,
-        prefix: Prefix,
-        lr_scaler: LRScaler,
-        parallel: Parallel,
-        ranks: Ranks,
-        cache: RunCache,
-        budget: Budget | None,
-        length: RunLength,
-        journal: Journal,
-        paying: Collection[str],
-        at_start: list[str],
-    ) -> None:
-        self.config, self.model, self.stacks = config, model, stacks
-        self.freezer, self.prefix, self.lr_scaler = freezer, prefix, lr_scaler
-        self.parallel, self.ranks = parallel, ranks
-        self.cache, self.budget = cache, budget
-        self.length, self.journal = length, journal
-        self.paying, self.at_start = set(paying), at_start
-        self.measuring_bytes = 0
-        self._shares_memory = device_of(model).type == "cpu"  # the step, the scorer and the cache in one memory
+    config: SafeConfig
+    freezer: Freezer
+    prefix: Prefix
+    lr_scaler: LRScaler
+    parallel: Parallel
+    ranks: Ranks
+    cache: RunCache
+    budget: Budget | None
+    length: RunLength
+    journal: Journal
+    paying: frozenset[str]
+    at_start: list[str]
+    measuring_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.model, self.stacks = self.prefix.model, self.prefix.stacks
+        self._shares_memory = device_of(self.model).type == "cpu"  # the step, the scorer and the cache in one memory
         # A checkpoint loaded before the first training pass may not have frozen these.
         self._moments: dict[Any, Any] = {}
-        prefix.on_end, prefix.on_change = self._prefix_ended, self._prefix_shrank
+        self.prefix.on_end, self.prefix.on_change = self._prefix_ended, self._prefix_shrank
 
     @property
     def frozen(self) -> frozenset[str]:
@@ -206,7 +194,7 @@ class Freezing:
 
     def _check_learning(self, probe: Probe) -> None:
         """Before step 0: the units at the start may be all that the loss depends on."""
-        cut = [one for one in probe.kinds(device_of(self.model))[:MOST_KINDS] if not self._has_graph(one)]
+        cut = [one for one in probe.kinds(device_of(self.model)) if not self._has_graph(one)]
         if not cut:
             return
         names, by_hand = self.at_start, list(self.config.freeze)
@@ -253,7 +241,7 @@ class Freezing:
         fix = 'Use gradient_checkpointing_kwargs={"use_reentrant": False}, or freeze fewer blocks.'
         if not names or self.ranks.size > 1:
             raise RunError(f"{fact}.", fix=fix)
-        self.paying, self.at_start = set(), []
+        self.paying, self.at_start = frozenset(), []
         self.prefix.ended.update(stack.path for stack in self.stacks)
         self.thaw(names)
         warn(f"{fact}. All units train again, and no more freeze; this step trained nothing.", fix=fix, stacklevel=4)
@@ -263,7 +251,7 @@ class Freezing:
     def _prefix_ended(self, path: str) -> None:
         """Something that trains feeds the blocks of this stack."""
         names = [name for name, unit in self.freezer.units.items() if unit.stack == path]
-        self.paying -= set(names)
+        self.paying -= frozenset(names)
         # With several ranks, another one may not have seen it. After step 0, units have missed steps already.
         first = self.length.steps == 0 and self.ranks.size == 1
         thawed = [name for name in names if name in self.at_start] if first else []

@@ -36,10 +36,6 @@ __all__ = [
 ]
 
 
-# Trace one sample for each of up to 8 sets of input names; the prefix checks the others in training.
-MOST_KINDS = 8
-
-
 def close_earlier(model: nn.Module) -> None:
     """Close every Safe that still has ``model`` or a part of it, after a run that was interrupted or left open."""
     for earlier in owners(model) if isinstance(model, nn.Module) else ():  # find_stacks refuses other types
@@ -136,7 +132,6 @@ def warn_of_units_left_out(optimizer: Any, units: Mapping[str, Unit], parallel: 
 
     Not where parameters are sharded, and not for one optimizer per layer: those have other tensors in their place.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the real one
     if optimizer is None or parallel.name not in ("none", "DDP") or hasattr(optimizer, "optimizer_dict"):
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -209,7 +204,7 @@ def flows_of(model: nn.Module, stacks: list[Stack], probe: Probe, *, collective:
     one: dict[str, Any] = {}
     try:
         with traceless(model.modules()):
-            for one in probe.kinds(device_of(model))[:MOST_KINDS]:
+            for one in probe.kinds(device_of(model)):
                 for path, flow in trace_flow(model, stacks, one, to_the_end=collective).items():
                     flows[path].add(flow)
     except Exception as error:

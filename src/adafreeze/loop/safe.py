@@ -138,8 +138,8 @@ class Safe:
         self.parallel = find_parallel(self._wrapped, self._optimizer, self.units)
         self.config = check_parallel(config, self.parallel)
         check_names(self.config.freeze, self.units)
-        warn_of_units_left_out(self._optimizer, self.units, self.parallel)
         self.freezer = Freezer(self.units, self.backend, self._optimizer)
+        warn_of_units_left_out(self.freezer.optimizer, self.units, self.parallel)
         try:
             flows = flows_of(self.model, self.stacks, probe, collective=self.parallel.collective)
         except ProbeError:
@@ -151,15 +151,7 @@ class Safe:
         self.journal = journal or (given if isinstance(given, Journal) else Journal(given))
         self._write_start()
         chains = units_along(chains_of(flows), self.stacks, self.units)
-        scorer = Scorer(
-            self.model,
-            self.stacks,
-            self.units,
-            self.backend,
-            self.config,
-            probe,
-            collective=self.parallel.collective,
-        )
+        scorer = Scorer(self.model, self.stacks, self.units, self.backend, self.config, probe, self.parallel.collective)
         self.decider = Decider(self.config, self.total_steps, chains, scorer, self.journal, self.ranks)
         self.cache = RunCache(
             self.config, self.prefix, self.backend, self.journal, self.length, self._source, self.ranks.size
@@ -168,16 +160,7 @@ class Safe:
         if (limit := self.config.memory_limit) is None:
             note("No memory budget: the first steps have the peak of the run. Set memory_budget=... to lower it.")
         else:
-            self.budget = Budget(
-                limit,
-                probe,
-                self._batch_size,
-                self.model,
-                self.stacks,
-                self.prefix,
-                self._optimizer,
-                self.journal,
-            )
+            self.budget = Budget(limit, probe, self._batch_size, self.prefix, self.freezer.optimizer, self.journal)
         paying = paying_units(self.config, self.model, self.stacks, self.units, flows, self.backend)
         head = something_else_trains(self.model, self.units)
         at_start = frozen_at_start(
@@ -186,8 +169,6 @@ class Safe:
         scaled = [unit for name, unit in self.units.items() if name not in at_start]
         self.freezing = Freezing(
             config=self.config,
-            model=self.model,
-            stacks=self.stacks,
             freezer=self.freezer,
             prefix=self.prefix,
             lr_scaler=LRScaler(self._optimizer, self.config.lr_scale, scaled),
@@ -200,9 +181,7 @@ class Safe:
             paying=paying,
             at_start=at_start,
         )
-        self._watch = Watch(
-            self.model, self._optimizer, freezing=self.freezing, length=self.length, journal=self.journal
-        )
+        self._watch = Watch(self.freezing)
         self._measured()
         if self.length.samples_per_step is not None:
             self._announce()

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -50,7 +51,7 @@ def opened(state: Any) -> dict[str, Any]:
         RunError: it is truncated, edited, or written by another version.
     """
     if not isinstance(state, Mapping) or "version" not in state:
-        raise _damaged(f"The adafreeze state of the checkpoint is {_shortly(state)}, without a version.")
+        raise _damaged(f"The adafreeze state of the checkpoint is {reprlib.repr(state)}, without a version.")
     version = state["version"]
     if version != STATE_VERSION:
         raise RunError(
@@ -207,8 +208,3 @@ def _damaged(fact: str) -> RunError:
 def _checksum(state: Mapping[str, Any]) -> str:
     text = json.dumps(state, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _shortly(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else text[:57] + "..."

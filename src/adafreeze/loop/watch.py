@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..costs.memory import SavedBytes
-from ..decide.run_length import RunLength
 from ..decide.schedule import Losses
 from ..errors import WarnOnce
 from ..freeze.optimizer import before_step
-from ..journal import Journal
 from ..measure import Scorer
 from ..model.batch import arguments, loss_in, rows_of
 from ..model.patches import forward_hook, forward_pre_hook
@@ -33,11 +31,7 @@ class Watch:
     are already freed when step hooks run.
 
     Args:
-        model: as the host calls it.
-        optimizer: accelerate's wrapper or the real one; its step is watched.
-        freezing: what is frozen.
-        length: rows are counted there.
-        journal: of the run.
+        freezing: what is frozen, in which model, and its optimizer.
 
     Attributes:
         scorer: told of each backward pass; None where another rank measures.
@@ -45,10 +39,9 @@ class Watch:
             reads, a vision tower in a run on texts. Freezing all of ``learning`` would end the training.
     """
 
-    def __init__(
-        self, model: nn.Module, optimizer: Any, *, freezing: Freezing, length: RunLength, journal: Journal
-    ) -> None:
-        self.model, self.freezing, self.length, self.journal = model, freezing, length, journal
+    def __init__(self, freezing: Freezing) -> None:
+        self.freezing = freezing
+        self.model, self.length, self.journal = freezing.model, freezing.length, freezing.journal
         self.scorer: Scorer | None = None
         self.learning: set[str] = set()
         self._check_gradients = False
@@ -63,12 +56,11 @@ class Watch:
         self._count_next = True
         self._counting: SavedBytes | None = None
         self._handles: list[Any] = [
-            forward_pre_hook(model, self._enter),
-            forward_hook(model, self._leave, always=True),
+            forward_pre_hook(self.model, self._enter),
+            forward_hook(self.model, self._leave, always=True),
         ]
-        torch_optimizer = getattr(optimizer, "optimizer", optimizer)
-        if isinstance(torch_optimizer, torch.optim.Optimizer):
-            self._handles.append(before_step(torch_optimizer, self._before_optimizer_step))
+        if isinstance(freezing.freezer.optimizer, torch.optim.Optimizer):
+            self._handles.append(before_step(freezing.freezer.optimizer, self._before_optimizer_step))
 
     @property
     def saved_bytes(self) -> float | None:

@@ -36,6 +36,9 @@ from .draw import collect, split
 
 __all__ = ["Outputs", "Probe"]
 
+# More sets of input names are not traced; the prefix checks those in training.
+MOST_KINDS = 8
+
 Outputs = dict[str, list[Tensor]]
 """Unit name -> one tensor of shape (chosen tokens, features), or two: without and with the unit's own adapter."""
 
@@ -48,20 +51,13 @@ class Probe:
             otherwise (images of all samples in one tensor) it stays whole.
         tokens: real (unpadded) tokens to choose, spread evenly over the samples.
         seed: for choosing tokens.
-        pad_token_id: identifies padding if there is no attention mask.
 
     Raises:
         ProbeError: there are no samples, or a chunk has no model input.
     """
 
-    def __init__(
-        self,
-        chunks: Sequence[Mapping[str, Any]],
-        tokens: int = 2048,
-        seed: int = 0,
-        pad_token_id: int | None = None,
-    ) -> None:
-        self.chunks: list[Chunk] = [piece for chunk in chunks for piece in split(chunk, pad_token_id)]
+    def __init__(self, chunks: Sequence[Mapping[str, Any]], tokens: int = 2048, seed: int = 0) -> None:
+        self.chunks: list[Chunk] = [piece for chunk in chunks for piece in split(chunk)]
         if not self.samples:
             raise ProbeError(
                 "The probe is empty: scores are measured on training samples.",
@@ -78,6 +74,7 @@ class Probe:
 
         Samples of a dataloader are chosen by the probe's own generator and collated as the dataloader does. The sampler
         and all random states of the run do not advance, and changes to dataset and collator are undone.
+        ``pad_token_id`` identifies padding if there is no attention mask.
 
         Raises:
             ProbeError: ``source`` has no usable samples, or drawing would use them up.
@@ -85,7 +82,7 @@ class Probe:
         if isinstance(source, Probe):
             return source
         with keep_random_state():
-            return cls(collect(source, tokens, seed, pad_token_id), tokens, seed, pad_token_id)
+            return cls(collect(source, tokens, seed, pad_token_id), tokens, seed)
 
     @property
     def samples(self) -> int:
@@ -119,7 +116,7 @@ class Probe:
         return found.hexdigest()
 
     def kinds(self, device: torch.device) -> list[Chunk]:
-        """Model inputs of the shortest sample for each set of input names.
+        """Model inputs of the shortest sample for each set of input names, of at most MOST_KINDS.
 
         In mixed data (with and without images), different parameters feed a stack.
         """
@@ -129,7 +126,7 @@ class Probe:
             kind = frozenset(path for path, value in leaves(one) if value is not None)
             if kind not in smallest or padded_tokens(one) < padded_tokens(smallest[kind]):
                 smallest[kind] = one
-        return [_model_inputs(one, device) for one in smallest.values()]
+        return [_model_inputs(one, device) for one in list(smallest.values())[:MOST_KINDS]]
 
     def micro_batch(self, rows: int, device: torch.device) -> Chunk:
         """The shapes of at least ``rows`` samples of the longest length, without data: repeats the longest sample."""

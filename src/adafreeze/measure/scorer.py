@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -19,7 +19,7 @@ from ..decide.scores import Score, resolve_score
 from ..errors import ProbeError, warn
 from ..model import Stack, Unit
 from ..model.backends import Backend
-from ..model.batch import CHUNK
+from ..model.batch import CHUNK, tensors_as_text, tensors_of_text
 from .probe import Probe
 
 __all__ = ["Scorer"]
@@ -36,6 +36,7 @@ ROUNDING = 1e-5
 HALF_ROUNDING = 2
 
 
+@dataclass(eq=False)
 class Scorer:
     """Scores of all units, measured on one probe, relative to the model as training began.
 
@@ -65,34 +66,30 @@ class Scorer:
         at_rest: the adapters had no effect when training began, or that is unknown.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        stacks: list[Stack],
-        units: Mapping[str, Unit],
-        backend: Backend,
-        config: SafeConfig,
-        probe: Probe,
-        *,
-        collective: bool = False,
-    ) -> None:
-        self.model, self.stacks, self.units, self.backend = model, stacks, units, backend
-        self.config, self.probe, self.collective = config, probe, collective
-        self.score: Score = resolve_score(config.score)
-        self.seed = config.seed
+    model: nn.Module
+    stacks: list[Stack]
+    units: Mapping[str, Unit]
+    backend: Backend
+    config: SafeConfig
+    probe: Probe
+    collective: bool = False
+
+    def __post_init__(self) -> None:
+        self.score: Score = resolve_score(self.config.score)
+        self.seed = self.config.seed
         self.flops_spent = 0
         self.flops_per_measurement = 0
         self.floor: dict[str, float] = {}
         self.at_rest = True
+        self.resumed = False
         self._references: dict[str, Any] = {}
         self._began: dict[str, Tensor] = {}
-        self._gradients: dict[str, float] = dict.fromkeys(units, 0.0)
+        self._gradients: dict[str, float] = dict.fromkeys(self.units, 0.0)
         self._prefix: Mapping[str, int] = {}
-        self.resumed = False
 
     def with_probe(self, probe: Probe) -> Scorer:
         """A scorer of the same model that has measured nothing yet."""
-        return Scorer(self.model, self.stacks, self.units, self.backend, self.config, probe, collective=self.collective)
+        return replace(self, probe=probe)
 
     @property
     def runs_model(self) -> bool:
@@ -183,8 +180,8 @@ class Scorer:
             "samples": self.probe.samples,
             "floor": dict(self.floor),
             "gradients": dict(self._gradients),
-            "references": _packed(self._references) if not self.runs_model else None,
-            "began": _packed(self._began) if self._began and measures_again else None,
+            "references": tensors_as_text(self._references) if not self.runs_model else None,
+            "began": tensors_as_text(self._began) if self._began and measures_again else None,
             "at_rest": self.at_rest,
             "flops_spent": self.flops_spent,
             "flops_per_measurement": self.flops_per_measurement,
@@ -203,9 +200,9 @@ class Scorer:
         """Load only what cannot be measured again; ``prepare`` may follow."""
         self.resumed = True
         self.at_rest = state["at_rest"]
-        self._began = _unpacked(state["began"]) if state["began"] is not None else {}
+        self._began = tensors_of_text(state["began"]) if state["began"] is not None else {}
         if state["references"] is not None:
-            self._references = dict(_unpacked(state["references"]))
+            self._references = dict(tensors_of_text(state["references"]))
         self._gradients, self.flops_spent = dict(state["gradients"]), state["flops_spent"]
 
     def measure(self, prefix: Mapping[str, int]) -> dict[str, float]:
@@ -387,15 +384,3 @@ class Scorer:
                 f"{free / 2**20:,.0f} MiB that are free.",
                 fix=f"SafeConfig(probe_tokens={max(64, int(tokens * free / 4 / needed))})",
             )
-
-
-def _packed(tensors: Mapping[str, Tensor]) -> str:
-    from safetensors.torch import save
-
-    return base64.b64encode(save(dict(tensors))).decode()
-
-
-def _unpacked(text: str) -> dict[str, Tensor]:
-    from safetensors.torch import load
-
-    return load(base64.b64decode(text))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..costs.memory import bytes_of
+from ..decide.policy import PolicyInput, choose
 from ..freeze import Freezer, Prefix
 from ..model import Stack, find_stacks, find_units, trace_flow
 from ..model.backends import find_backend
@@ -146,18 +147,13 @@ class StepPlanner:
         """Blocks of all stacks."""
         return [block for stack in self.stacks for block in stack.blocks]
 
-    def lowest(self, depth: int) -> list[str]:
-        """Units in the lowest ``depth`` blocks, counted over all chains, that can join a frozen prefix.
+    def lowest(self, share: float) -> list[str]:
+        """Units in this share of the blocks of each chain, from the bottom, that can join a frozen prefix.
 
         Leaves out the topmost adapted block of each chain, which a run freezes last.
         """
-        blocks = sum(map(len, self.chains))
-        names: list[str] = []
-        for chain in self.chains:
-            top = max((index for index, units in enumerate(chain) if units), default=0)
-            count = min(round(depth / blocks * len(chain)), top)
-            names += [name for units in chain[:count] for name in units if name in self.paying]
-        return names
+        names = choose("bottom_up", PolicyInput(0, 1.0, {}, self.chains, freeze_share=share))
+        return [name for name in names if name in self.paying]
 
     def freeze(self, names: Iterable[str]) -> None:
         """Freeze these units too."""

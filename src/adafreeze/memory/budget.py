@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,11 @@ from ..errors import RunError, error_line, note, warn
 from ..freeze import Prefix
 from ..journal import Journal
 from ..measure import Probe
-from ..model import Stack
 from ..model.blocks import device_of
 from ..model.flow import tensors_in
 from ..model.patches import forward_pre_hook
 from ..sizes import readable
-from .checkpointing import Block, BlockCost, Checkpointing, fewest_checkpointed
+from .checkpointing import Block, Checkpointing, fewest_checkpointed
 from .optimizer import optimizer_bytes
 from .rehearsal import Rehearsal, failing_module, largest_that_fits, rehearse
 
@@ -54,8 +54,6 @@ class Budget:
         limit: ``memory_budget`` of SafeConfig.
         probe: its longest sample, ``rows`` times, is the micro-batch of ``check``.
         rows: samples per micro-batch.
-        model: as the host calls it.
-        stacks: of the model.
         prefix: its blocks save nothing.
         optimizer: its state counts; None: as AdamW's.
         journal: of the run.
@@ -74,18 +72,13 @@ class Budget:
         limit: int | float | str,
         probe: Probe,
         rows: int,
-        model: nn.Module,
-        stacks: list[Stack],
         prefix: Prefix,
         optimizer: Any,
         journal: Journal,
     ) -> None:
-        self.probe, self.rows = probe, rows
-        self.model = model
-        self.stacks = stacks
-        self.prefix = prefix
-        self.optimizer = getattr(optimizer, "optimizer", optimizer) or "adamw_torch"
-        self.journal = journal
+        self.probe, self.rows, self.prefix, self.journal = probe, rows, prefix, journal
+        self.model = model = prefix.model
+        self.optimizer = optimizer or "adamw_torch"
         self.device = device_of(model)
         self.beside = 0
         weights = bytes_of((*model.parameters(), *model.buffers()))
@@ -95,7 +88,7 @@ class Budget:
         self.measured_peak: Callable[[], int] | None = None
         if self.device.type == "cuda":
             self.measured_peak, self._highest = self._new_peak, torch.cuda.max_memory_allocated(self.device)
-        self.checkpointing = Checkpointing(model, stacks)
+        self.checkpointing = Checkpointing(model, prefix.stacks)
         self._choices: dict[Any, Choice] = {}
         self._rehearsed: dict[Any, Rehearsal] = {}
         self._current: Choice | None = None
@@ -148,22 +141,19 @@ class Budget:
         choice = self._choice((), self._longest())
         if choice is None:
             return
-        blocks = sum(map(len, self.stacks))
         if choice.peak <= self.limit:
+            blocks = len(self.checkpointing.every)
             note(
                 f"Memory budget {readable(self.limit)}: a step on {rows} samples holds {readable(choice.peak)} with "
                 f"{len(choice.chosen)} of {blocks} blocks checkpointed ({readable(choice.plain_peak)} with none)."
             )
             return
-        peaks = {rows: choice.peak}
 
         def peak(fewer: int) -> int:
-            if fewer not in peaks:
-                batch = self._rounded((), self.probe.micro_batch(fewer, self.device))
-                peaks[fewer] = self._total(self._rehearse(choice.chosen, *batch))
-            return peaks[fewer]
+            batch = self._rounded((), self.probe.micro_batch(fewer, self.device))
+            return self._total(self._rehearse(choice.chosen, *batch))
 
-        fits = largest_that_fits(peak, rows, choice.held, self.limit, most=rows)
+        fits = largest_that_fits(peak, rows, choice.peak, choice.held, self.limit, most=rows)
         part = max((n for n in range(1, fits + 1) if rows % n == 0), default=0)  # keeps the effective batch size
         raise RunError(
             f"The memory budget of {readable(self.limit)} cannot be met: with all blocks checkpointed, a step on "
@@ -204,10 +194,8 @@ class Budget:
         shapes = _shapes((args, kwargs))
         kind = shapes, tuple(self.prefix.depths.values()), self.beside
         if kind not in self._choices:
-            for (
-                other,
-                choice,
-            ) in self._choices.items():  # a larger step that fits without checkpointing decides this one
+            # A larger step that fits without checkpointing decides this one.
+            for other, choice in self._choices.items():
                 if not choice.chosen and choice.peak <= self.limit and _holds_more(other, kind):
                     return choice
             try:
@@ -239,15 +227,11 @@ class Budget:
             return self._rehearsed[kind, chosen]
 
         plain = rehearsed(frozenset())
-        names = [(stack.path, index) for stack in self.stacks for index in range(len(stack))]
-        costs = {
-            name: BlockCost(freed=saved, flops=flops)
-            for name, (saved, flops) in zip(names, plain.parts, strict=True)
-            if name in self.checkpointing.blocks
-        }
+        parts = dict(zip(self.checkpointing.every, plain.parts, strict=True))
+        costs = {name: parts[name] for name in self.checkpointing.blocks}
         chosen = fewest_checkpointed(costs, lambda chosen: self._total(rehearsed(chosen)), self.limit)
         if chosen is None:  # not even with all of them
-            useful = frozenset(name for name, cost in costs.items() if cost.freed > 0)
+            useful = frozenset(name for name, (saved, _) in costs.items() if saved > 0)
             chosen = min((frozenset(), useful), key=lambda chosen: rehearsed(chosen).peak)
         state, _ = self._optimizer_bytes()
         held = plain.resident + plain.gradients + state + self.beside
@@ -262,7 +246,7 @@ class Budget:
                 {**places, **kwargs},
                 forward=lambda **all: self.prefix.rehearse(*(all.pop(place) for place in places), **all),
                 target=self.device.type,
-                parts=[block for stack in self.stacks for block in stack.blocks],
+                parts=[*self.checkpointing.every.values()],
             )
         finally:
             self.checkpointing.chosen = before
@@ -341,14 +325,14 @@ def _tupled(kind: Any) -> Any:
 
 def _holds_more(one: Any, other: Any) -> bool:
     """Whether a step of kind ``one`` holds at least as much as one of kind ``other``."""
-    (shapes, depths, extra), (others, other_depths, other_extra) = one, other
-    alike = [dtype for _, dtype in shapes] == [dtype for _, dtype in others]
+    (shapes, depths, beside), (others, other_depths, other_beside) = one, other
+
+    def covers(large: tuple[int, ...], small: tuple[int, ...]) -> bool:
+        return len(large) == len(small) and all(map(operator.ge, large, small))
+
     return (
-        alike
-        and extra >= other_extra
-        and all(depth <= deeper for depth, deeper in zip(depths, other_depths, strict=True))
-        and all(
-            len(a) == len(b) and all(x >= y for x, y in zip(a, b, strict=True))
-            for (a, _), (b, _) in zip(shapes, others, strict=True)
-        )
+        [dtype for _, dtype in shapes] == [dtype for _, dtype in others]
+        and beside >= other_beside
+        and covers(other_depths, depths)
+        and all(covers(shape, smaller) for (shape, _), (smaller, _) in zip(shapes, others, strict=True))
     )

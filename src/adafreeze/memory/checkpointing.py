@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..model.blocks import Stack, without_cache
 from ..model.patches import held_attribute, patched_forward
 
-__all__ = ["BlockCost", "Checkpointing", "fewest_checkpointed"]
+__all__ = ["Checkpointing", "fewest_checkpointed"]
 
 Block = tuple[str, int]
 """A block: path of its stack, and its index."""
@@ -24,14 +23,6 @@ Block = tuple[str, int]
 # no gradient: up to ALIKE_GAIN the lower block comes first all the same.
 ALIKE = 0.02
 ALIKE_GAIN = 0.25
-
-
-@dataclass(frozen=True)
-class BlockCost:
-    """Bytes that checkpointing one block frees (all that it saves, less its input), and FLOPs of its forward pass."""
-
-    freed: int
-    flops: int
 
 
 class Checkpointing:
@@ -45,15 +36,18 @@ class Checkpointing:
         stacks: of the model.
 
     Attributes:
-        blocks: candidates, bottom to top.
+        every: the blocks of all stacks, bottom to top.
+        blocks: those that can be checkpointed.
         chosen: those that are checkpointed, from the next forward pass on.
     """
 
     def __init__(self, model: nn.Module, stacks: list[Stack]) -> None:
         self.model = model
-        found = {(stack.path, index): block for stack in stacks for index, block in enumerate(stack.blocks)}
-        switched_on = {name: block for name, block in found.items() if getattr(block, "gradient_checkpointing", False)}
-        self.blocks: dict[Block, nn.Module] = switched_on or found
+        self.every = {(stack.path, index): block for stack in stacks for index, block in enumerate(stack.blocks)}
+        switched_on = {
+            name: block for name, block in self.every.items() if getattr(block, "gradient_checkpointing", False)
+        }
+        self.blocks: dict[Block, nn.Module] = switched_on or self.every
         self.chosen: frozenset[Block] = frozenset()
         self._undo = ExitStack()
 
@@ -82,7 +76,7 @@ class Checkpointing:
 
 
 def fewest_checkpointed(
-    costs: Mapping[Block, BlockCost], peak: Callable[[frozenset[Block]], int], limit: int
+    costs: Mapping[Block, tuple[int, int]], peak: Callable[[frozenset[Block]], int], limit: int
 ) -> frozenset[Block] | None:
     """The blocks to checkpoint so that ``peak`` is at most ``limit``, for the fewest FLOPs.
 
@@ -91,40 +85,42 @@ def fewest_checkpointed(
     out not to be needed are dropped.
 
     Args:
-        costs: of each candidate, bottom to top.
+        costs: of each candidate, bottom to top: bytes that checkpointing it frees (all that it saves, less its input),
+            and FLOPs of its forward pass.
         peak: bytes of a step that checkpoints these blocks; called a few times.
         limit: bytes.
 
     Returns:
         None if even all of them do not suffice.
 
-    >>> blocks = {("layers", index): BlockCost(freed=10, flops=5) for index in range(4)}
+    >>> blocks = {("layers", index): (10, 5) for index in range(4)}
     >>> sorted(fewest_checkpointed(blocks, lambda chosen: 60 - 10 * len(chosen), limit=45))
     [('layers', 0), ('layers', 1)]
     """
     if (excess := peak(frozenset()) - limit) <= 0:
         return frozenset()
-    useful = {name: cost for name, cost in costs.items() if cost.freed > 0}
-    gains = {name: cost.freed / max(1, cost.flops) for name, cost in useful.items()}
+    freed = {name: nbytes for name, (nbytes, _) in costs.items() if nbytes > 0}
+    flops = {name: costs[name][1] for name in freed}
+    gains = {name: freed[name] / max(1, flops[name]) for name in freed}
     order: list[Block] = []
-    for name in useful:
+    for name in freed:
         place = next((i for i, other in enumerate(order) if gains[name] > (1 + ALIKE_GAIN) * gains[other]), len(order))
         order.insert(place, name)
 
     def fits(count: int) -> bool:
         return peak(frozenset(order[:count])) <= limit
 
-    freed = list(accumulate(useful[name].freed for name in order))
-    count = next((i for i, bytes_ in enumerate(freed, 1) if bytes_ >= excess), len(order))
+    sums = accumulate(freed[name] for name in order)
+    count = next((i for i, nbytes in enumerate(sums, 1) if nbytes >= excess), len(order))
     while not fits(count):
         if count >= len(order):
             return None
         count += 1
     while count > 1 and fits(count - 1):
         count -= 1
-    chosen, flops = order[:count], [useful[name].flops for name in order]
-    if max(flops) > (1 + ALIKE) * min(flops):
-        for name in sorted(chosen[:-1], key=lambda name: -useful[name].flops):
+    chosen = order[:count]
+    if max(flops.values()) > (1 + ALIKE) * min(flops.values()):
+        for name in sorted(chosen[:-1], key=lambda name: -flops[name]):
             fewer = [other for other in chosen if other != name]
             if peak(frozenset(fewer)) <= limit:
                 chosen = fewer

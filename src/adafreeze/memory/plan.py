@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..config import AT_START
 from ..costs.devices import GPUS, usable_memory
-from ..decide.policy import PolicyInput, bottom_up
 from ..errors import AdafreezeError, ConfigError, ModelError, error_line, warn
 from ..model.batch import rows_of
 from ..model.blocks import users_class
@@ -200,15 +199,13 @@ def _plan(
     def fit(name: str, known: PlannedStep, checkpointed: bool) -> None:
         if limit is None:
             return
-        peaks = {rows: known.peak}
 
         def peak(count: int) -> int:
-            if count not in peaks:
-                peaks[count] = planner.step(count, checkpointed=checkpointed).peak
-            return peaks[count]
+            return planner.step(count, checkpointed=checkpointed).peak
 
+        held = known.peak - known.saved - known.transient
         try:
-            micro_batches[name] = largest_that_fits(peak, rows, known.peak - known.saved - known.transient, limit)
+            micro_batches[name] = largest_that_fits(peak, rows, known.peak, held, limit)
         except Exception as error:
             if not given:
                 raise
@@ -221,10 +218,8 @@ def _plan(
     fit("checkpointed", checkpointed, True)
     steps = [checkpointed if checkpointing else plain]
     # What SafeConfig() freezes before step 0: nothing if the adapters move ranks, as AdaLoRA does.
-    lowest = bottom_up(PolicyInput(0, 1.0, {}, planner.chains, freeze_share=AT_START))
-    at_start = [name for name in lowest if name in planner.paying and not planner.freezer.backend.moves_ranks]
-    blocks = sum(map(len, planner.chains))
-    choices = [at_start, *(planner.lowest(round(share * blocks)) for share in (0.5, 0.75, 1))]
+    at_start = [] if planner.freezer.backend.moves_ranks else planner.lowest(AT_START)
+    choices = [at_start, *map(planner.lowest, (0.5, 0.75, 1))]
     for names in sorted(set(map(frozenset, choices)), key=len):
         if not planner.freezer.frozen.issuperset(names):
             planner.freeze(names)

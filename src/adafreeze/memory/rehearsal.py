@@ -19,7 +19,7 @@ from ..costs.memory import SavedBytes, StorageTracker, bytes_of, uncounted
 from ..errors import ModelError
 from ..model.batch import loss_in
 from ..model.flow import tensors_in
-from ..model.restore import keep_random_state
+from ..model.restore import keep_random_state, temporarily
 
 __all__ = ["Rehearsal", "failing_module", "faked", "largest_that_fits", "rehearse"]
 
@@ -97,9 +97,8 @@ def rehearse(
             undo.enter_context(mode)
             inputs = tree_map_only(Tensor, _empty_like, dict(inputs))
         if target == "cuda":  # replaces the functions, since torch disables function modes during a backward pass
-            for name, function in (("scaled_dot_product_attention", _cuda_attention), ("dropout", _cuda_dropout)):
-                undo.callback(setattr, nn.functional, name, getattr(nn.functional, name))
-                setattr(nn.functional, name, function)
+            functions = {"scaled_dot_product_attention": _cuda_attention, "dropout": _cuda_dropout}
+            undo.enter_context(temporarily((nn.functional, *function) for function in functions.items()))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             undo.callback(setattr, parameter, "grad", parameter.grad)
@@ -264,22 +263,30 @@ def _loss_of(output: Any) -> Tensor:
     return loss
 
 
-def largest_that_fits(peak: Callable[[int], int], rows: int, held: int, limit: int, most: int = 4096) -> int:
+def largest_that_fits(
+    peak: Callable[[int], int], rows: int, known: int, held: int, limit: int, most: int = 4096
+) -> int:
     """The largest micro-batch, up to ``most``, whose ``peak`` is at most ``limit`` bytes; 0 if none.
 
     Memory beyond ``held`` grows almost linearly with the samples, so each peak predicts which size to try next,
-    beginning with ``rows``.
+    beginning with that of ``rows`` samples, which is ``known``.
     """
     if held >= limit:
         return 0
+    peaks = {rows: known}
+
+    def peak_of(count: int) -> int:
+        if count not in peaks:
+            peaks[count] = peak(count)
+        return peaks[count]
 
     def expected(count: int) -> int:
-        return min(most, int((limit - held) / max(1.0, (peak(count) - held) / count)))
+        return min(most, int((limit - held) / max(1.0, (peak_of(count) - held) / count)))
 
     found = expected(rows)
-    while found > 0 and peak(found) > limit:
+    while found > 0 and peak_of(found) > limit:
         found = min(found - 1, expected(found))
-    while found > 0 and (more := expected(found)) > found and peak(more) <= limit:
+    while found > 0 and (more := expected(found)) > found and peak_of(more) <= limit:
         found = more
     return found
 

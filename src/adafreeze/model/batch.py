@@ -19,7 +19,8 @@ from .blocks import base_model
 __all__ = [
     "CHUNK", "INPUTS", "REAL_TOKENS", "Call", "Chunk",
     "arguments", "as_mapping", "by_sample", "chunks_of", "cut", "forward_names", "leaves", "loss_in", "main_input",
-    "masks", "packed", "padded_tokens", "real_tokens", "repeated", "rows_of", "unpacked",
+    "masks", "packed", "padded_tokens", "real_tokens", "repeated", "rows_of", "tensors_as_text", "tensors_of_text",
+    "unpacked",
 ]  # fmt: skip
 
 Chunk = dict[str, Any]
@@ -212,6 +213,16 @@ def real_tokens(chunk: Mapping[str, Any]) -> int:
     return padded_tokens(chunk)
 
 
+def tensors_as_text(tensors: Mapping[str, Tensor]) -> str:
+    """Tensors by name, as base64 safetensors."""
+    return base64.b64encode(save(dict(tensors))).decode()
+
+
+def tensors_of_text(text: str) -> dict[str, Tensor]:
+    """Undo ``tensors_as_text``."""
+    return load(base64.b64decode(text))
+
+
 def packed(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Batches of tensors and JSON values as JSON values; tensors become base64 safetensors.
 
@@ -231,12 +242,12 @@ def packed(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     rest = [plain(batch) for batch in batches]
-    return {"tensors": base64.b64encode(save(tensors)).decode(), "rest": rest}
+    return {"tensors": tensors_as_text(tensors), "rest": rest}
 
 
 def unpacked(state: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Undo ``packed``; tuples come back as lists."""
-    tensors = load(base64.b64decode(state["tensors"]))
+    tensors = tensors_of_text(state["tensors"])
 
     def whole(value: Any) -> Any:
         if isinstance(value, Mapping):
