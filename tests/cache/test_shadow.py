@@ -334,6 +334,53 @@ def test_several_targets_of_one_source_in_a_wrapper_without_configuration(length
 # Who reads what would be skipped.
 
 
+@pytest.mark.parametrize("undo", [2, None])
+def test_a_change_of_what_enters_in_the_step_of_a_growth_is_named(undo):
+    undone = {}
+
+    def after(safe, model):
+        if safe.steps == 7:
+            undone["by"] = one_row_written_to(model)
+        if undo is not None and safe.steps == 7 + undo:
+            undone["by"]()
+
+    def model():
+        return lora_model("bert", BLOCKS, dropout=0.0)
+
+    safe = same_without("bert", epochs("bert", epochs=5), {1: 1, 8: 2}, model=model, after=after)
+    reasons = [event["reason"] for event in safe.journal.events if event["event"] in ("cache_waits", "cache_off")]
+    assert len(reasons) == 1 and "what enters the frozen prefix" in reasons[0]
+
+
+def scaled(model):
+    model.base_model.model.bert.encoder.layer[0].attention.self.query.scaling["default"] *= 0.5
+
+
+def test_adapters_that_are_scaled_in_mid_run_are_named():
+    safe = late(scaled)
+    (waits,) = [event for event in safe.journal.events if event["event"] == "cache_waits"]
+    assert "scaled differently" in waits["reason"]
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "use_cache"])
+def test_passes_that_ask_for_more_than_the_last_states_are_named(name):
+    family = "bert" if name == "output_hidden_states" else "llama"
+    batches = [{**one, name: True} for one in epochs(family)]
+    safe = same_without(family, batches, model=lambda: lora_model(family, BLOCKS, dropout=0.0))
+    (waits,) = [event for event in safe.journal.events if event["event"] == "cache_waits"]
+    assert name in waits["reason"] and not safe.cache.prefix_cache.stats.looked_up
+
+
+def test_equal_widths_of_encoder_and_decoder_are_not_mistaken():
+    def padded(samples):
+        made = pad_to(16)(samples)
+        return {**made, "labels": F.pad(made["labels"], (0, 16 - made["labels"].shape[1]), value=-100)}
+
+    batches = epochs("t5", epochs=4, collator=padded)
+    safe = same_without("t5", batches, model=lambda: lora_model("t5", BLOCKS, dropout=0.0), rounded=True)
+    assert not safe.cache.prefix_cache.padding.whole_rows and counts(safe)[0] >= COUNT
+
+
 def test_a_user_hook_on_a_prefix_block_sees_what_the_block_computes():
     outputs = []
 

@@ -340,6 +340,45 @@ def test_models_without_adapters_are_refused():
         start(frozen)
 
 
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"config": {"seed": 1}},
+        {"config": SafeConfig},
+        {"optimizer": "adamw"},
+        {"total_steps": True},
+        {"samples_per_epoch": "400"},
+        {"samples_per_epoch": -1},
+        {"samples_per_step": 0},
+        {"batch_size": 2.5},
+    ],
+)
+def test_arguments_of_another_type_are_named(argument):
+    with pytest.raises(ConfigError, match=f"{next(iter(argument))} is .*must be"):
+        start(**argument)
+
+
+def test_training_in_evaluation_mode_is_warned_of_once():
+    model, inputs = cases.lora_model("bert").eval(), cases.batch("bert")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    safe = Safe(model, optimizer=optimizer, probe=inputs, total_steps=10)
+    with pytest.warns(AdafreezeWarning, match="trains in evaluation mode") as caught:
+        for _ in range(3):
+            model(**inputs).loss.backward()
+            optimizer.step()
+            safe.step()
+    safe.close()
+    assert sum("evaluation mode" in str(one.message) for one in caught) == 1
+
+
+def test_a_score_that_returns_no_number_is_named():
+    safe = start(config=SafeConfig(score=lambda before, after: torch.ones(3), warmup=0.0), total_steps=12)
+    with pytest.warns(AdafreezeWarning, match="which is not a number"):
+        for _ in range(12):
+            safe.step()
+    safe.close()
+
+
 def test_bad_arguments_are_refused():
     with pytest.raises(ConfigError, match="total_steps is 0"):
         start(total_steps=0)

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import AdafreezeError
 from .cka import CKAReference
 
 __all__ = ["SCORES", "Captures", "Score", "random_score", "resolve_score"]
@@ -141,13 +141,13 @@ class FunctionScore(Score):
         """What the function returns.
 
         Raises:
-            ConfigError: it returns no number.
+            AdafreezeError: it returns no number.
         """
         score = self.function(before, after)
         try:
             return float(score)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ConfigError(
+            raise AdafreezeError(
                 f"The score {self.name} returned a {type(score).__name__}, which is not a number.",
                 fix="Return one float for the two outputs of a unit.",
             ) from error
