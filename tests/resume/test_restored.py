@@ -223,7 +223,7 @@ def flipped(text):
         (lambda state: {k: v for k, v in state.items() if k != "deciding"}, "does not match its checksum"),
         (lambda state: {k: v for k, v in state.items() if k != "checksum"}, "does not match its checksum"),
         (lambda state: {**state, "length": {**state["length"], "steps": 99}}, "does not match its checksum"),
-        (lambda state: {**state, "version": 2}, "has version 2, and this version of adafreeze reads 3"),
+        (lambda state: {**state, "version": 2}, "has version 2, and this version of adafreeze reads 4"),
         (lambda state: {**state, "version": [2]}, r"has version \[2\]"),
         (lambda state: {k: v for k, v in state.items() if k != "version"}, "without a version"),
         (lambda state: None, "is None, without a version"),
