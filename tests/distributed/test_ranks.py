@@ -7,7 +7,7 @@ import torch
 import worker
 from launch import found, start, wait
 
-EXACT = ["ddp", "bert", "t5", "find_unused", "static_graph", "bucket_view", "small_buckets", "hidden"]
+EXACT = ["ddp", "bert", "t5", "find_unused", "static_graph", "bucket_view", "small_buckets", "builtin_hook", "hidden"]
 BY_HAND = ["by_hand", "hidden_by_hand"]
 OTHER = ["accumulate", "bytes", "budget", "grad_norm", "fp16_hook", "power_sgd", "own_minds", "wander"]
 FSDP = ["fsdp2", "fsdp2_bert", "fsdp2_t5", "fsdp2_local"]

@@ -146,6 +146,12 @@ def hooked(hook, state=None, sent: list[int] | None = None):
     return wrap
 
 
+def builtin(model):
+    wrapped = DistributedDataParallel(model)
+    wrapped._register_builtin_comm_hook(dist.BuiltinCommHookType.ALLREDUCE)
+    return wrapped
+
+
 def fsdp2(model):
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -190,6 +196,7 @@ SCENARIOS = {
     "small_buckets": lambda rank, ranks: train("llama", ddp(bucket_cap_mb=0.001), rank, ranks),
     "accumulate": lambda rank, ranks: train("llama", ddp(), rank, ranks, accumulate=2),
     "bytes": lambda rank, ranks: by_step(rank, ranks, "bytes", []),
+    "builtin_hook": lambda rank, ranks: train("llama", builtin, rank, ranks),
     "fp16_hook": lambda rank, ranks: train("llama", hooked(default_hooks.fp16_compress_hook), rank, ranks),
     "power_sgd": lambda rank, ranks: train(
         "llama",

@@ -183,6 +183,15 @@ class Rows:
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
-    """For each input the shape of one sample, and bytes as (samples, bytes)."""
-    flat = {name: tensor.contiguous().view(torch.uint8).cpu().numpy() for name, tensor in tensors.items()}
-    return {name: (tuple(tensors[name].shape[1:]), data.reshape(len(tensors[name]), -1)) for name, data in flat.items()}
+    """For each input the shape of one sample, and bytes as (samples, bytes); one transfer per accelerator."""
+    flat = {name: tensor.contiguous().view(torch.uint8).reshape(-1) for name, tensor in tensors.items()}
+    for device in {data.device for data in flat.values() if data.device.type != "cpu"}:
+        names = [name for name, data in flat.items() if data.device == device]
+        names.sort(key=lambda name: -tensors[name].element_size())  # keeps each aligned for its dtype
+        together = torch.cat([flat[name] for name in names]).cpu()
+        pieces = together.split([len(flat[name]) for name in names])
+        flat.update(zip(names, pieces, strict=True))
+    return {
+        name: (tuple(tensors[name].shape[1:]), data.numpy().reshape(len(tensors[name]), -1))
+        for name, data in flat.items()
+    }

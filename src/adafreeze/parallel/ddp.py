@@ -100,6 +100,7 @@ class DDP(Parallel):
         from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 
         self._behind = False
+        builtin = None if ddp._comm_hooks else _builtin_hook(ddp)
         ddp.reducer._remove_autograd_hooks()
         parameters, sparse = ddp._build_params_for_reducer()
         if not parameters:
@@ -116,3 +117,11 @@ class DDP(Parallel):
                     memory.clear()
             ddp.logger._set_comm_hook_name(hook.__qualname__)
             dist._register_comm_hook(ddp.reducer, state, hook)
+        if builtin is not None:
+            ddp._register_builtin_comm_hook(builtin)
+
+
+def _builtin_hook(ddp: DistributedDataParallel) -> Any:
+    """The registered built-in hook; only the log has its name."""
+    name = ddp._get_ddp_logging_data().get("comm_hook", "")
+    return getattr(dist.BuiltinCommHookType, name, None) if name else None

@@ -120,11 +120,12 @@ class DeepSpeedZero(Parallel):
         """From now on, put the weights of the units ``frozen``, and no others, back after every step."""
         self.frozen = frozenset(frozen)
         stopped = {id(parameter) for parameter in frozen_parameters(self.units, self.frozen)}
-        self._still = {}
+        still: dict[int, list[tuple[int, int]]] = {}
         for group, (tensors, parameters) in enumerate(self._parts()):
             for parameter, tensor, start, length in self._places(group, tensors, parameters):
                 if id(parameter) in stopped:
-                    self._still.setdefault(id(tensor), []).append((start, length))
+                    still.setdefault(id(tensor), []).append((start, length))
+        self._still = {tensor: _joined(places) for tensor, places in still.items()}
 
     def release(self) -> None:
         """Remove all hooks, so that every weight moves again."""
@@ -204,6 +205,17 @@ class DeepSpeedZero(Parallel):
                 return original(*args, **kwargs)
 
         self._undo.enter_context(patched(self.engine, name, as_if_trainable))
+
+
+def _joined(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted (start, length), with neighbors merged."""
+    joined: list[tuple[int, int]] = []
+    for start, length in sorted(places):
+        if joined and sum(joined[-1]) == start:
+            joined[-1] = joined[-1][0], joined[-1][1] + length
+        else:
+            joined.append((start, length))
+    return joined
 
 
 def _wrapper_in(optimizer: Any) -> Any | None:
