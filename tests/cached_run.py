@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from adafreeze import Safe, SafeConfig
@@ -90,7 +89,7 @@ def train(family, settings, batches, model=None, accumulate=1, count=COUNT, afte
     return losses, gradients, safe
 
 
-def same_without(family, batches=None, depths=None, *, cache="ram", folder=None, model=None, rounded=False, **more):
+def same_without(family, batches=None, depths=None, *, cache="ram", folder=None, model=None, **more):
     """Train with the prefix cache and without it; every bit must be equal. Returns the Safe of the run with it.
 
     Args:
@@ -100,7 +99,6 @@ def same_without(family, batches=None, depths=None, *, cache="ram", folder=None,
         cache: "ram", or another with ``folder`` for its directory.
         folder: of the cache; not for "ram".
         model: makes one; default: that of the family.
-        rounded: losses need agree only to 1e-6, for kernels that sum in another order for fewer rows.
         more: fields of ``SafeConfig``, and arguments of ``train``.
     """
     batches, runs = list(epochs(family) if batches is None else batches), []
@@ -110,10 +108,7 @@ def same_without(family, batches=None, depths=None, *, cache="ram", folder=None,
         {**settings, "cache": "off"},
     ):
         runs.append(train(family, config(depths or {1: 2}, **mode), batches, model=model and model(), **more))
-    if rounded:
-        assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-6)
-    else:
-        assert_same(*runs)
+    assert_same(*runs)
     return runs[0][2]
 
 
