@@ -124,9 +124,15 @@ class PassKind:
         """Take over from the same kind in a shallower prefix what holds in the deeper one, too."""
         self.shallower, shallower.shallower = shallower, None
         self.calls |= shallower.calls
-        self.verified |= {name if name.endswith(BELOW) else name + BELOW for name in shallower.verified}
-        for name, span in shallower.widths.items():
-            self.widths.setdefault(name if name.endswith(BELOW) else name + BELOW, span)
+        for name in shallower.verified:
+            if not name.endswith(BELOW):
+                self.verified.add(name + BELOW)
+            elif self.own_code is None:
+                self.verified.add(name)
+        # In libraries, what depends on the width of a batch does so in the lowest block already. In a user's code any
+        # block may, so what was shown of states from below shows nothing about the blocks that have joined since.
+        spans = shallower.widths if self.own_code is None else {}
+        self.widths = dict(spans) | {name + BELOW: span for name, span in shallower.widths.items() if name == "stored"}
 
     def has_calls(self, seen: Mapping[str, int]) -> bool:
         """Whether stacks were called as expected. If not, the prefix must be examined again."""
@@ -166,22 +172,20 @@ class PassKinds:
         if self._modules is not self.prefix.modules:
             self._modules = self.prefix.modules
             self._outside = _Outside(self._modules, self.prefix.stacks)
-        kind = xxhash.xxh3_64_hexdigest(repr((rows.signature(), str(autocast), self._outside.state())).encode())
-        kind = f"{kind} {whole_rows}"
+        seen = repr((rows.signature(), str(autocast), self._outside.state(), whole_rows))
+        kind = xxhash.xxh3_64_hexdigest(seen.encode())
         # Blocks that join the prefix change to evaluation mode, so their flags are in the key of the depth only.
         training = hash(tuple(module.training for module in self._modules))
         key = f"{kind} {tuple(self.prefix.depths.values())} {training}"
         if key not in self.known:
             if len(self.known) >= MOST_KINDS:
                 raise Refused(f"the model was called in {MOST_KINDS} different ways")
-            verified, widths, calls = self.restored.get(key, ((), {}, {}))
-            made = PassKind({stack.path: 1 for stack in self.prefix.stacks}, verified=set(verified))
-            made.own_code = users_code(module for block in self.prefix.blocks for module in block.modules())
+            own_code = users_code(module for block in self.prefix.blocks for module in block.modules())
+            made = PassKind({stack.path: 1 for stack in self.prefix.stacks}, own_code=own_code)
             if (before := self._latest.get(kind)) is not None:
                 made.follow(before)
-                if made.own_code is None:
-                    # In libraries, what depends on the width of a batch does so in the lowest block already.
-                    made.widths |= before.widths
+            verified, widths, calls = self.restored.get(key, ((), {}, {}))
+            made.verified |= set(verified)
             made.widths |= {name: (low, high) for name, (low, high) in widths.items()}
             made.calls |= calls
             self.known[key] = self._latest[kind] = made

@@ -430,6 +430,8 @@ class PrefixCache:
             now.filling = Computed({}, {})
             return {}
         origins = {row: entry.origin for row, entry in entries.items()}
+        stored = {row: origins[row] for row in found}
+        advanced = {row: origin for row, origin in origins.items() if row not in stored}
         if groups:
             starts = self._completed(now, call, depths, groups, entries, origins, fresh)
         else:
@@ -437,7 +439,6 @@ class PrefixCache:
                 starts = self._assembled(kind, rows, range(rows.count), depths, entries)
         if not starts:
             return {}
-        stored, advanced = ({row: origins[row] for row in entries if (row in found) is of} for of in (True, False))
         sources = now.sources(stored, advanced)
         if not missing and not self.padding.whole_rows and not (kind.shows_width and self.prefix.sees_entries):
             sources = replace(sources, names=sources.names | {f"{rows.width(0)} and {rows.width(1)} wide"})
