@@ -83,8 +83,12 @@ class SafeConfig:
             ``"ram"``, ``"disk"`` or ``"off"``.
         cache_budget: the most that the cache takes in memory, and the most that it takes on disk: bytes, or a text
             such as ``"4GiB"``. It never takes more than half of the free memory.
-        cache_dir: folder of the disk tier, on a local disk. Default for ``cache="disk"``: ``adafreeze`` in the user's
-            cache folder.
+        cache_dir: folder of the disk tier, on a local disk. Default for ``cache="disk"`` and ``keep_cache``:
+            ``$ADAFREEZE_CACHE``, or ``adafreeze`` in the user's cache folder.
+        keep_cache: keep the states of a prefix whose adapters are at rest (``freeze_at_start``) in ``cache_dir``, where
+            the next run finds them, whatever its seed, learning rates, rank, kind of adapter or head.
+            ``cache_budget`` is then that of the whole folder; ``adafreeze cache`` lists, fills and deletes. States can
+            reveal the training text: keep the folder as private as the data.
         cache_dtype: ``"bfloat16"`` stores states in half the bytes, rounded; None as the blocks return them.
         prefix_dropout: keep the model's dropout on in the frozen prefix. Its outputs are then random, and the cache is
             off.
@@ -131,6 +135,7 @@ class SafeConfig:
     cache: str = "auto"
     cache_budget: int | str = "4GiB"
     cache_dir: str | os.PathLike[str] | None = None
+    keep_cache: bool = False
     cache_dtype: str | None = None
     prefix_dropout: bool = False
     lr_scale: float | str = "sqrt"
@@ -168,7 +173,12 @@ class SafeConfig:
                 f"SafeConfig.cache_dir is {self.cache_dir!r}, but must be the path of a folder.",
                 fix='SafeConfig(cache_dir="cache")',
             )
-        if self.cache_dir is not None and self.cache in ("ram", "off"):
+        if self.keep_cache and self.cache == "off":
+            raise ConfigError(
+                "SafeConfig.keep_cache is True, but cache is 'off', which computes no states to keep.",
+                fix="SafeConfig(keep_cache=True) with cache='auto'",
+            )
+        if self.cache_dir is not None and self.cache in ("ram", "off") and not self.keep_cache:
             raise ConfigError(
                 f"SafeConfig.cache_dir is given, but cache is {self.cache!r}, which writes nothing to it.",
                 fix='SafeConfig(cache="disk", cache_dir=...), or cache="auto" for memory first',

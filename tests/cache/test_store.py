@@ -173,11 +173,14 @@ def change_block(model):
 
 
 def change_adapter(model):
-    next(p for n, p in model.named_parameters() if "layer.0" in n and "lora_A" in n).data[0, 0] += 1e-6
+    next(p for n, p in model.named_parameters() if "layer.0" in n and "lora_B" in n).data[0, 0] += 1e-6
 
 
 def change_scaling(model):
+    change_adapter(model)
+    before = identities(model)
     next(PeftBackend(model).sites(find_stacks(model)[0].blocks[0]))[1].scaling["default"] *= 2
+    assert identities(model) != before
 
 
 def change_dtype(model):

@@ -6,42 +6,58 @@ import importlib.metadata
 import io
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
 from torch import Tensor, nn
 
-from .._version import __version__
 from ..model.backends import Backend
-from ..model.blocks import Stack, modules_outside
+from ..model.blocks import Stack, base_model, device_of, modules_outside, user_name
+from ..model.traces import users_code
 
 __all__ = ["FORMAT_VERSION", "HOSTS_SET", "Identity"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 # Elements read of each weight before each pass. In-place writes to ``.data`` (a moving average, noise on weights, a
 # merge) leave no trace in version counters, and nearly always write to all elements.
 SAMPLED = 16
 
-# Settings for heads and outputs; models and hosts change some of them during training.
+# Settings for heads and outputs, and what the weights show themselves; models and hosts change some during training.
 _NOT_OF_THE_PREFIX = {
-    *("problem_type", "id2label", "label2id", "architectures", "_name_or_path", "use_cache", "return_dict"),
-    *("output_hidden_states", "output_attentions", "pad_token_id", "bos_token_id", "eos_token_id"),
+    *("problem_type", "id2label", "label2id", "num_labels", "architectures", "_name_or_path", "use_cache"),
+    *("return_dict", "output_hidden_states", "output_attentions", "pad_token_id", "bos_token_id", "eos_token_id"),
+    *("finetuning_task", "task_specific_params", "transformers_version", "dtype", "torch_dtype"),
+    *("num_hidden_layers", "gradient_checkpointing"),
 }
+# Dropout is off in the prefix, and heads are above it.
+_NOR_OF_THE_PREFIX = ("dropout", "classifier_", "summary_")
+
+# The name under which PEFT keeps the layer that it has adapted.
+BASE_LAYER = "base_layer"
 
 # Attributes of modules that hosts and adafreeze set during training.
 HOSTS_SET = {"training", "gradient_checkpointing"}
 
 
+class _Link(NamedTuple):
+    """The digest of a prefix of one stack, and whether no adapter in it does anything yet."""
+
+    digest: bytes
+    at_rest: bool
+
+
 class Identity:
     """A 128-bit digest of a prefix, and a check before each pass that its weights are unchanged.
 
-    The digest is a chain: that of depth k covers that of depth k − 1, the weights of block k − 1 and its adapters, so
-    that growth hashes only the new blocks. The first link covers the frozen weights outside the blocks, the model's
-    class and configuration, the adapters' settings, library versions, and the format of the store.
+    The digest is a chain: that of depth k covers that of depth k − 1 and block k − 1, so that growth hashes only the
+    new blocks. The first link covers the frozen weights outside the blocks, the configuration that matters to the
+    prefix, library versions, device, and the format of the store.
+
+    A block whose adapters are at rest (``Backend.is_at_rest``) computes what the pre-trained block computes. Its link
+    covers the pre-trained weights only, so that runs with another seed, rank or kind of adapter have the same digest.
 
     Args:
         model: the module that the host calls.
@@ -53,7 +69,8 @@ class Identity:
         self._model = model
         self._stacks = stacks
         self._backend = backend
-        self._chains: list[list[bytes]] = [[] for _ in stacks]
+        self._chains: list[list[_Link]] = [[] for _ in stacks]
+        self._entering: set[int] | None = None
         # Places of weights and settings, not the values: another Parameter may take the place of one.
         self._weights: list[tuple[dict[str, Any], str]] = []
         self._children: list[dict[str, Any]] = []
@@ -66,18 +83,48 @@ class Identity:
     def of(self, depths: Sequence[int]) -> bytes:
         """The digest of prefixes of these depths, one for each stack; hashes what it has not hashed yet."""
         digest = xxhash.xxh3_128()
+        for links, depth in zip(self._linked(depths), depths, strict=True):
+            digest.update(links[depth].digest)
+        return digest.digest()
+
+    def _linked(self, depths: Sequence[int]) -> list[list[_Link]]:
+        """The chain of each stack, complete up to these depths."""
         for stack, links, depth in zip(self._stacks, self._chains, depths, strict=True):
             if not links:
-                links.append(self._chains[0][0] if self._chains[0] else self._root())
+                links.append(self._chains[0][0] if self._chains[0] else _Link(self._root(), True))
             for block in stack.blocks[len(links) - 1 : depth]:
-                link = xxhash.xxh3_128(links[-1])
-                link.update(repr([_settings(module) for module in block.modules()]).encode())
-                _add_tensors(link, chain(block.named_parameters(), block.named_buffers()))
-                for name, site in self._backend.sites(block):
-                    link.update(f"{name}:{self._backend.settings(site)}".encode())
-                links.append(link.digest())
-            digest.update(links[depth])
-        return digest.digest()
+                links.append(self._link(links[-1], block))
+        return self._chains
+
+    def _link(self, below: _Link, block: nn.Module) -> _Link:
+        digest = xxhash.xxh3_128(below.digest)
+        sites = list(self._backend.sites(block))
+        at_rest = all(self._backend.is_at_rest(site) for _, site in sites)
+        modules = _without_adapters(block, self._backend) if at_rest else dict(block.named_modules())
+        settings = [
+            (name, type(module).__name__, _of_the_prefix(_settings(module))) for name, module in modules.items()
+        ]
+        digest.update(repr(settings).encode())
+        _add_tensors(digest, _tensors(modules))
+        if not at_rest:
+            digest.update("\n".join([f"peft {_version('peft')}", *self._backend.described()]).encode())
+            digest.update(repr([(name, self._backend.settings(site)) for name, site in sites]).encode())
+        return _Link(digest.digest(), below.at_rest and at_rest)
+
+    def cover_entering(self, read: Collection[int]) -> None:
+        """Of the weights outside the blocks cover only those with these ids: what was read before block 0."""
+        self.forget()
+        self._entering = set(read)
+
+    def why_private(self, depths: Sequence[int]) -> str | None:
+        """Why no other run could use what these prefixes compute; None if it could."""
+        blocks = [block for stack, depth in zip(self._stacks, depths, strict=True) for block in stack.blocks[:depth]]
+        inside = [module for block in blocks for module in block.modules()]
+        if (own := users_code([*inside, *self._outside_modules()])) is not None:
+            return f"{own} is a class of your own, and nothing shows whether its code is the same in the next run"
+        if not all(links[depth].at_rest for links, depth in zip(self._linked(depths), depths, strict=True)):
+            return "adapters of the frozen prefix have been trained, or do something from the start"
+        return None
 
     def of_stacks(self, depths: Mapping[str, int]) -> bytes:
         """The same for depths by stack path; stacks that are not mentioned have none."""
@@ -154,25 +201,64 @@ class Identity:
         digest = xxhash.xxh3_128()
         config: Any = getattr(self._model, "config", None)
         settings = config.to_dict() if hasattr(config, "to_dict") else {"config": config}
+        device = device_of(self._model).type
         described = [
-            str(FORMAT_VERSION),
-            f"adafreeze {__version__}",
-            *(f"{name} {_version(name)}" for name in ("torch", "transformers", "peft")),
-            type(self._model).__qualname__,
+            f"format {FORMAT_VERSION}",
+            *(f"{name} {_version(name)}" for name in ("torch", "transformers")),
+            *self._around_blocks(),
             sys.byteorder,
+            f"{device} {torch.get_float32_matmul_precision()} {torch.backends.cudnn.allow_tf32 and device == 'cuda'}",
             str(getattr(config, "_attn_implementation", None)),
-            *sorted(f"{name}={value}" for name, value in settings.items() if name not in _NOT_OF_THE_PREFIX),
-            *self._backend.described(),
+            repr(_of_the_prefix(settings)),
         ]
         digest.update("\n".join(described).encode())
-        names = {id(module): name for name, module in self._model.named_modules()}
+        names = {id(module): user_name(name) for name, module in self._model.named_modules()}
         for module in self._outside_modules():
-            found = ((f"{names[id(module)]}.{key}", table.get(key)) for table, key in _frozen(module))
-            _add_tensors(digest, ((name, tensor) for name, tensor in found if tensor is not None))
+            for table, key in _frozen(module):
+                tensor = table.get(key)
+                if tensor is not None and (self._entering is None or id(tensor) in self._entering):
+                    _add_tensors(digest, [(f"{names[id(module)]}.{key}", tensor)])
         return digest.digest()
+
+    def _around_blocks(self) -> Iterator[str]:
+        """Path of each stack, and the classes of the modules around it, without the outermost, which is a head."""
+        modules = dict(base_model(self._model).named_modules())
+        for stack in self._stacks:
+            parts = stack.path.split(".")
+            around = [".".join(parts[:end]) for end in range(1, len(parts))] or [""]
+            yield f"{stack.path} in {[type(modules[name]).__name__ for name in around if name in modules]}"
 
     def _outside_modules(self) -> list[nn.Module]:
         return modules_outside(self._model.modules(), self._stacks)
+
+
+def _of_the_prefix(settings: Any) -> Any:
+    if not isinstance(settings, Mapping):
+        return settings
+    return {
+        name: _of_the_prefix(value)
+        for name, value in sorted(settings.items(), key=lambda item: str(item[0]))
+        if name not in _NOT_OF_THE_PREFIX and not any(part in str(name) for part in _NOR_OF_THE_PREFIX)
+    }
+
+
+def _without_adapters(block: nn.Module, backend: Backend) -> dict[str, nn.Module]:
+    """The modules of a block by their names before adapters were added."""
+    sites = [f"{name}." for name, _ in backend.sites(block)]
+    found: dict[str, nn.Module] = {}
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Dropout):
+            continue
+        site = next((site for site in sites if f"{name}.".startswith(site)), None)
+        if site is None or f".{BASE_LAYER}." in f".{name[len(site) :]}.":
+            found[name.replace(f".{BASE_LAYER}", "")] = module
+    return found
+
+
+def _tensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    for name, module in modules.items():
+        for table in (module._parameters, module._buffers):
+            yield from ((f"{name}.{key}", tensor) for key, tensor in table.items() if tensor is not None)
 
 
 def _frozen(module: nn.Module) -> list[tuple[dict[str, Any], str]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import xxhash
 from torch import nn
 
@@ -59,6 +60,8 @@ class PassKind:
         recounted: how often ``calls`` was wrong.
         shallower: the same kind in the prefix as it was before it grew.
         own_code: class of a module in the prefix that is the user's; None if all are of libraries.
+        inherited: an earlier run verified it, on states that were kept.
+        continues: in evaluation it returns keys and values, from which the user may continue a text.
     """
 
     calls: dict[str, int]
@@ -72,6 +75,8 @@ class PassKind:
     recounted: int = 0
     shallower: PassKind | None = None
     own_code: str | None = None
+    inherited: bool = False
+    continues: bool = False
 
     @property
     def slots(self) -> list[Slot]:
@@ -134,12 +139,43 @@ class PassKind:
         spans = shallower.widths if self.own_code is None else {}
         self.widths = dict(spans) | {name + BELOW: span for name, span in shallower.widths.items() if name == "stored"}
 
+    def to_dict(self) -> dict[str, Any]:
+        """What another run with the same prefix need not verify again, as plain JSON values."""
+
+        def plain(layouts: Mapping[Slot, Layout]) -> list[Any]:
+            return [
+                [*slot, {**vars(one), "dtype": str(one.dtype).removeprefix("torch.")}] for slot, one in layouts.items()
+            ]
+
+        return {
+            "verified": sorted(self.verified),
+            "widths": {name: list(span) for name, span in self.widths.items()},
+            "calls": self.calls,
+            "layouts": plain(self.layouts),
+            "entry_layouts": plain(self.entry_layouts),
+            "writes": self.writes,
+            "continues": self.continues,
+        }
+
+    def inherit(self, found: Mapping[str, Any]) -> None:
+        """Take over what ``to_dict`` returned in another run."""
+
+        def layouts(entries: Iterable[Any]) -> dict[Slot, Layout]:
+            return {(path, call): Layout(**{**of, "dtype": getattr(torch, of["dtype"])}) for path, call, of in entries}
+
+        self.verified |= set(found["verified"])
+        self.widths |= {name: (low, high) for name, (low, high) in found["widths"].items()}
+        self.calls |= found["calls"]
+        self.layouts, self.entry_layouts = layouts(found["layouts"]), layouts(found["entry_layouts"])
+        self.writes, self.continues, self.inherited = found["writes"], found["continues"], True
+
     def has_calls(self, seen: Mapping[str, int]) -> bool:
         """Whether stacks were called as expected. If not, the prefix must be examined again."""
         if all(self.calls[path] == count for path, count in seen.items()):
             return True
         self.calls.update(seen)
         self.layouts, self.entry_layouts, self.verified, self.widths = {}, {}, set(), {}
+        self.inherited = False
         self.recounted += 1
         if self.recounted > MOST_COUNTS:
             raise Refused("the number of calls of a stack varies from pass to pass")
@@ -153,12 +189,14 @@ class PassKinds:
         known: by key: names, ranks and dtypes of the inputs, autocast, training flags, flags and hooks of the modules
             outside the blocks, whether padding counts, and the depths of the prefix.
         restored: ``verified``, ``widths`` and ``calls`` of kinds that were known before the run was resumed.
+        kept: by key what other runs on the same kept states have verified.
     """
 
     def __init__(self, prefix: Prefix) -> None:
         self.prefix = prefix
         self.known: dict[str, PassKind] = {}
         self.restored: dict[str, Sequence[Any]] = {}
+        self.kept: Mapping[str, Any] = {}
         self._latest: dict[str, PassKind] = {}  # the same kinds regardless of depth
         self._outside = _Outside((), ())
         self._modules: list[nn.Module] = []
@@ -188,8 +226,25 @@ class PassKinds:
             made.verified |= set(verified)
             made.widths |= {name: (low, high) for name, (low, high) in widths.items()}
             made.calls |= calls
+            if self._of_libraries(made) and key in self.kept:
+                made.inherit(self.kept[key])
             self.known[key] = self._latest[kind] = made
         return self.known[key]
+
+    def _of_libraries(self, kind: PassKind) -> bool:
+        """Whether another run has the same code: that of a user may have changed."""
+        return kind.own_code is None and self._outside.own_code is None
+
+    def lasting(self) -> dict[str, Any]:
+        """By key what other runs with the same prefix need not verify again."""
+        if not self.prefix.sees_entries:
+            return {}
+        depths = f" {tuple(self.prefix.depths.values())} "
+        return {
+            key: kind.to_dict()
+            for key, kind in self.known.items()
+            if depths in key and "computed" in kind.verified and self._of_libraries(kind)
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Verified sources and calls by key."""
@@ -206,6 +261,8 @@ class _Outside:
 
     def __init__(self, modules: Iterable[nn.Module], stacks: Sequence[Stack]) -> None:
         self._modules = modules_outside(modules, stacks)
+        self.own_code = users_code(self._modules)
+        self._classes = [type(module).__name__ for module in self._modules]
         # Hooks on embeddings show in the fingerprints of what enters block 0.
         self._hooked = [m for m in self._modules if not any(isinstance(part, nn.Embedding) for part in m.modules())]
         self._flags: list[tuple[dict[str, Any], str]] = []
@@ -219,4 +276,4 @@ class _Outside:
         """As of now."""
         training = [module.training for module in self._modules]
         hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in self._hooked]
-        return training, hooks, [own.get(name) for own, name in self._flags]
+        return self._classes, training, hooks, [own.get(name) for own, name in self._flags]

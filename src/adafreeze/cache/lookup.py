@@ -1,10 +1,11 @@
-"""From the second time that a sample comes, its training step starts above the frozen prefix."""
+"""From the second time that a sample comes, its pass starts above the frozen prefix."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..costs.flops import CountFlops
 from ..decide.run_length import RunLength
-from ..errors import error_line, note
+from ..errors import ConfigError, error_line, note, warn
 from ..freeze.prefix import Computed, Prefix, Slot, Starts, autocast_now
 from ..journal import Journal
 from ..model.backends import Backend
@@ -24,10 +25,11 @@ from ..model.traces import captures_outputs, read_by, traceless
 from .compare import Refused, Rounding
 from .identity import Identity
 from .independence import IndependenceCheck
+from .kept import KeptFolder
 from .kinds import BELOW, PassKind, PassKinds
 from .layout import assemble, fingerprints, split
 from .one_pass import OnePass
-from .padding import PaddingCheck
+from .padding import EvaluationPaddingCheck, PaddingCheck
 from .shadow import ShadowCheck
 from .stats import CacheStats, Repeats
 from .store import Store
@@ -45,22 +47,33 @@ class _SwitchedOff(Exception):
     """The cache is of no use in this run; the text is the reason."""
 
 
+@dataclass(frozen=True)
+class _Passes:
+    """What is checked and counted of passes in training, or in evaluation."""
+
+    padding: PaddingCheck
+    independence: IndependenceCheck
+    shadow: ShadowCheck
+    stats: CacheStats
+
+
 class PrefixCache:
     """Looks up what the frozen prefix computes for a sample, and computes it if it is not stored.
 
-    Before each training pass the batch is split into samples. The key of a sample is 128 bits of all that the model is
-    called with for it, unpadded, and of the autocast state. The value is its unpadded hidden states at the boundary,
-    for each call of a stack in the pass, with the identity of the prefix (``Identity``). What is not stored is computed
-    by a nested pass over those rows, which ends at the boundary; what is stored at a smaller depth passes only the new
-    blocks. Then the training pass starts at the boundary, with the hidden states that the prefix would compute: equal
-    to the bit at fixed padding, and up to rounding for a sample at another width. If a stack is called several times
-    in a pass, a batch that is not stored completely runs its prefix, and the results are stored.
+    Before each pass of training or evaluation the batch is split into samples. The key of a sample is 128 bits of all
+    that the model is called with for it, unpadded, and of the autocast state. The value is its unpadded hidden states
+    at the boundary, for each call of a stack in the pass, with the identity of the prefix (``Identity``). What is not
+    stored is computed by a nested pass over those rows, which ends at the boundary; what is stored at a smaller depth
+    passes only the new blocks. Then the pass starts at the boundary, with the hidden states that the prefix would
+    compute: equal to the bit at fixed padding, and up to rounding for a sample at another width. If a stack is called
+    several times in a pass, a batch that is not stored completely runs its prefix, and the results are stored.
 
     Nothing is served before checks on the real batch show that serving changes nothing (``IndependenceCheck``,
-    ``PaddingCheck``, ``ShadowCheck``). Passes without gradients, in evaluation mode, with other active adapters than
-    the trained ones, that ask for all hidden states, or with a user's hook on a block of the prefix, run the model as
-    if there were no cache. If the length of an epoch is not known, nothing is stored before samples come again
-    (``Repeats``). A failure of the cache ends the cache, never the run.
+    ``PaddingCheck``, ``ShadowCheck``). Passes in training mode without gradients or in evaluation mode with them, with
+    other active adapters than the trained ones, that ask for all hidden states or return keys and values to continue
+    from, or with a user's hook on a block of the prefix, run the model as if there were no cache. If the length of an
+    epoch is not known, nothing is stored before samples come again (``Repeats``). A failure of the cache ends the
+    cache, never the run.
 
     Args:
         prefix: the cache becomes its ``server``.
@@ -70,6 +83,7 @@ class PrefixCache:
         journal: of the run.
         length: where the run stands.
         store_dtype: of stored states; None: that of the blocks' outputs.
+        kept: stores that outlive the run.
 
     Attributes:
         off: why it was switched off; None while it is on.
@@ -87,6 +101,7 @@ class PrefixCache:
         journal: Journal,
         length: RunLength,
         store_dtype: torch.dtype | None = None,
+        kept: KeptFolder | None = None,
     ) -> None:
         self.prefix = prefix
         self.backend = backend
@@ -97,20 +112,17 @@ class PrefixCache:
         self.distrusted = False
         self.counts_flops = False
         self.flops = 0
-        self.stats = CacheStats(device_of(prefix.model))
         self.repeats = Repeats()
-        self.store = Store(tiers, identity, journal)
+        self.store = Store(tiers, identity, journal, kept)
         self._identity = identity
         # A wrapper has no configuration of its own.
         modules = prefix.model.modules()
         self._encoder_decoder = any(getattr(_config(module), "is_encoder_decoder", False) for module in modules)
         self.rounding = Rounding(prefix, stored_rounded=store_dtype is not None)
         self.kinds = PassKinds(prefix)
-        self.padding = PaddingCheck(prefix, self.rounding, self._note_whole_rows)
-        self.independence = IndependenceCheck(
-            prefix, self.padding, self.rounding, encoder_decoder=self._encoder_decoder
-        )
-        self.shadow = ShadowCheck(prefix, self.padding, self.rounding)
+        self._training = self._passes(PaddingCheck(prefix, self.rounding, self._note_whole_rows))
+        self._evaluation = self._passes(EvaluationPaddingCheck(prefix, self.rounding, lambda _: None))
+        self._now = self._training
         self._sites: list[nn.Module] = []
         self._settings: list[tuple[Any, ...]] = []
         self._modules: list[nn.Module] = []
@@ -119,12 +131,40 @@ class PrefixCache:
         self._autocasts: dict[Any, Any] = {}  # seen inside the model, by that outside
         self._flops_per_row: dict[Any, float] = {}
         self._logged = (0, 0)
+        self._kept_at: tuple[int, ...] | None = None
+        self._evaluation_runs: str | None = None
         self._noted: set[str] = set()
         self._pass: OnePass | None = None
         self._undo = ExitStack()
         prefix.server = self
 
+    def _passes(self, padding: PaddingCheck) -> _Passes:
+        prefix, rounding = self.prefix, self.rounding
+        independence = IndependenceCheck(prefix, padding, rounding, encoder_decoder=self._encoder_decoder)
+        return _Passes(
+            padding, independence, ShadowCheck(prefix, padding, rounding), CacheStats(device_of(prefix.model))
+        )
+
     # For Safe.
+
+    @property
+    def padding(self) -> PaddingCheck:
+        """What is known about padding in training."""
+        return self._training.padding
+
+    @property
+    def stats(self) -> CacheStats:
+        """What was found in training."""
+        return self._training.stats
+
+    @property
+    def evaluation(self) -> CacheStats:
+        """What was found in evaluation."""
+        return self._evaluation.stats
+
+    @property
+    def _evaluates(self) -> bool:
+        return self._now is self._evaluation
 
     @property
     def state_key(self) -> tuple[Any, ...]:
@@ -134,7 +174,7 @@ class PrefixCache:
 
     @property
     def _stores(self) -> bool:
-        return self.repeats.found or self.length.progress.epoch is not None
+        return self.repeats.found or self.length.progress.epoch is not None or self.store.kept is not None
 
     def grown(self) -> None:
         """The prefix has changed. Entries of a shallower one are advanced at their next use."""
@@ -179,7 +219,7 @@ class PrefixCache:
 
     def close(self) -> None:
         """Journal the statistics and free everything; a run that ends leaves nothing on disk."""
-        if self.stats.looked_up:
+        if self.stats.looked_up or self.evaluation.looked_up:
             self.journal.write(
                 "cache",
                 step=self.length.progress.step,
@@ -190,6 +230,8 @@ class PrefixCache:
                 damaged=self.store.damaged,
                 flops=self.flops if self.counts_flops else None,
                 seconds_saved=self.stats.seconds_saved,
+                evaluation_hits=self.evaluation.hits + self.evaluation.advanced,
+                evaluation_misses=self.evaluation.misses,
             )
         self._free()
 
@@ -216,11 +258,12 @@ class PrefixCache:
     def _free(self) -> None:
         self._undo.close()
         self.prefix.server = self._pass = None
+        self._save_kinds()
         self.store.close()
 
     def _note_whole_rows(self, reason: str) -> None:
         self.kinds.known.clear()
-        self.shadow.current = None
+        self._training.shadow.current = None
         self.journal.write("cache_whole_rows", step=self.length.progress.step, reason=reason)
         note(
             f"Prefix cache: {reason}. Samples are stored as whole rows, and found again only at the same width; pad to "
@@ -239,13 +282,25 @@ class PrefixCache:
     @contextmanager
     def _guarded(self) -> Iterator[None]:
         """A failure switches the cache off; the prefix can always run."""
-        try:
-            yield
-        except (Refused, NotBySample, _SwitchedOff) as error:
-            self.distrusted |= isinstance(error, Refused)
-            self.switch_off(str(error))
-        except Exception as error:
-            self.switch_off(f"it failed ({getattr(error, 'fact', None) or error_line(error)})")
+        with ExitStack() as modes:
+            if self._evaluates:
+                modes.enter_context(torch.inference_mode(False))  # what is made in inference mode cannot be written to
+                modes.enter_context(torch.no_grad())
+            try:
+                yield
+            except (Refused, NotBySample, _SwitchedOff) as error:
+                self._give_up(str(error), distrusted=isinstance(error, Refused))
+            except Exception as error:
+                self._give_up(f"it failed ({getattr(error, 'fact', None) or error_line(error)})")
+
+    def _give_up(self, reason: str, *, distrusted: bool = False) -> None:
+        if not self._evaluates:
+            self.distrusted |= distrusted
+            self.switch_off(reason)
+        elif self._evaluation_runs is None:
+            self._evaluation_runs, self._pass = reason, None
+            self.journal.write("cache_evaluation_off", step=self.length.progress.step, reason=reason)
+            note(f"Prefix cache: evaluation runs the prefix: {reason}.")
 
     # For the prefix: what ``Server`` asks.
 
@@ -260,13 +315,15 @@ class PrefixCache:
     def look_up(self, call: Call) -> tuple[Starts, bool]:
         """At the boundary, for calls whose states are stored or were computed."""
         self._pass = None
+        self._now = self._training if self.prefix.model.training else self._evaluation
         starts: Starts = {}
         with self._guarded():
-            if any(self._depths) and self._may_serve(call.inputs):
+            runs = self._evaluates and self._evaluation_runs is not None
+            if any(self._depths) and not runs and self._may_serve(call.inputs):
                 starts = self._look_up(call)
         if (now := self._pass) is None:
             return {}, False
-        compares = self.padding.awaits_gradient or self.shadow.current is not None
+        compares = self._now.padding.awaits_gradient or self._now.shadow.current is not None
         return starts, compares or now.filling is not None
 
     def admits(self, slot: Slot, hidden: Tensor) -> bool:
@@ -281,8 +338,8 @@ class PrefixCache:
     def entered(self, slot: Slot, hidden: Tensor) -> None:
         """Keep it for its fingerprints, if the states of this pass are to be stored. Do not compare other inputs."""
         with self._guarded():
-            if self.shadow.current is not None and not self._is_expected(slot, hidden):
-                self.shadow.current = None
+            if self._now.shadow.current is not None and not self._is_expected(slot, hidden):
+                self._now.shadow.current = None
         if self._pass is not None and self._pass.filling is not None:
             self._pass.filling.entered[slot] = hidden
 
@@ -290,8 +347,8 @@ class PrefixCache:
     def at_boundary(self, slot: Slot, hidden: Tensor) -> None:
         """Compare or keep the states."""
         with self._guarded():
-            self.padding.watch_boundary(slot, hidden)
-            self.shadow.compare_states(slot, hidden.detach())
+            self._now.padding.watch_boundary(slot, hidden)
+            self._now.shadow.compare_states(slot, hidden.detach())
             if self._pass is not None and self._pass.filling is not None:
                 self._pass.filling.boundary[slot] = hidden.detach()
 
@@ -302,21 +359,25 @@ class PrefixCache:
             return
         with self._guarded():
             if now.served:
-                self.padding.watch_outputs(output, now.rows)
+                self._now.padding.watch_outputs(output, now.rows)
             seen = {path: calls.get(path, 0) for path, depth in self.prefix.depths.items() if depth}
             if output is not None and not now.kind.has_calls(seen):
-                self.shadow.current = None
-            self.shadow.finished(output)
+                self._now.shadow.current = None
+            self._now.shadow.finished(output)
+            if self._evaluates and getattr(output, "past_key_values", None) is not None:
+                now.kind.continues = "labels" not in now.rows.inputs
             if now.filling is not None and now.kind.layouts:
                 everyone = range(now.rows.count)
                 self._write(now, everyone, now.filling.boundary, now.origins(everyone, now.filling.entered))
             if not now.admitted:
                 now.hits = now.advanced = now.work = 0
             if now.keys:
-                self.stats.count(now.hits, now.advanced, now.rows.count - now.hits - now.advanced, now.work)
+                self._now.stats.count(now.hits, now.advanced, now.rows.count - now.hits - now.advanced, now.work)
             if not now.admitted or not now.kind.layouts:
-                self.stats.since_hit = 0  # the samples may come again
-            self._judge()
+                self._now.stats.since_hit = 0  # the samples may come again
+            if not self._evaluates:
+                self._judge()
+            self._save_kinds()
 
     def bypassed(self) -> None:
         """Note it once."""
@@ -332,6 +393,8 @@ class PrefixCache:
         asked = [inputs.get(name) for name in _WHOLE_PASS]
         asked += [getattr(config, name, False) for name in _WHOLE_PASS[:2]]
         if any(value is not None and value is not False for value in asked):
+            if self._evaluates:  # such as generation
+                return False
             self._note_wait(f"passes that ask for one of {', '.join(_WHOLE_PASS)} run the prefix")
             return False
         now = (module.__dict__.get("forward") for module in self._modules)
@@ -349,46 +412,83 @@ class PrefixCache:
         return True
 
     def _look_up(self, call: Call) -> Starts:
-        whole = self.padding.whole_rows
+        whole = self._now.padding.whole_rows
         rows = Rows(call.inputs, encoder_decoder=self._encoder_decoder, whole=whole)
-        if not self._stores:
-            with self.stats.timed(self.stats.write, rows.count):
+        self._open_kept(call, rows)
+        if not self._stores and not self._evaluates:
+            with self._now.stats.timed(self._now.stats.write, rows.count):
                 repeated = self.repeats.see(rows.keys())
             if not repeated:
-                self.stats.count(0, 0, rows.count)
+                self._now.stats.count(0, 0, rows.count)
                 self._judge()
                 return {}
-            self.stats.since_hit = 0
+            self._now.stats.since_hit = 0
         if self._identity.changed():
             self._hash_again()
-        ambient = autocast_now(self.stats.device)
+        ambient = autocast_now(self._now.stats.device)
         # Hosts apply autocast around the call or inside it. Which one applies inside is known after the first pass.
         self.prefix.autocast = self._autocasts.get(ambient, self.prefix.autocast)
         while True:
             kind = self.kinds.of(rows, ambient, whole_rows=whole)
             with self._counted():
-                fresh = self.independence.examine(kind, rows, call, self._below(kind, rows))
-                trusted = self.padding.trusts(kind, rows, call)
-            if self.padding.whole_rows is whole:
+                fresh = self._now.independence.examine(kind, rows, call, self._below(kind, rows))
+                trusted = self._now.padding.trusts(kind, rows, call, partial(self._all_stored, kind, rows))
+            if self._now.padding.whole_rows is whole:
                 break
             whole = True
             rows = Rows(call.inputs, encoder_decoder=self._encoder_decoder, whole=True)
         self.prefix.autocast = self._autocasts.setdefault(ambient, self.prefix.autocast)
         self._pass = OnePass(kind, rows)
-        if not kind.layouts:
+        if not kind.layouts or (self._evaluates and kind.continues):
             return {}  # this pass shows how often its stacks are called
         self._pass.keys = self._keys(kind, rows)
         return self._served(self._pass, call, trusted, fresh)
 
+    def _open_kept(self, call: Call, rows: Rows) -> None:
+        """Open the stores of states that outlive the run, when the prefix is first used and when it has changed."""
+        kept, depths = self.store.kept, self._depths
+        if kept is None or self._kept_at == depths:
+            return
+        if self._kept_at is None and (read := self.prefix.read_before_blocks(call, rows.inputs)) is not None:
+            self._identity.cover_entering(read)
+        self._kept_at = depths
+        if (reason := self._identity.why_private(depths)) is not None:
+            self.journal.write("cache_not_kept", step=self.length.progress.step, reason=reason)
+            if not kept.stores:
+                note(f"States are not kept: {reason}.")
+            kept.leave()
+        else:
+            try:
+                kept.open(self._identity, list(self.prefix.depths), depths)
+            except (OSError, ConfigError) as error:
+                self.store.kept = None
+                fix = error.fix if isinstance(error, ConfigError) else "Give another folder: SafeConfig(cache_dir=...)."
+                warn(f"States cannot be kept in {kept.home} ({getattr(error, 'fact', error)}).", fix=fix)
+        self.kinds.kept = kept.exact.kinds if kept.exact is not None else {}
+        if kept.exact is not None:
+            self.journal.write("cache_kept", step=self.length.progress.step, samples=kept.exact.samples)
+            note(f"Kept states: {kept.exact.samples:,} samples found in {kept.exact.folder}. New ones are added.")
+
+    def _save_kinds(self) -> None:
+        if self.store.kept is not None and self.store.kept.exact is not None:
+            self.store.kept.exact.save_kinds(self.kinds.lasting())
+
+    def _all_stored(self, kind: PassKind, rows: Rows) -> Starts:
+        """Where a pass starts if all its samples are stored at the full depth; else empty."""
+        depths = tuple(kind.depths(self.prefix.depths).values())
+        entries = self.store.read(self._keys(kind, rows), depths, kind.slots)
+        found = {row: entry for row, entry in enumerate(entries) if entry is not None and entry.depths == depths}
+        return self._assembled(kind, rows, range(rows.count), depths, found) if len(found) == rows.count else {}
+
     def _keys(self, kind: PassKind, rows: Rows) -> list[bytes]:
-        return rows.keys(f"{self.prefix.autocast} {self.padding.whole_rows} {self.store_dtype} {kind.slots}")
+        return rows.keys(f"{self.prefix.autocast} {self._now.padding.whole_rows} {self.store_dtype} {kind.slots}")
 
     def _below(self, kind: PassKind, rows: Rows) -> Callable[[Sequence[int]], Starts]:
         """Where the first passes of a prefix that has grown start: at what the shallower one has stored of all rows."""
         below = kind.shallower
         if kind.layouts or below is None or not below.layouts or below.several_calls or below.calls != kind.calls:
             return lambda _: {}
-        if not self.padding.is_harmless(below, rows):
+        if not self._now.padding.is_harmless(below, rows):
             return lambda _: {}
         entries = self.store.read(self._keys(below, rows), tuple(kind.depths(self.prefix.depths).values()), below.slots)
         depths = {entry.depths if entry is not None else () for entry in entries}
@@ -408,7 +508,7 @@ class PrefixCache:
         computed: Sequence[tuple[Sequence[int], Mapping[Slot, Tensor]]] = (),
     ) -> Starts:
         by_slot = dict(zip(kind.slots, depths, strict=True))
-        device, rounded = self.stats.device, self.store_dtype is not None
+        device, rounded = self._now.stats.device, self.store_dtype is not None
         return assemble(kind.layouts, by_slot, entries, computed, rows, at, device, rounded=rounded)
 
     def _served(self, now: OnePass, call: Call, trusted: bool, fresh: Computed | None) -> Starts:
@@ -417,7 +517,7 @@ class PrefixCache:
         width = max(rows.width(0), 1)
         depths = tuple(kind.depths(self.prefix.depths).values())
         nothing = (0,) * len(depths)
-        with self.stats.timed(self.stats.read, rows.count * width):
+        with self._now.stats.timed(self._now.stats.read, rows.count * width):
             # While it is not known whether anything reads padding, all rows are computed, with their padding.
             read = self.store.read(now.keys, depths, kind.slots) if trusted else [None] * rows.count
             entries = {row: entry for row, entry in enumerate(read) if entry is not None}
@@ -435,21 +535,22 @@ class PrefixCache:
         if groups:
             starts = self._completed(now, call, depths, groups, entries, origins, fresh)
         else:
-            with self.stats.timed(self.stats.read, 0):
+            with self._now.stats.timed(self._now.stats.read, 0):
                 starts = self._assembled(kind, rows, range(rows.count), depths, entries)
         if not starts:
             return {}
         sources = now.sources(stored, advanced)
-        if not missing and not self.padding.whole_rows and not (kind.shows_width and self.prefix.sees_entries):
+        sees = self.prefix.sees_entries or kind.inherited
+        if not missing and not self._now.padding.whole_rows and not (kind.shows_width and sees):
             sources = replace(sources, names=sources.names | {f"{rows.width(0)} and {rows.width(1)} wide"})
         now.expect(origins)
         with self._counted():
             if sources.names <= kind.verified and (new := kind.new_widths(sources)):
                 # Compare one or two rows instead of the whole batch, so that the pass can be served.
                 at = [row for name in new for row in kind.showing(name, advanced if BELOW in name else stored)]
-                if self.independence.verify_rows(rows, call, sorted(set(at)), kind, starts, now.expected):
+                if self._now.independence.verify_rows(rows, call, sorted(set(at)), kind, starts, now.expected):
                     kind.verify(sources)
-            if not self.shadow.allows(kind, sources, rows, call, starts):
+            if not self._now.shadow.allows(kind, sources, rows, call, starts):
                 return {}
         skipped = len(found) * sum(depths) + sum(len(group) * sum(of) for of, group in groups.items())
         now.served, now.work = True, width * skipped
@@ -472,7 +573,9 @@ class PrefixCache:
             states = fresh if len(group) == now.rows.count else None
             states = states or self._compute(now, call, group, depth, entries)
             layouts = now.kind.layouts.items()
-            keeps_width = all(self.padding.keeps_width(one, now.rows, states.boundary[slot]) for slot, one in layouts)
+            keeps_width = all(
+                self._now.padding.keeps_width(one, now.rows, states.boundary[slot]) for slot, one in layouts
+            )
             if self.prefix.autocast != autocast or not keeps_width:
                 return {}
             computed.append((group, states.boundary))
@@ -496,11 +599,12 @@ class PrefixCache:
         # A forward pass that draws random numbers below the prefix must draw them once.
         undo = traceless(self.prefix.modules) if now.kind.writes else keep_random_state()
         counts = self.counts_flops and key not in self._flops_per_row
-        with undo, CountFlops() if counts else self.stats.timed(self.stats.compute, work) as count:
+        with undo, CountFlops() if counts else self._now.stats.timed(self._now.stats.compute, work) as count:
             states = self.prefix.compute(call, inputs, starts, now.kind.layouts)
         if count is not None:
             self._flops_per_row[key] = count.total / len(group)
-        self.flops += round(self._flops_per_row.get(key, 0) * len(group))
+        if not self._evaluates:
+            self.flops += round(self._flops_per_row.get(key, 0) * len(group))
         if states is None:
             raise _SwitchedOff("a training pass does not reach the boundary of every stack")
         return states
@@ -509,9 +613,10 @@ class PrefixCache:
         self, now: OnePass, group: Sequence[int], states: Mapping[Slot, Tensor], origins: Sequence[Origin]
     ) -> None:
         progress, kind = self.length.progress, now.kind
-        if progress.epoch is not None and progress.remaining <= progress.epoch:
-            return  # in the last epoch no sample comes again
-        with self.stats.timed(self.stats.write, len(group)):
+        last = progress.epoch is not None and progress.remaining <= (0 if self._evaluates else progress.epoch)
+        if last and not self.store.keeps:
+            return  # no sample comes again
+        with self._now.stats.timed(self._now.stats.write, len(group)):
             depths = tuple(kind.depths(self.prefix.depths).values())
             identity = self.store.identity_of(depths, kind.slots)
             pieces = split(kind.layouts, kind.slots, states, now.rows, group, self.store_dtype)
@@ -529,7 +634,7 @@ class PrefixCache:
         if now is None or slot not in now.expected:
             return True
         layout, count = now.kind.entry_layouts[slot], now.rows.count
-        if not self.padding.keeps_width(layout, now.rows, hidden):
+        if not self._now.padding.keeps_width(layout, now.rows, hidden):
             return False
         if hidden.shape[layout.dimension] == layout.rows * count:
             entered = fingerprints(layout, hidden, now.rows, range(count)).cpu()
@@ -545,15 +650,17 @@ class PrefixCache:
 
     def _judge(self) -> None:
         progress = self.length.progress
-        reason = self.stats.verdict(sum(self._depths), progress.epoch, progress.remaining + self.stats.looked_up)
-        if reason is not None and self.padding.awaited:
+        reason = self._now.stats.verdict(
+            sum(self._depths), progress.epoch, progress.remaining + self._now.stats.looked_up
+        )
+        if reason is not None and self._now.padding.awaited:
             reason = "the loss does not depend on the prefix, so nothing shows whether padding is read"
         if reason is not None:
             raise _SwitchedOff(reason)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
-        with CountFlops() if self.counts_flops else nullcontext() as count:
+        with CountFlops() if self.counts_flops and not self._evaluates else nullcontext() as count:
             yield
         self.flops += count.total if count is not None else 0
 
@@ -562,7 +669,7 @@ class PrefixCache:
         self._identity.forget()
         self._identity.watch(self._depths)
         if self._identity.of(self._depths) != before:
-            self.stats.since_hit = 0  # all samples have to be stored again
+            self._now.stats.since_hit = 0  # all samples have to be stored again
             self._changes += 1
             if self._changes > MOST_CHANGES:
                 raise _SwitchedOff("the weights of the frozen prefix keep changing")

@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from ..freeze.prefix import Prefix, Slot
+from ..freeze.prefix import Prefix, Slot, Start, Starts
 from ..model.batch import Call
 from ..model.blocks import modules_outside
 from ..model.rows import Rows
 from ..model.traces import traceless, users_code
-from .compare import Rounding, named_tensors, real_positions, side_of
+from .compare import Rounding, named_tensors, real_positions, sampled, side_of
 from .kinds import PassKind
 from .layout import Layout
 
-__all__ = ["PaddingCheck"]
+__all__ = ["EvaluationPaddingCheck", "PaddingCheck"]
 
 
 class PaddingCheck:
@@ -48,8 +48,15 @@ class PaddingCheck:
         self.awaited = {}
         self._on_whole_rows(reason)
 
-    def trusts(self, kind: PassKind, rows: Rows, call: Call) -> bool:
-        """Whether stored states, which have no padding, may be used in this batch. If unknown, awaits its gradient."""
+    def trusts(self, kind: PassKind, rows: Rows, call: Call, stored: Callable[[], Starts]) -> bool:
+        """Whether stored states, which have no padding, may be used in this batch. If unknown, awaits its gradient.
+
+        Args:
+            kind: of the pass.
+            rows: of its batch.
+            call: how the model is called with them.
+            stored: where the pass would start if all its samples are stored; else empty.
+        """
         self._rows = None
         if self.is_harmless(kind, rows):
             return True
@@ -57,11 +64,37 @@ class PaddingCheck:
         # some step on) is known only for the code of libraries.
         if (own := users_code(modules_outside(self.prefix.modules, self.prefix.stacks))) is not None:
             self.take_whole_rows(f"what {own} does with padding is not known")
+        elif kind.inherited and self._ignores_padding(kind, rows, call, stored()):
+            self.known |= set(_padded(kind, rows).values())
+            return True
         elif self._changes_states(kind, rows, call):
             self.take_whole_rows("padding changes what the prefix computes (left padding with absolute positions)")
         else:
             self._rows, self.awaited = rows, _padded(kind, rows)
         return False
+
+    def _ignores_padding(self, kind: PassKind, rows: Rows, call: Call, starts: Starts) -> bool:
+        """Whether the loss and all outputs at other positions are the same with another filler for padding."""
+        if not starts:
+            return False
+        zeros, ones = (sampled(self._filled(kind, rows, call, starts, filler), rows) for filler in (0.0, 1.0))
+        # A loss that is computed outside the model may read any output.
+        return "loss" in dict(zeros) and self._same(zeros, ones)
+
+    def _filled(self, kind: PassKind, rows: Rows, call: Call, starts: Starts, filler: float) -> Any:
+        """What a pass from ``starts`` returns with this for padding."""
+        filled = dict(starts)
+        for slot, side in _padded(kind, rows).items():
+            states = starts[slot].states
+            real = real_positions(rows, side, states.device).reshape(*states.shape[:2], *[1] * (states.ndim - 2))
+            filled[slot] = Start(starts[slot].depth, states.where(real, filler))
+        with traceless(self.prefix.modules):
+            return self.prefix.shadow(call, rows.inputs, filled)
+
+    def _same(self, some: list[tuple[str, Tensor]], others: list[tuple[str, Tensor]]) -> bool:
+        return [name for name, _ in some] == [name for name, _ in others] and all(
+            self.rounding.same_outputs(a, b) for (_, a), (_, b) in zip(some, others, strict=True)
+        )
 
     def is_harmless(self, kind: PassKind, rows: Rows) -> bool:
         """Whether it is known that this batch may have zeros for padding."""
@@ -127,6 +160,33 @@ class PaddingCheck:
             self.take_whole_rows("the model pads its inputs to another width")
             return False
         return True
+
+
+class EvaluationPaddingCheck(PaddingCheck):
+    """Decides the same for passes in evaluation mode, which have no gradient to look at.
+
+    What they return is for the user, at padded positions, too. Samples are stored without padding only if no output at
+    all depends on it; else as whole rows, which an evaluation finds again, since it comes in the same batches.
+    """
+
+    def trusts(self, kind: PassKind, rows: Rows, call: Call, stored: Callable[[], Starts]) -> bool:
+        """Whether stored states, which have no padding, may be used in this batch."""
+        if self.is_harmless(kind, rows):
+            return True
+        own = users_code(modules_outside(self.prefix.modules, self.prefix.stacks))
+        if own is None and (starts := stored() or self._starts(kind, rows, call)):
+            zeros, ones = (named_tensors(self._filled(kind, rows, call, starts, filler)) for filler in (0.0, 1.0))
+            if self._same(zeros, ones) and (kind.inherited or not self._changes_states(kind, rows, call)):
+                self.known |= set(_padded(kind, rows).values())
+                return True
+        self.take_whole_rows("")
+        return False
+
+    def _starts(self, kind: PassKind, rows: Rows, call: Call) -> Starts:
+        depths = kind.depths(self.prefix.depths)
+        with traceless(self.prefix.modules):
+            computed = self.prefix.compute(call, rows.inputs, {}, kind.layouts)
+        return {slot: Start(depths[slot], computed.boundary[slot]) for slot in kind.layouts} if computed else {}
 
 
 def _padded(kind: PassKind, rows: Rows) -> dict[Slot, int]:

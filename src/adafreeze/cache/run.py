@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -21,7 +20,9 @@ from ..freeze import Prefix
 from ..journal import Journal
 from ..measure.draw import varies
 from ..model.backends import Backend
+from ..model.blocks import users_class
 from . import DiskTier, Identity, PrefixCache, RamTier, Tier
+from .kept import KeptFolder, default_folder
 
 __all__ = ["RunCache", "expected_savings"]
 
@@ -86,7 +87,7 @@ class RunCache:
         if self.prefix_cache is not None and self.prefix_cache.off is not None:
             return  # logged when it was switched off
         epoch, total = self.length.epoch_steps, self.length.total_steps
-        if self._reason is None and epoch is not None and total <= epoch:
+        if self._reason is None and epoch is not None and total <= epoch and not self.config.keep_cache:
             self._reason = ONE_EPOCH
         if self._reason is None and varies(self._source):
             self._reason = "samples come with other inputs each time (random masking, augmentation)"
@@ -123,15 +124,19 @@ class RunCache:
         tiers: list[Tier] = []
         if self.config.cache != "disk":
             tiers.append(RamTier(self._memory_budget(room)))
-        if self.config.cache == "disk" or self.config.cache_dir is not None:
+        keeps = self.config.keep_cache
+        if self.config.cache == "disk" or (self.config.cache_dir is not None and not keeps):
             self._folder = self._folder or identity.of(tuple(self.prefix.depths.values())).hex()
             tiers += self._disk(self._folder)
         if not tiers:
             tiers.append(RamTier(self._memory_budget(room)))
-        if not any(tier.budget for tier in tiers):
+        if not any(tier.budget for tier in tiers) and not keeps:
             return  # the training step leaves no memory; with a deeper prefix it may
         dtype = torch.bfloat16 if self.config.cache_dtype == "bfloat16" else None
-        self.prefix_cache = PrefixCache(self.prefix, self.backend, identity, tiers, self.journal, self.length, dtype)
+        kept = self._kept() if keeps else None
+        self.prefix_cache = PrefixCache(
+            self.prefix, self.backend, identity, tiers, self.journal, self.length, dtype, kept
+        )
         self.prefix_cache.counts_flops = self._counts_flops
         if self._resumed is not None:
             self.prefix_cache.load_state_dict(self._resumed)
@@ -144,7 +149,7 @@ class RunCache:
         return min(self.config.cache_bytes, free)
 
     def _disk(self, folder: str) -> list[Tier]:
-        home = Path(self.config.cache_dir or _default_folder())
+        home = self._home
         try:
             _delete_stale(home)
             return [DiskTier(home / f"prefix-{folder}", self.config.cache_bytes)]
@@ -157,6 +162,22 @@ class RunCache:
         except ConfigError as error:  # auto, with a folder, without LMDB
             warn(error.fact, fix=error.fix + " The cache stays in memory.")
         return []
+
+    def _kept(self) -> KeptFolder | None:
+        try:
+            DiskTier.check_installed()
+            config: Any = getattr(self.prefix.model, "config", None)
+            name = getattr(config, "_name_or_path", "") or users_class(self.prefix.model)
+            return KeptFolder(self._home, self.config.cache_bytes, str(name))
+        except (OSError, ConfigError) as error:
+            fact, fix = getattr(error, "fact", error), getattr(error, "fix", "Give a folder on a local disk.")
+            warn(f"States cannot be kept in {self._home}: {fact}.", fix=fix)
+        return None
+
+    @property
+    def _home(self) -> Path:
+        given = self.config.cache_dir
+        return Path(given).expanduser() if given is not None else default_folder()
 
     @property
     def _in_memory(self) -> list[RamTier]:
@@ -245,10 +266,6 @@ def expected_savings(
         f"Prefix cache on: {total_steps / steps_per_epoch:.3g} epochs. Expected FLOPs vs. plain training: "
         f"{', '.join(costs)}{frozen}."
     )
-
-
-def _default_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adafreeze"
 
 
 def _delete_stale(home: Path) -> None:

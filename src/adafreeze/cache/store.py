@@ -1,4 +1,4 @@
-"""The entries of one run's prefix, in memory and on disk."""
+"""The entries of one run's prefix: in memory, on disk, and kept for other runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import xxhash
 from ..freeze.prefix import Slot
 from ..journal import Journal
 from .identity import Identity
+from .kept import KeptFolder
 from .tiers import Entry, RamTier, Tier
 
 __all__ = ["Store"]
@@ -22,17 +23,21 @@ class Store:
         tiers: in the order in which they are filled.
         identity: of the prefix; entries of another one are never read.
         journal: of the run, told when a tier is full.
+        kept: takes what other runs can use.
     """
 
-    def __init__(self, tiers: Sequence[Tier], identity: Identity, journal: Journal) -> None:
+    def __init__(
+        self, tiers: Sequence[Tier], identity: Identity, journal: Journal, kept: KeptFolder | None = None
+    ) -> None:
         self.tiers = list(tiers)
         self.identity = identity
         self.journal = journal
+        self.kept = kept
 
     def read(self, keys: Sequence[bytes], depths: Sequence[int], slots: Sequence[Slot]) -> list[Entry | None]:
         """The entry of each key, if a prefix of these depths (by slot) can use it."""
         entries: list[Entry | None] = [None] * len(keys)
-        for tier in self.tiers:
+        for tier in self._all:
             wanted = [row for row, entry in enumerate(entries) if entry is None]
             if not wanted:
                 break
@@ -40,6 +45,15 @@ class Store:
                 if entry is not None and self._is_usable(entry, depths, slots):
                     entries[row] = entry
         return entries
+
+    @property
+    def _all(self) -> list[Tier]:
+        return [*self.tiers, *(store.tier for store in self.kept.stores)] if self.kept is not None else self.tiers
+
+    @property
+    def keeps(self) -> bool:
+        """Whether entries of the current prefix outlive the run."""
+        return self.kept is not None and self.kept.exact is not None
 
     def _is_usable(self, entry: Entry, depths: Sequence[int], slots: Sequence[Slot]) -> bool:
         if len(entry.depths) != len(depths) or any(a > b for a, b in zip(entry.depths, depths, strict=True)):
@@ -53,6 +67,10 @@ class Store:
     def put(self, items: Sequence[tuple[bytes, Entry]], step: int) -> str | None:
         """Store these while there is room. Returns a reason if no entry can ever be stored."""
         smallest = min(entry.nbytes for _, entry in items)
+        if self.kept is not None and self.kept.exact is not None:
+            items = self.kept.exact.put(items)
+            if not items:
+                return None
         for tier in self.tiers:
             was_full = tier.full
             items = tier.put(items)
@@ -72,12 +90,15 @@ class Store:
     @property
     def nbytes(self) -> dict[str, int]:
         """Bytes stored, by tier."""
-        return {tier.name: tier.nbytes for tier in self.tiers}
+        found: dict[str, int] = {}
+        for tier in self._all:
+            found[tier.name] = found.get(tier.name, 0) + tier.nbytes
+        return found
 
     @property
     def damaged(self) -> int:
         """Values with a wrong checksum."""
-        return sum(tier.damaged for tier in self.tiers)
+        return sum(tier.damaged for tier in self._all)
 
     def keys_in_memory(self) -> str | None:
         """The first eight bytes of each key in a full memory, as text; None while it still takes more."""
@@ -92,7 +113,10 @@ class Store:
                 tier.only = frozenset(packed[start : start + 8] for start in range(0, len(packed), 8))
 
     def close(self) -> None:
-        """Free memory and delete files, which no other run can use."""
+        """Free memory and delete the files that no other run can use."""
         for tier in self.tiers:
             tier.close()
         self.tiers = []
+        if self.kept is not None:
+            self.kept.close()
+            self.kept = None

@@ -17,7 +17,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ..errors import ConfigError, warn
+from ..errors import ConfigError, note, warn
 
 __all__ = ["DiskTier", "Entry", "Origin", "RamTier", "Tier"]
 
@@ -28,6 +28,7 @@ ALIGNMENT = 64
 LEAST_PAGES = 64
 RESERVE = 0.1
 READERS = 1024
+FILES = ("data.mdb", "lock.mdb")
 
 
 class Origin(NamedTuple):
@@ -193,6 +194,11 @@ class DiskTier:
     Args:
         folder: made if missing.
         budget: bytes of its file, at least 64 pages (256 KiB); a tenth is reserved for replacing values.
+        keep: it outlives the run.
+
+    Attributes:
+        largest: bytes that its file may ever take, as set when it was opened.
+        has_failed: it takes nothing more, and a warning has said why.
 
     Raises:
         ConfigError: LMDB is not installed.
@@ -201,27 +207,31 @@ class DiskTier:
 
     name = "disk"
 
-    def __init__(self, folder: Path, budget: int) -> None:
+    def __init__(self, folder: Path, budget: int, *, keep: bool = False) -> None:
         self._lmdb = _lmdb()
-        self.folder = folder
-        self.full = False
+        self.folder, self.keep = folder, keep
+        self.full = self.has_failed = False
         self.damaged = 0
-        is_new = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
+        is_new = not (folder / "data.mdb").exists()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
         page = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
-        self.budget = max(LEAST_PAGES * page, min(budget, int(0.9 * free)) // page * page)
+        has = (folder / "data.mdb").stat().st_size if not is_new else 0
+        self.budget = self.largest = max(LEAST_PAGES * page, min(budget, int(0.9 * free) + has) // page * page)
         try:
             if is_new and free < LEAST_PAGES * page:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             environment = self._open()
             if environment is None:
-                shutil.rmtree(folder)
+                for name in FILES:
+                    (folder / name).unlink(missing_ok=True)
+                if keep:
+                    note(f"The file of kept states in {folder} was damaged: it is filled again.")
                 environment = self._open()
             self._environment = environment
             self._environment.reader_check()
         except (self._lmdb.Error, OSError) as error:
-            if is_new:
+            if is_new and not keep:
                 shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, self._lmdb.DiskError):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
@@ -237,7 +247,7 @@ class DiskTier:
         # Without metasync a power cut may lose the last transaction, but never the file's integrity.
         how = {"map_size": self.budget, "metasync": False, "readahead": False, "meminit": False}
         try:
-            environment = self._lmdb.open(str(self.folder), max_readers=READERS, **how)
+            environment = self._lmdb.open(str(self.folder), max_readers=READERS, mode=0o600, **how)
         except (self._lmdb.InvalidError, self._lmdb.CorruptedError):
             return None
         if (self.folder / "data.mdb").stat().st_size >= _bytes_in_use(environment):
@@ -252,8 +262,15 @@ class DiskTier:
 
     def get(self, keys: Sequence[bytes]) -> list[Entry | None]:
         """The entry of each key, copied out of the file's pages."""
-        with self._environment.begin(buffers=True) as transaction:
+        with self._begin() as transaction:
             return [self._decoded(key, transaction.get(key)) for key in keys]
+
+    def _begin(self, *, write: bool = False) -> Any:
+        try:
+            return self._environment.begin(buffers=True, write=write)
+        except self._lmdb.MapResizedError:  # by another process with a larger budget
+            self._environment.set_mapsize(0)
+            return self._environment.begin(buffers=True, write=write)
 
     def _decoded(self, key: bytes, value: Any) -> Entry | None:
         if value is None:
@@ -269,19 +286,19 @@ class DiskTier:
         accepted = dict(items)
         if self.full or self.nbytes + sum(entry.nbytes for _, entry in items) > (1 - RESERVE) * self.budget:
             self.full = True  # keys that are stored already may still be replaced
-            with self._environment.begin(buffers=True) as transaction:
+            with self._begin() as transaction:
                 accepted = {key: entry for key, entry in items if transaction.get(key) is not None}
         values = [(key, encode(key, entry)) for key, entry in accepted.items()]  # before other processes have to wait
         try:
-            with self._environment.begin(write=True) as transaction:
+            with self._begin(write=True) as transaction:
                 for key, value in values:
                     transaction.put(key, value)
         except self._lmdb.MapFullError:
             self.full = True
             return list(items)
         except (self._lmdb.Error, OSError) as error:
-            if not self.full:
-                self.full = True
+            if not self.has_failed:
+                self.full = self.has_failed = True
                 warn(
                     f"The prefix cache in {self.folder} takes no more samples: the disk is full or the folder is gone "
                     f"({error}).",
@@ -292,8 +309,23 @@ class DiskTier:
 
     def stored_keys(self) -> Iterable[bytes]:
         """All keys stored, by any run."""
-        with self._environment.begin() as transaction, transaction.cursor() as cursor:
-            yield from cursor.iternext(values=False)
+        with self._begin() as transaction, transaction.cursor() as cursor:
+            yield from map(bytes, cursor.iternext(values=False))
+
+    @property
+    def samples(self) -> int:
+        """Keys stored, by any run."""
+        return int(self._environment.stat()["entries"])
+
+    @staticmethod
+    def samples_in(folder: Path) -> int | None:
+        """Keys stored in a folder that some run may have open; None if its file cannot be read."""
+        lmdb = _lmdb()
+        try:
+            with lmdb.open(str(folder), readonly=True, lock=False, create=False) as environment:
+                return int(environment.stat()["entries"])
+        except (lmdb.Error, OSError):
+            return None
 
     @property
     def nbytes(self) -> int:
@@ -301,9 +333,10 @@ class DiskTier:
         return _bytes_in_use(self._environment)
 
     def close(self) -> None:
-        """Close the file and delete it. Only a run that was killed leaves one behind, to be resumed."""
+        """Close the file, and delete it unless it is kept; a run that was killed leaves it behind, to be resumed."""
         self._environment.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if not self.keep:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _bytes_in_use(environment: Any) -> int:

@@ -10,9 +10,19 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..model.batch import Call
-from ..model.blocks import Stack, StopForward, base_model, device_of, hidden_states, modules_outside, without_cache
+from ..model.blocks import (
+    Stack,
+    StopForward,
+    base_model,
+    device_of,
+    hidden_states,
+    is_quiet,
+    modules_outside,
+    without_cache,
+)
 from ..model.flow import Flow, graph_leaves, tensors_in
 from ..model.patches import Hook, forward_hook, forward_pre_hook, held_attribute, patched, patched_forward
 from ..model.traces import captures_outputs, read_by, without_users_hooks
@@ -48,7 +58,7 @@ class Computed(NamedTuple):
 
 
 class Server(Protocol):
-    """Decides where training passes start (the prefix cache)."""
+    """Decides where training passes start, and evaluation passes without gradients (the prefix cache)."""
 
     def before_pass(self) -> None:
         """Any pass of the model begins, also one in evaluation."""
@@ -57,7 +67,7 @@ class Server(Protocol):
         """It has ended."""
 
     def look_up(self, call: Call) -> tuple[Starts, bool]:
-        """Where the training pass that begins with this call starts, and whether to call ``at_boundary`` in it.
+        """Where the pass that begins with this call starts, and whether to call ``at_boundary`` in it.
 
         If not, compiled code need not trace it.
         """
@@ -66,13 +76,13 @@ class Server(Protocol):
         """Whether a call may start above its prefix, given what enters block 0."""
 
     def entered(self, slot: Slot, hidden: Tensor) -> None:
-        """A call of a training pass runs its prefix on ``hidden``."""
+        """A call of such a pass runs its prefix on ``hidden``."""
 
     def at_boundary(self, slot: Slot, hidden: Tensor) -> None:
-        """A call of a training pass reached its boundary."""
+        """A call of such a pass reached its boundary."""
 
     def finished(self, output: Any, calls: Mapping[str, int]) -> None:
-        """A training pass returned ``output`` (None: it failed) and called each stack this often."""
+        """Such a pass returned ``output`` (None: it failed) and called each stack this often."""
 
     def bypassed(self) -> None:
         """Training passes begin inside the model, where nothing can be looked up."""
@@ -84,13 +94,15 @@ class _Pass:
 
     Attributes:
         starts: where its calls start. A call that must run its prefix is removed.
-        recorded: what a nested pass has computed; None in a training pass.
+        recorded: what a nested pass has computed; None in the host's passes.
         until: leave the nested pass once these boundaries are recorded; None: run to the end.
         shadow: skipped blocks except the last return NaN, so that reading their outputs changes the result.
         watched: the server wants to see the boundaries.
         calls: of each stack, so far.
         runs: of each dropout outside the blocks, so far, and how many of them were before block 0.
         beside: what blocks return beside hidden states in the current call (T5's position bias), by stack.
+        evaluates: it is the host's, in evaluation mode and without gradients, and the server is asked.
+        to_blocks: leave a nested pass where the first block of a prefix is entered.
     """
 
     starts: dict[Slot, Start] = field(default_factory=dict)
@@ -101,6 +113,8 @@ class _Pass:
     calls: dict[str, int] = field(default_factory=dict)
     runs: dict[nn.Module, tuple[int, int]] = field(default_factory=dict)
     beside: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)
+    evaluates: bool = False
+    to_blocks: bool = False
 
     def slot(self, path: str) -> Slot:
         return path, self.calls.get(path, 1) - 1
@@ -111,7 +125,7 @@ class _Pass:
 
 
 class Prefix:
-    """Runs the prefix of each stack under ``torch.no_grad()`` and without dropout, in training only.
+    """Runs the prefix of each stack under ``torch.no_grad()`` and without dropout.
 
     The prefix of a stack is its longest run of blocks from the bottom without a live parameter, provided nothing
     upstream is live (trainable embeddings; an encoder that a decoder attends to). Without dropout, which there
@@ -121,8 +135,9 @@ class Prefix:
     grad and was computed from anything but frozen embeddings (a projector outside the model, adversarial noise), the
     prefix of that stack ends before the graph is cut.
 
-    No graph is built below the boundary even if hooks make the embeddings require grad. Evaluation, generation and
-    passes without gradients run the model's own code.
+    No graph is built below the boundary even if hooks make the embeddings require grad. Evaluation without gradients
+    may start above the prefix; other passes in evaluation mode, generation and training passes without gradients run
+    the model's own code.
 
     Args:
         model: the module that the host calls; its ``training`` flag decides.
@@ -244,8 +259,21 @@ class Prefix:
             self._run(call, inputs)
         return this.recorded if this.is_complete else None
 
+    def read_before_blocks(self, call: Call, inputs: Mapping[str, Any]) -> set[int] | None:
+        """The ids of all tensors that a pass reads before it enters the first block of a prefix.
+
+        Returns:
+            None if several stacks have a prefix, since what lies between them is read, too; or if none was entered.
+        """
+        if sum(depth > 0 for depth in self.depths.values()) != 1:
+            return None
+        this = _Pass(recorded=Computed({}, {}), to_blocks=True)
+        with self._nested(this), torch.no_grad(), suppress(StopForward), _Reads() as reads:
+            self._run(call, inputs)
+        return reads.ids if this.recorded is not None and this.recorded.entered else None
+
     def shadow(self, call: Call, inputs: Mapping[str, Any], starts: Starts) -> Any:
-        """What a training pass from ``starts`` would return, computed without a graph."""
+        """What the host's pass from ``starts`` would return, computed without a graph."""
         with self._nested(_Pass(dict(starts), Computed({}, {}), shadow=True)), torch.no_grad():
             return self._run(call, inputs)
 
@@ -280,6 +308,8 @@ class Prefix:
         if self._root is not None:  # PEFT's wrapper calls the model inside
             return
         self._root, self._pass = module, _Pass()
+        evaluates = not (self.model.training or torch.is_grad_enabled() or self.server is None or is_quiet())
+        self._pass.evaluates = evaluates and any(self.depths.values())
         self._harmless.clear()
         if self._active():
             self._notice_unfrozen()
@@ -290,6 +320,7 @@ class Prefix:
         server.before_pass()
         # Do not skip what is trained through an input; the blocks will notice whether it reaches them.
         trains = any(tensor.requires_grad for tensor in tensors_in((args, kwargs)))
+        self._pass.evaluates = self._pass.evaluates and not trains
         if self._active() and not trains:
             starts, self._pass.watched = server.look_up(Call.of(module, args, kwargs))
             self._pass.starts = dict(starts)
@@ -311,12 +342,14 @@ class Prefix:
             self._learn_patterns(this)
         self._harmless.clear()
         if (server := self.server) is not None:
-            if self._active():
+            if self._active() or this.evaluates:
                 server.finished(output, this.calls)
             server.after_pass()
 
     def _active(self) -> bool:
-        return self.model.training and (torch.is_grad_enabled() or self._pass.recorded is not None)
+        if self._pass.evaluates or self._pass.recorded is not None:
+            return True
+        return self.model.training and torch.is_grad_enabled()
 
     def _graphless(self, stack: Stack, index: int, block: nn.Module) -> Callable[..., Any]:
         original = block.forward
@@ -326,14 +359,14 @@ class Prefix:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             this = self._pass
-            if index == 0 and self.model.training:
+            if index == 0 and (self.model.training or self._active()):
                 this.calls[path] = this.calls.get(path, 0) + 1
             if not self._active():
                 return original(*args, **kwargs)
             if index == 0:
                 self._notice_autocast(block)
                 self._notice_bypass()
-            if this.recorded is None and self._something_trains(args, kwargs):
+            if this.recorded is None and not this.evaluates and self._something_trains(args, kwargs):
                 self._end_prefix(path)
                 return original(*args, **kwargs)
             slot = this.slot(path)
@@ -356,12 +389,12 @@ class Prefix:
                     if this.is_complete:
                         raise StopForward
                     return output
-                if above is not None and getattr(above, "gradient_checkpointing", False):
+                if above is not None and getattr(above, "gradient_checkpointing", False) and not this.evaluates:
                     # Reentrant checkpointing gives no gradient to parameters unless an input requires one.
                     self.mark(hidden)
                 if this.watched and self.server is not None:
                     self.server.at_boundary(slot, hidden)
-            if self.drops_layers and this.recorded is None:
+            if self.drops_layers and this.recorded is None and not this.evaluates:
                 # If a pass skips all live blocks, its loss must still have a graph.
                 self.mark(hidden_states(output))
             return output
@@ -378,6 +411,8 @@ class Prefix:
         starts_above = slot in this.starts
         if this.recorded is not None:
             this.recorded.entered[slot] = hidden
+            if this.to_blocks:
+                raise StopForward
             if starts_above and captures_outputs():  # skipped blocks do not have the outputs to record
                 del this.starts[slot]
             return
@@ -476,6 +511,20 @@ class Prefix:
         # While one stack starts from the embeddings, reentrant checkpointing may need their gradient.
         self._harmless.append(output)
         return None
+
+
+class _Reads(TorchDispatchMode):
+    """Collects the ids of all tensors that operations read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: set[int] = set()
+        self._kept: list[Tensor] = []  # or the id of a result could become that of a weight
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._kept += (read := list(tensors_in((args, kwargs or {}))))
+        self.ids |= set(map(id, read))
+        return func(*args, **(kwargs or {}))
 
 
 def autocast_now(device: torch.device) -> torch.dtype | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,11 @@ from .patches import patched_forward
 from .restore import temporarily
 
 __all__ = [
-    "Stack", "StopForward", "base_model", "find_stacks", "hidden_states", "modules_outside", "starting_at", "unwrap",
-    "without_cache",
+    "Stack", "StopForward", "base_model", "find_stacks", "hidden_states", "is_quiet", "modules_outside", "starting_at",
+    "unwrap", "without_cache",
 ]  # fmt: skip
+
+_QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
 
 # PEFT wraps the user's model twice.
 _WRAPPER_PREFIX = "base_model.model."
@@ -225,8 +228,17 @@ def quiet(model: nn.Module) -> Iterator[None]:
         *((config, "use_cache", False) for config in configs.values() if hasattr(config, "use_cache")),
     ]
     # Eager, because each pass through a compiled block would compile it once more.
-    with temporarily(changes), torch.compiler.set_stance("force_eager"):
-        yield
+    token = _QUIET.set(True)
+    try:
+        with temporarily(changes), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        _QUIET.reset(token)
+
+
+def is_quiet() -> bool:
+    """Whether passes are adafreeze's own (scores, flows, analysis), and not evaluations of the user's."""
+    return _QUIET.get()
 
 
 def device_of(model: nn.Module) -> torch.device:

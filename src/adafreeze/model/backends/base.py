@@ -50,6 +50,10 @@ class Backend:
         """What the output of ``site`` depends on besides weights: active adapters, their scaling, merged or not."""
         raise NotImplementedError
 
+    def is_at_rest(self, site: nn.Module) -> bool:
+        """Whether the adapters of ``site`` do nothing, whatever enters: it computes what its pre-trained layer does."""
+        return False
+
     def adapters_off(self, within: nn.Module | None = None) -> AbstractContextManager[None]:
         """Run ``within`` (default: the model) as pre-trained; all flags are restored."""
         raise NotImplementedError

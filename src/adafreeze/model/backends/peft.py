@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -70,6 +71,38 @@ class PeftBackend(Backend):
         scaling = getattr(site, "scaling", None) or {}
         scales = tuple(scaling.get(name) for name in active) if isinstance(scaling, dict) else (scaling,)
         return active, scales, tuple(site.merged_adapters), bool(site.disable_adapters)  # type: ignore[arg-type]
+
+    def is_at_rest(self, site: nn.Module) -> bool:
+        """Whether each active adapter has a parameter that is all zero or all one, and on and off are equal to the bit.
+
+        LoRA's B and its relatives start at zero, IA3's scales at one. PiSSA and OLoRA move the base weight, and their
+        adapters do something from the start.
+        """
+        layer = site.get_base_layer() if isinstance(site, BaseTunerLayer) else None
+        width = getattr(layer, "in_features", None) or getattr(layer, "nx", None)
+        if layer is None or site.merged or site.disable_adapters or not isinstance(width, int):
+            return False
+        for adapter in self.active(site):
+            names: Any = site.adapter_layer_names
+            own = [p for name in names for p in _parameters_of(getattr(site, name, None), adapter)]
+            if own and not any(bool((p.detach() == constant).all()) for p in own for constant in (0, 1)):
+                return False
+        weight = next(layer.parameters())
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        generator = torch.Generator().manual_seed(width)
+        sample = torch.randn(4, width, generator=generator).to(weight.device, dtype)
+        was = [(module, module.training) for module in site.modules()]
+        try:
+            site.eval()
+            with torch.no_grad():
+                on = site(sample)
+                with self.adapters_off(site):
+                    return torch.equal(on, site(sample))
+        except Exception:  # a layer of another kind takes something else
+            return False
+        finally:
+            for module, training in was:
+                module.training = training
 
     def adapters_off(self, within: nn.Module | None = None) -> AbstractContextManager[None]:
         """Run ``within`` (default: the model) as pre-trained.
