@@ -89,6 +89,8 @@ class SafeConfig:
             the next run finds them, whatever its seed, learning rates, rank, kind of adapter or head.
             ``cache_budget`` is then that of the whole folder; ``adafreeze cache`` lists, fills and deletes. States can
             reveal the training text: keep the folder as private as the data.
+        fill: ``"before"``: compute the states of all samples before step 0, in large batches without a graph. None
+            (default): as they come.
         cache_dtype: ``"bfloat16"`` stores states in half the bytes, rounded; None as the blocks return them.
         prefix_dropout: keep the model's dropout on in the frozen prefix. Its outputs are then random, and the cache is
             off.
@@ -136,6 +138,7 @@ class SafeConfig:
     cache_budget: int | str = "4GiB"
     cache_dir: str | os.PathLike[str] | None = None
     keep_cache: bool = False
+    fill: str | None = None
     cache_dtype: str | None = None
     prefix_dropout: bool = False
     lr_scale: float | str = "sqrt"
@@ -164,6 +167,7 @@ class SafeConfig:
         if not (isinstance(self.lr_scale, str) and self.lr_scale == "sqrt"):
             _within("lr_scale", self.lr_scale, 0.1, 10, also=', or "sqrt"')
         _named("cache", self.cache, ("auto", "ram", "disk", "off"))
+        _named("fill", self.fill, (None, "before"))
         _named("cache_dtype", self.cache_dtype, (None, "bfloat16"))
         parse_size("SafeConfig.cache_budget", self.cache_budget)
         if self.memory_budget is not None:

@@ -1,14 +1,15 @@
 """States that outlive a run: the next one finds them, computes none of them again, and trains the same to the bit."""
 
+import psutil
 import pytest
 import torch
 from peft import get_peft_model
 
-from adafreeze import SafeConfig
-from adafreeze.cache.kept import stores_in
+from adafreeze import AdafreezeWarning, Safe, SafeConfig
+from adafreeze.cache.kept import delete, stores_in
 from adafreeze.model import find_stacks
 from cached_run import BLOCKS, COUNT, ROWS, assert_same, counts, epochs, train
-from cases import adapter, base_model, lora_model
+from cases import adapter, base_model, loader, lora_model
 
 HALF = BLOCKS // 2
 
@@ -130,3 +131,112 @@ def test_evaluation_is_served_and_equals_the_model_s_own(family, tmp_path, monke
     )
     (event,) = [event for event in again[2].journal.events if event["event"] == "cache"]
     assert event["evaluation_misses"] == 0 and event["evaluation_hits"] == 4 * 10
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_filling_ahead_computes_every_sample_once(family, keeps, tmp_path, monkeypatch):
+    data = loader(family, count=COUNT, rows=ROWS)
+    made = settings(tmp_path if keeps else None, **({} if keeps else {"cache": "ram"}), fill="before")
+    model, control = lora_model(family, BLOCKS), lora_model(family, BLOCKS)
+    model.eval()  # filling leaves the mode as it was
+    calls, steps = Calls(model, monkeypatch), 2 * len(data)
+    safe = Safe(model, made, probe=data, total_steps=steps)
+    filled = calls.count
+    assert filled > 0 and not model.training
+    losses, own = [], []
+    for one, found in ((model, losses), (control.train(), own)):
+        one.train()
+        torch.manual_seed(3)
+        optimizer = torch.optim.AdamW([p for p in one.parameters() if p.requires_grad], lr=1e-2)
+        plain = safe if one is model else Safe(one, settings(), probe=data, total_steps=steps)
+        for batch in [*data, *data]:
+            loss = one(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            plain.step()
+            found.append(loss.item())
+        plain.close()
+    assert losses == pytest.approx(own, rel=1e-5)
+    assert counts(safe) == (2 * COUNT, 0, 0)
+
+
+def test_filling_names_what_it_cannot_do(tmp_path, caplog):
+    batches = list(epochs("bert"))
+    train("bert", settings(tmp_path, fill="before"), batches, model=lora_model("bert", BLOCKS))
+    assert "no samples by index" in caplog.text
+    Safe(lora_model("bert"), settings(tmp_path, fill="before", freeze_at_start=0), probe=batches, total_steps=9).close()
+    assert "no block is frozen from step 0" in caplog.text
+
+
+def test_the_budget_is_that_of_the_folder_and_old_stores_make_room(tmp_path, caplog):
+    small, batches = settings(tmp_path, cache_budget="400KiB"), list(epochs("bert", count=60, epochs=2))
+    train("bert", small, list(epochs("bert", epochs=2)), model=lora_model("bert", BLOCKS))
+    (first,) = stores_in(tmp_path)
+    model = lora_model("bert", BLOCKS)
+    model.get_input_embeddings().weight.data += 1
+    train("bert", small, batches, count=60, model=model)
+    (left,) = stores_in(tmp_path)
+    assert left.digest != first.digest and "were deleted" in caplog.text and left.nbytes <= 400 * 1024
+
+
+def test_a_damaged_file_is_filled_again(tmp_path):
+    batches = list(epochs("bert", epochs=2))
+    train("bert", settings(tmp_path), batches, model=lora_model("bert", BLOCKS))
+    (store,) = stores_in(tmp_path)
+    with (store.folder / "data.mdb").open("r+b") as file:
+        file.truncate(9000)
+    runs = [train("bert", settings(where), batches, model=lora_model("bert", BLOCKS)) for where in (tmp_path, None)]
+    assert_same(*runs)
+    assert stores_in(tmp_path)[0].samples == COUNT
+
+
+@pytest.mark.parametrize("name", ["info.json", "verified.json"])
+def test_damaged_notes_beside_the_states_do_not_matter(name, tmp_path):
+    batches = list(epochs("bert", epochs=2))
+    train("bert", settings(tmp_path), batches, model=lora_model("bert", BLOCKS))
+    (store,) = stores_in(tmp_path)
+    for content in ("", "[1", '{"a": 1}', '{"x 2 0": {"verified": 3}}'):
+        (store.folder / name).write_text(content)
+        runs = [train("bert", settings(where), batches, model=lora_model("bert", BLOCKS)) for where in (tmp_path, None)]
+        assert_same(*runs)
+        assert counts(runs[0][2])[2] <= ROWS
+    assert stores_in(tmp_path)[0].samples == COUNT
+
+
+def test_only_the_user_can_read_the_states(tmp_path):
+    train("bert", settings(tmp_path), list(epochs("bert", epochs=2)), model=lora_model("bert", BLOCKS))
+    (store,) = stores_in(tmp_path)
+    assert store.folder.stat().st_mode & 0o077 == 0
+    assert (store.folder / "data.mdb").stat().st_mode & 0o077 == 0
+
+
+def test_a_store_that_is_open_is_not_deleted(tmp_path, monkeypatch):
+    seen = []
+
+    def after(safe, _model):
+        if safe.steps == 3:
+            (store,) = stores_in(tmp_path)
+            seen.append((store.in_use, delete(store)))
+
+    train("bert", settings(tmp_path), list(epochs("bert", epochs=2)), model=lora_model("bert", BLOCKS), after=after)
+    (store,) = stores_in(tmp_path)
+    assert seen == [(True, False)] and not store.in_use and delete(store) and not stores_in(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named_and_training_goes_on(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(AdafreezeWarning, match="States cannot be kept"):
+        safe = train("bert", settings(tmp_path / "file"), list(epochs("bert")), model=lora_model("bert", BLOCKS))[2]
+    assert counts(safe)[0] >= COUNT
+
+
+def test_a_network_file_system_is_refused(tmp_path, monkeypatch):
+    class Mount:
+        mountpoint, fstype = str(tmp_path), "nfs4"
+
+    monkeypatch.setattr(psutil, "disk_partitions", lambda **_: [Mount()])
+    with pytest.warns(AdafreezeWarning, match="network file system"):
+        safe = train("bert", settings(tmp_path), list(epochs("bert")), model=lora_model("bert", BLOCKS))[2]
+    assert counts(safe)[0] >= COUNT and not stores_in(tmp_path)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..costs.flops import CountFlops
 from ..decide.run_length import RunLength
 from ..errors import ConfigError, error_line, note, warn
-from ..freeze.prefix import Computed, Prefix, Slot, Starts, autocast_now
+from ..freeze.prefix import Computed, Prefix, Slot, Start, Starts, autocast_now
 from ..journal import Journal
 from ..model.backends import Backend
 from ..model.batch import Call
@@ -90,6 +90,7 @@ class PrefixCache:
         distrusted: it was switched off because serving would have changed what training computes.
         counts_flops: count the FLOPs of nested passes. The first pass of each shape takes a third longer then.
         flops: of nested passes.
+        filled: samples whose states were stored ahead of the run, until a pass finds some.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class PrefixCache:
         self.distrusted = False
         self.counts_flops = False
         self.flops = 0
+        self.filled = 0
         self.repeats = Repeats()
         self.store = Store(tiers, identity, journal, kept)
         self._identity = identity
@@ -131,6 +133,7 @@ class PrefixCache:
         self._autocasts: dict[Any, Any] = {}  # seen inside the model, by that outside
         self._flops_per_row: dict[Any, float] = {}
         self._logged = (0, 0)
+        self._written = (0, 0)  # samples and bytes
         self._kept_at: tuple[int, ...] | None = None
         self._evaluation_runs: str | None = None
         self._noted: set[str] = set()
@@ -371,6 +374,13 @@ class PrefixCache:
                 self._write(now, everyone, now.filling.boundary, now.origins(everyone, now.filling.entered))
             if not now.admitted:
                 now.hits = now.advanced = now.work = 0
+            if self.filled and now.keys and not self._evaluates:
+                if not (now.hits or now.advanced) and now.kind.verified:
+                    note(
+                        f"Filling the prefix cache was of no use: none of its {self.filled:,} samples is in this "
+                        "batch. The run calls the model with other inputs than the collator returns."
+                    )
+                self.filled = 0
             if now.keys:
                 self._now.stats.count(now.hits, now.advanced, now.rows.count - now.hits - now.advanced, now.work)
             if not now.admitted or not now.kind.layouts:
@@ -385,6 +395,30 @@ class PrefixCache:
             "training calls a part of the model, and its inputs are not looked up; pass the module that is called to "
             "Safe"
         )
+
+    # For filling.
+
+    def fill(self, call: Call) -> tuple[int, int]:
+        """Store the states of a batch that is not trained on; returns the samples that were stored, and new ones."""
+        self._now = self._training
+        with self._guarded(), torch.no_grad():
+            rows = Rows(call.inputs, encoder_decoder=self._encoder_decoder, whole=self._now.padding.whole_rows)
+            self._open_kept(call, rows)
+            rows, kind, _, fresh = self._examined(call, rows, fills=True)
+            if not kind.layouts:
+                raise _SwitchedOff("only a training pass shows how often its stacks are called")
+            now = OnePass(kind, rows, self._keys(kind, rows), ahead=True)
+            depths, groups, entries = self._grouped(now, reads=True)
+            found = groups.pop(depths, [])
+            origins = {row: entry.origin for row, entry in entries.items()}
+            self._completed(now, call, depths, groups, entries, origins, fresh if not found else None)
+            return len(found), rows.count - len(found)
+        return 0, 0
+
+    def expected_bytes(self, samples: int) -> int | None:
+        """What the states of this many samples take, as those written so far; None before the first."""
+        written, nbytes = self._written
+        return round(nbytes / written * samples) if written else None
 
     # One training pass.
 
@@ -412,8 +446,7 @@ class PrefixCache:
         return True
 
     def _look_up(self, call: Call) -> Starts:
-        whole = self._now.padding.whole_rows
-        rows = Rows(call.inputs, encoder_decoder=self._encoder_decoder, whole=whole)
+        rows = Rows(call.inputs, encoder_decoder=self._encoder_decoder, whole=self._now.padding.whole_rows)
         self._open_kept(call, rows)
         if not self._stores and not self._evaluates:
             with self._now.stats.timed(self._now.stats.write, rows.count):
@@ -423,26 +456,37 @@ class PrefixCache:
                 self._judge()
                 return {}
             self._now.stats.since_hit = 0
-        if self._identity.changed():
-            self._hash_again()
-        ambient = autocast_now(self._now.stats.device)
-        # Hosts apply autocast around the call or inside it. Which one applies inside is known after the first pass.
-        self.prefix.autocast = self._autocasts.get(ambient, self.prefix.autocast)
-        while True:
-            kind = self.kinds.of(rows, ambient, whole_rows=whole)
-            with self._counted():
-                fresh = self._now.independence.examine(kind, rows, call, self._below(kind, rows))
-                trusted = self._now.padding.trusts(kind, rows, call, partial(self._all_stored, kind, rows))
-            if self._now.padding.whole_rows is whole:
-                break
-            whole = True
-            rows = Rows(call.inputs, encoder_decoder=self._encoder_decoder, whole=True)
-        self.prefix.autocast = self._autocasts.setdefault(ambient, self.prefix.autocast)
+        rows, kind, trusted, fresh = self._examined(call, rows)
         self._pass = OnePass(kind, rows)
         if not kind.layouts or (self._evaluates and kind.continues):
             return {}  # this pass shows how often its stacks are called
         self._pass.keys = self._keys(kind, rows)
         return self._served(self._pass, call, trusted, fresh)
+
+    def _examined(self, call: Call, rows: Rows, *, fills: bool = False) -> tuple[Rows, PassKind, bool, Computed | None]:
+        """Check the kind of a pass if it is new.
+
+        Returns:
+            Its samples, its kind, whether stored states can be used, and what was computed meanwhile.
+        """
+        if self._identity.changed():
+            self._hash_again()
+        ambient = autocast_now(self._now.stats.device)
+        # Hosts apply autocast around the call or inside it. Which one applies inside is known after the first pass.
+        self.prefix.autocast = self._autocasts.get(ambient, self.prefix.autocast)
+        padding = self._now.padding
+        while True:
+            whole = padding.whole_rows
+            kind = self.kinds.of(rows, ambient, whole_rows=whole)
+            with self._counted():
+                fresh = self._now.independence.examine(kind, rows, call, self._below(kind, rows))
+                stored = partial(self._as_computed, kind, fresh) if fills else partial(self._all_stored, kind, rows)
+                trusted = padding.trusts(kind, rows, call, stored, without_gradient=fills)
+            if padding.whole_rows is whole:
+                break
+            rows = Rows(call.inputs, encoder_decoder=self._encoder_decoder, whole=True)
+        self.prefix.autocast = self._autocasts.setdefault(ambient, self.prefix.autocast)
+        return rows, kind, trusted, fresh
 
     def _open_kept(self, call: Call, rows: Rows) -> None:
         """Open the stores of states that outlive the run, when the prefix is first used and when it has changed."""
@@ -480,6 +524,10 @@ class PrefixCache:
         found = {row: entry for row, entry in enumerate(entries) if entry is not None and entry.depths == depths}
         return self._assembled(kind, rows, range(rows.count), depths, found) if len(found) == rows.count else {}
 
+    def _as_computed(self, kind: PassKind, fresh: Computed | None) -> Starts:
+        depths = kind.depths(self.prefix.depths)
+        return {slot: Start(depths[slot], fresh.boundary[slot]) for slot in kind.layouts} if fresh is not None else {}
+
     def _keys(self, kind: PassKind, rows: Rows) -> list[bytes]:
         return rows.keys(f"{self.prefix.autocast} {self._now.padding.whole_rows} {self.store_dtype} {kind.slots}")
 
@@ -515,16 +563,10 @@ class PrefixCache:
         """Where the pass starts; empty if it runs the prefix."""
         kind, rows = now.kind, now.rows
         width = max(rows.width(0), 1)
-        depths = tuple(kind.depths(self.prefix.depths).values())
-        nothing = (0,) * len(depths)
         with self._now.stats.timed(self._now.stats.read, rows.count * width):
             # While it is not known whether anything reads padding, all rows are computed, with their padding.
-            read = self.store.read(now.keys, depths, kind.slots) if trusted else [None] * rows.count
-            entries = {row: entry for row, entry in enumerate(read) if entry is not None}
-            groups: dict[tuple[int, ...], list[int]] = {}
-            for row in range(rows.count):
-                groups.setdefault(entries[row].depths if row in entries else nothing, []).append(row)
-            found, missing = groups.pop(depths, []), groups.get(nothing, [])
+            depths, groups, entries = self._grouped(now, reads=trusted)
+            found, missing = groups.pop(depths, []), groups.get((0,) * len(depths), [])
         now.hits, now.advanced = len(found), rows.count - len(found) - len(missing)
         if kind.several_calls and groups:
             now.filling = Computed({}, {})
@@ -532,13 +574,12 @@ class PrefixCache:
         origins = {row: entry.origin for row, entry in entries.items()}
         stored = {row: origins[row] for row in found}
         advanced = {row: origin for row, origin in origins.items() if row not in stored}
-        if groups:
-            starts = self._completed(now, call, depths, groups, entries, origins, fresh)
-        else:
-            with self._now.stats.timed(self._now.stats.read, 0):
-                starts = self._assembled(kind, rows, range(rows.count), depths, entries)
-        if not starts:
+        computed = self._completed(now, call, depths, groups, entries, origins, fresh)
+        if computed is None:
             return {}
+        with self._now.stats.timed(self._now.stats.read, 0) if not groups else nullcontext():
+            at_depth = {row: entries[row] for row in found}
+            starts = self._assembled(kind, rows, range(rows.count), depths, at_depth, computed)
         sources = now.sources(stored, advanced)
         sees = self.prefix.sees_entries or kind.inherited
         if not missing and not self._now.padding.whole_rows and not (kind.shows_width and sees):
@@ -556,6 +597,18 @@ class PrefixCache:
         now.served, now.work = True, width * skipped
         return starts
 
+    def _grouped(
+        self, now: OnePass, *, reads: bool
+    ) -> tuple[tuple[int, ...], dict[tuple[int, ...], list[int]], dict[int, Entry]]:
+        """The depths by call, the rows by the depths of their stored states, and these."""
+        depths = tuple(now.kind.depths(self.prefix.depths).values())
+        read = self.store.read(now.keys, depths, now.kind.slots) if reads else []
+        entries = {row: entry for row, entry in enumerate(read) if entry is not None}
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row in range(now.rows.count):
+            groups.setdefault(entries[row].depths if row in entries else (0,) * len(depths), []).append(row)
+        return depths, groups, entries
+
     def _completed(
         self,
         now: OnePass,
@@ -565,8 +618,8 @@ class PrefixCache:
         entries: Mapping[int, Entry],
         origins: dict[int, Origin],
         fresh: Computed | None,
-    ) -> Starts:
-        """Compute and store what is missing, in groups of equal depth, and combine it with what was found."""
+    ) -> list[tuple[list[int], dict[Slot, Tensor]]] | None:
+        """Compute and store what is missing, in groups of equal depth; None if it is of no use in this pass."""
         computed: list[tuple[list[int], dict[Slot, Tensor]]] = []
         autocast = self.prefix.autocast
         for depth, group in sorted(groups.items()):
@@ -577,15 +630,14 @@ class PrefixCache:
                 self._now.padding.keeps_width(one, now.rows, states.boundary[slot]) for slot, one in layouts
             )
             if self.prefix.autocast != autocast or not keeps_width:
-                return {}
+                return None
             computed.append((group, states.boundary))
             here = now.origins(group, states.entered)
             for place, row in enumerate(group):
                 # An advanced entry is valid while what it was computed from enters. Its new blocks ran in this batch.
                 here[place] = here[place]._replace(fingerprint=origins.setdefault(row, here[place]).fingerprint)
             self._write(now, group, states.boundary, here)
-        found = {row: entry for row, entry in entries.items() if entry.depths == depths}
-        return self._assembled(now.kind, now.rows, range(now.rows.count), depths, found, computed)
+        return computed
 
     def _compute(
         self, now: OnePass, call: Call, group: list[int], depths: tuple[int, ...], entries: Mapping[int, Entry]
@@ -614,7 +666,7 @@ class PrefixCache:
     ) -> None:
         progress, kind = self.length.progress, now.kind
         last = progress.epoch is not None and progress.remaining <= (0 if self._evaluates else progress.epoch)
-        if last and not self.store.keeps:
+        if last and not now.ahead and not self.store.keeps:
             return  # no sample comes again
         with self._now.stats.timed(self._now.stats.write, len(group)):
             depths = tuple(kind.depths(self.prefix.depths).values())
@@ -622,6 +674,8 @@ class PrefixCache:
             pieces = split(kind.layouts, kind.slots, states, now.rows, group, self.store_dtype)
             rows = zip(group, pieces, origins, strict=True)
             items = [(now.keys[row], Entry(identity, depths, states, origin)) for row, states, origin in rows]
+            written, nbytes = self._written
+            self._written = written + len(items), nbytes + sum(entry.nbytes for _, entry in items)
             reason = self.store.put(items, progress.step)
         if reason is not None:
             raise _SwitchedOff(reason)

@@ -33,6 +33,7 @@ class OnePass:
         expected: fingerprints that must enter block 0 if it is served.
         admitted: they did, in all calls.
         filling: what the pass computes itself, to be stored at its end.
+        ahead: it is none of the run, and fills the cache for those that come.
     """
 
     kind: PassKind
@@ -45,6 +46,7 @@ class OnePass:
     expected: dict[Slot, Tensor] = field(default_factory=dict)
     admitted: bool = True
     filling: Computed | None = None
+    ahead: bool = False
 
     @property
     def _batch(self) -> tuple[int, int]:

@@ -48,14 +48,17 @@ class PaddingCheck:
         self.awaited = {}
         self._on_whole_rows(reason)
 
-    def trusts(self, kind: PassKind, rows: Rows, call: Call, stored: Callable[[], Starts]) -> bool:
+    def trusts(
+        self, kind: PassKind, rows: Rows, call: Call, starts: Callable[[], Starts], *, without_gradient: bool = False
+    ) -> bool:
         """Whether stored states, which have no padding, may be used in this batch. If unknown, awaits its gradient.
 
         Args:
             kind: of the pass.
             rows: of its batch.
             call: how the model is called with them.
-            stored: where the pass would start if all its samples are stored; else empty.
+            starts: where the pass would start, if that is known without its prefix.
+            without_gradient: it is none of training; what it returns must show it.
         """
         self._rows = None
         if self.is_harmless(kind, rows):
@@ -64,7 +67,7 @@ class PaddingCheck:
         # some step on) is known only for the code of libraries.
         if (own := users_code(modules_outside(self.prefix.modules, self.prefix.stacks))) is not None:
             self.take_whole_rows(f"what {own} does with padding is not known")
-        elif kind.inherited and self._ignores_padding(kind, rows, call, stored()):
+        elif (kind.inherited or without_gradient) and self._ignores_padding(kind, rows, call, starts()):
             self.known |= set(_padded(kind, rows).values())
             return True
         elif self._changes_states(kind, rows, call):
@@ -169,13 +172,15 @@ class EvaluationPaddingCheck(PaddingCheck):
     all depends on it; else as whole rows, which an evaluation finds again, since it comes in the same batches.
     """
 
-    def trusts(self, kind: PassKind, rows: Rows, call: Call, stored: Callable[[], Starts]) -> bool:
+    def trusts(
+        self, kind: PassKind, rows: Rows, call: Call, starts: Callable[[], Starts], *, without_gradient: bool = True
+    ) -> bool:
         """Whether stored states, which have no padding, may be used in this batch."""
         if self.is_harmless(kind, rows):
             return True
         own = users_code(modules_outside(self.prefix.modules, self.prefix.stacks))
-        if own is None and (starts := stored() or self._starts(kind, rows, call)):
-            zeros, ones = (named_tensors(self._filled(kind, rows, call, starts, filler)) for filler in (0.0, 1.0))
+        if own is None and (states := starts() or self._starts(kind, rows, call)):
+            zeros, ones = (named_tensors(self._filled(kind, rows, call, states, filler)) for filler in (0.0, 1.0))
             if self._same(zeros, ones) and (kind.inherited or not self._changes_states(kind, rows, call)):
                 self.known |= set(_padded(kind, rows).values())
                 return True

@@ -15,13 +15,14 @@ import torch
 from ..config import SafeConfig
 from ..costs.theory import expected_ratios
 from ..decide.run_length import RunLength
-from ..errors import ConfigError, note, warn
+from ..errors import ConfigError, ProbeError, RunError, note, warn
 from ..freeze import Prefix
 from ..journal import Journal
 from ..measure.draw import varies
 from ..model.backends import Backend
 from ..model.blocks import users_class
 from . import DiskTier, Identity, PrefixCache, RamTier, Tier
+from .fill import fill
 from .kept import KeptFolder, default_folder
 
 __all__ = ["RunCache", "expected_savings"]
@@ -118,6 +119,34 @@ class RunCache:
                 if (budget := self._memory_budget(room)) > tier.budget:  # a deeper prefix leaves more
                     tier.budget, tier.full = budget, False
             self.prefix_cache.grown()
+
+    def fill(self, rank: int = 0, ranks: int = 1, *, strict: bool = False) -> None:
+        """Store the states of all samples of the train dataloader before the run needs them.
+
+        Args:
+            rank: of this process.
+            ranks: processes; each takes its share.
+            strict: raise if that is not possible, instead of a note.
+
+        Raises:
+            RunError: ``strict``, and it is not possible.
+        """
+        reason, epoch = self.off_because, self.length.epoch_steps
+        if reason is None and epoch is not None and self.length.samples_per_step and not self.config.keep_cache:
+            reason = ONE_EPOCH if self.length.total_steps <= epoch else None
+        if reason is None and varies(self._source):
+            reason = "samples come with other inputs each time (random masking, augmentation)"
+        if reason is None and self.prefix_cache is None:
+            reason = "no block is frozen from step 0"
+        try:
+            if reason is None and self.prefix_cache is not None:
+                fill(self.prefix_cache, self._source, rank=rank, ranks=ranks, strict=strict)
+        except ProbeError as error:
+            reason = f"the train dataloader has no samples by index ({error.fact.rstrip('.')})"
+        if reason is not None and strict:
+            raise RunError(f"The states of this model cannot be stored: {reason}.", fix="Train without filling.")
+        if reason is not None:
+            note(f"fill='before' stores nothing: {reason}.")
 
     def _open(self, room: int | None) -> None:
         identity = Identity(self.prefix.model, self.prefix.stacks, self.backend)

@@ -55,6 +55,18 @@ class Store:
         """Whether entries of the current prefix outlive the run."""
         return self.kept is not None and self.kept.exact is not None
 
+    @property
+    def has_room(self) -> bool:
+        """Whether any new entry can be stored."""
+        return any(not tier.full for tier in self._all)
+
+    @property
+    def budget(self) -> int:
+        """Bytes that entries of the current prefix may take."""
+        if self.kept is not None and self.kept.exact is not None:
+            return self.kept.budget
+        return sum(tier.budget for tier in self.tiers)
+
     def _is_usable(self, entry: Entry, depths: Sequence[int], slots: Sequence[Slot]) -> bool:
         if len(entry.depths) != len(depths) or any(a > b for a, b in zip(entry.depths, depths, strict=True)):
             return False

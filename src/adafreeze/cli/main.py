@@ -20,6 +20,7 @@ COMMANDS = {
     "compare": "SAFE, plain and rival methods on the same tasks and seeds, in one table",
     "analyze": "are the minima flatter? Hessian, sharpness and loss slices of finished runs",
     "report": "one page about runs: savings, scores, the stack over time, curves",
+    "cache": "states kept for later runs: list, fill, prune, delete",
     "demo": "see it work in a few minutes on the CPU",
 }
 

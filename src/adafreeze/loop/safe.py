@@ -191,6 +191,8 @@ class Safe:
                 self._watch.after_freeze()
             if self.budget is not None:
                 self.budget.check()
+            if self.config.fill == "before":
+                self.cache.fill(self.ranks.rank, self.ranks.size)
         except BaseException:
             self.close()
             raise

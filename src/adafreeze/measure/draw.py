@@ -29,7 +29,7 @@ from ..model.batch import (
 from ..model.restore import keep_random_state
 from ..model.untouched import untouched
 
-__all__ = ["batch_size_of", "collect", "samples_of", "split", "train_samples", "varies"]
+__all__ = ["batch_size_of", "collated", "collect", "length_of", "samples_of", "split", "train_samples", "varies"]
 
 # At least this many samples, if available, so that the probe is not a single long document.
 LEAST_SAMPLES = 32
@@ -146,32 +146,33 @@ def _from_loader(loader: Any, seed: int) -> Iterator[Any]:
         yield from map(collate, samples)
         return
     while window := list(itertools.islice(samples, LEAST_SAMPLES)):
-        window.sort(key=_length)
+        window.sort(key=length_of)
         for start in range(0, len(window), CHUNK):
-            yield from _collated(collate, window[start : start + CHUNK])
+            yield from collated(collate, window[start : start + CHUNK])
 
 
-def _length(sample: Any) -> int:
+def length_of(sample: Any) -> int:
+    """Tokens of a sample of text; 0 if unknown."""
     ids = sample.get("input_ids") if isinstance(sample, Mapping) else None
     return len(ids) if ids is not None else 0
 
 
-def _collated(collate: Any, samples: list[Any]) -> list[Any]:
+def collated(collate: Any, samples: list[Any]) -> list[Any]:
     """These samples in one batch if that can be cut by sample, else one batch per sample."""
 
-    def collated(some: list[Any]) -> Any:  # copies, since some collators pop from the samples
+    def _together(some: list[Any]) -> Any:  # copies, since some collators pop from the samples
         return collate([copy.copy(one) if isinstance(one, (dict, list)) else one for one in some])
 
     with suppress(Exception):  # lengths that cannot be stacked, as in training with batches of one
-        batch = collated(samples)
+        batch = _together(samples)
         inputs = as_mapping(batch) or {}
         if main_input(inputs) is None:
             return [batch]  # which ``split`` refuses
         # A padding-free collator puts all samples into one row.
         fits = by_sample(inputs) and rows_of(inputs) >= len(samples)
-        if fits and (inputs.keys() <= BY_SAMPLE or all(_has_one_each(collated([sample])) for sample in samples)):
+        if fits and (inputs.keys() <= BY_SAMPLE or all(_has_one_each(_together([sample])) for sample in samples)):
             return [batch]
-    return [collated([sample]) for sample in samples]
+    return [_together([sample]) for sample in samples]
 
 
 def _has_one_each(batch: Any) -> bool:

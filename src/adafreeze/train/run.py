@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sized
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from ..methods import Outcome
     from ..tasks import Task
 
-__all__ = ["train"]
+__all__ = ["Prepared", "make_trainer", "prepare", "train"]
 
 
 def train(
@@ -41,39 +42,13 @@ def train(
     Raises:
         AdafreezeError: the input cannot be used; nothing has been trained yet.
     """
-    training = arguments.training
-    task, folder = make_task(arguments.data), arguments.folder
+    training, folder = arguments.training, arguments.folder
     checkpoint, is_main = find_checkpoint(training.resume_from_checkpoint, folder), training.process_index == 0
     if is_main:  # the other processes would find the files of this one
         prepare_folder(folder, overwrite=arguments.run.overwrite_output_dir, resume=checkpoint)
-
-    # Cheapest first, so that a typing error fails in seconds: data, tokenizer, model, adapter.
-    with training.main_process_first(desc="reading the data"):
-        train_rows, eval_rows, mismatched = load_rows(task, arguments)
-    _check_evaluation(training, task, has_rows=eval_rows is not None)
-    steps = optimizer_steps(training, len(train_rows))
-    adapter: Any = config_from_flags(vars(arguments.adapter), task.peft_task_type, steps)
-    base, processor = load_base(task, arguments)
-    if task.peft_task_type is None and getattr(adapter, "modules_to_save", None) is None:
-        adapter.modules_to_save = head_names(base)
     method = method or Method()
-    setup = Setup(
-        safe=arguments.safe,
-        settings=arguments.freezing,
-        collator=task.collator(processor),
-        training=training,
-        adapter=adapter,
-        base=base,
-        found=found or {},
-    )
-    method.configure(setup)
-    model: Any = add_adapter(base, setup.adapter)
-    with training.main_process_first(desc="tokenizing"):
-        setup.rows = task.prepare(train_rows, processor)
-        if getattr(adapter, "total_step", None) is not None:  # one row may have become several
-            adapter.total_step = optimizer_steps(training, len(setup.rows))
-        eval_rows = task.prepare_evaluation(eval_rows, processor) if eval_rows is not None else None
-    method.prepare(model, setup)
+    made = prepare(arguments, method, found or {})
+    setup, task, model, eval_rows = made.setup, made.task, made.model, made.eval_rows
 
     if is_main and checkpoint is None:
         clear_run(folder)
@@ -90,14 +65,12 @@ def train(
     # JournalCallback is last, because SafeCallback adds to the logs.
     callbacks = [RankAllocationCallback(), *setup.callbacks, *([safe] if safe is not None else [])]
     callbacks.append(JournalCallback(journal, resumed, rewinds=safe is None, meter=meter))
-    trainer = _make_trainer(
-        setup, task, callbacks, model=model, eval_dataset=eval_rows, processing_class=processor, meter=meter
-    )
+    trainer = make_trainer(made, callbacks, meter=meter)
     metrics = _fit(trainer, setup.rows, safe, checkpoint)
     if eval_rows is not None:
         scores = trainer.evaluate()
-        if mismatched is not None:
-            others = trainer.evaluate(task.prepare_evaluation(mismatched, processor), metric_key_prefix="eval_mm")
+        if made.mismatched is not None:
+            others = trainer.evaluate(made.mismatched, metric_key_prefix="eval_mm")
             scores |= {f"{n.replace('eval_mm_', 'eval_')}_mm": value for n, value in others.items() if n != "epoch"}
         if "eval_perplexity" in scores:
             scores["perplexity"] = scores["eval_perplexity"]  # the name in run_clm
@@ -111,7 +84,59 @@ def train(
     return metrics
 
 
-def _make_trainer(setup: Setup, task: Task, callbacks: list[TrainerCallback], **options: Any) -> MeteredTrainer:
+@dataclass
+class Prepared:
+    """A run that is ready to start: its task, model and rows."""
+
+    setup: Setup
+    task: Task
+    model: Any
+    processor: Any
+    eval_rows: Any
+    mismatched: Any
+
+
+def prepare(arguments: Arguments, method: Method, found: Mapping[str, Outcome]) -> Prepared:
+    """Read data and model, add the adapters and tokenize; raises as ``train``."""
+    training, task = arguments.training, make_task(arguments.data)
+    # Cheapest first, so that a typing error fails in seconds: data, tokenizer, model, adapter.
+    with training.main_process_first(desc="reading the data"):
+        train_rows, eval_rows, mismatched = load_rows(task, arguments)
+    _check_evaluation(training, task, has_rows=eval_rows is not None)
+    steps = optimizer_steps(training, len(train_rows))
+    adapter: Any = config_from_flags(vars(arguments.adapter), task.peft_task_type, steps)
+    base, processor = load_base(task, arguments)
+    if task.peft_task_type is None and getattr(adapter, "modules_to_save", None) is None:
+        adapter.modules_to_save = head_names(base)
+    setup = Setup(
+        safe=arguments.safe,
+        settings=arguments.freezing,
+        collator=task.collator(processor),
+        training=training,
+        adapter=adapter,
+        base=base,
+        found=found,
+    )
+    method.configure(setup)
+    model: Any = add_adapter(base, setup.adapter)
+    with training.main_process_first(desc="tokenizing"):
+        setup.rows = task.prepare(train_rows, processor)
+        if getattr(adapter, "total_step", None) is not None:  # one row may have become several
+            adapter.total_step = optimizer_steps(training, len(setup.rows))
+        eval_rows, mismatched = (
+            task.prepare_evaluation(rows, processor) if rows is not None else None for rows in (eval_rows, mismatched)
+        )
+    method.prepare(model, setup)
+    return Prepared(setup, task, model, processor, eval_rows, mismatched)
+
+
+def make_trainer(made: Prepared, callbacks: list[TrainerCallback], **options: Any) -> MeteredTrainer:
+    """The Trainer of a run.
+
+    Raises:
+        ConfigError: transformers refuses its arguments.
+    """
+    setup, task = made.setup, made.task
     training = setup.training
     # True would make the callbacks from the checkpoint; these are made from the flags.
     training.restore_callback_states_from_checkpoint = False
@@ -128,6 +153,9 @@ def _make_trainer(setup: Setup, task: Task, callbacks: list[TrainerCallback], **
             callbacks=callbacks,
             optimizers=(setup.optimizer, None),
             score=task.score,
+            model=made.model,
+            eval_dataset=made.eval_rows,
+            processing_class=made.processor,
             **options,
         )
     except (ValueError, ImportError) as error:
@@ -153,7 +181,7 @@ def _fit(
         for event in safe.journal.events:
             if event["event"] == "cache":
                 found = event["hits"] + event["advanced"]
-                metrics["cache_hit_rate"] = found / (found + event["misses"])
+                metrics["cache_hit_rate"] = found / max(1, found + event["misses"])
     trainer.save_model()
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)

@@ -1,0 +1,112 @@
+"""Computes the states of all training samples ahead of the run, in large batches and without a graph."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+from tqdm.auto import tqdm
+
+from ..errors import RunError, note, warn
+from ..measure.draw import batch_size_of, collated, length_of, train_samples
+from ..model.batch import Call, as_mapping, rows_of
+from ..model.blocks import device_of
+from ..model.restore import keep_random_state, temporarily
+from ..model.untouched import untouched
+from ..sizes import readable
+from .lookup import PrefixCache
+
+__all__ = ["fill"]
+
+# Without graph and optimizer, a batch this many times as large takes no more memory than a training step.
+LARGER = 4
+
+
+def fill(cache: PrefixCache, source: Any, *, rank: int = 0, ranks: int = 1, strict: bool = False) -> None:
+    """Store the states of a dataloader's samples that are not stored yet.
+
+    Samples of similar length share a batch, so that little is padding. What is stored already, by this run or another,
+    is not computed again: after an interruption this goes on where it was.
+
+    Args:
+        cache: of the run.
+        source: the train dataloader; its dataset and collator are used.
+        rank: of this process; it takes every ``ranks``-th batch.
+        ranks: processes.
+        strict: raise if the states cannot be stored, or not all of them.
+
+    Raises:
+        ProbeError: the source has no samples by index.
+        RunError: ``strict``, and the cache is off, or its budget is too small.
+    """
+    dataset, collate = train_samples(source).dataset, source.collate_fn
+    model, count = cache.prefix.model, len(dataset)
+    found = computed = 0
+    with untouched(dataset, collate), keep_random_state(), _as_in_training(model):
+        batches = _batches(dataset, LARGER * batch_size_of(source), source)[rank::ranks]
+        bar = tqdm(total=-(-count // ranks), desc="filling the prefix cache", unit="samples", disable=rank > 0)
+        for number, indices in enumerate(batches):
+            for inputs in _inputs(dataset, collate, indices, source, device_of(model)):
+                stored, new = cache.fill(Call.of(model, (), inputs))
+                found, computed = found + stored, computed + new
+                bar.update(rows_of(inputs))
+            if number == 0:
+                _check_size(cache, count, strict=strict)
+            if cache.off is not None or not (cache.store.has_room or found):
+                break
+        bar.close()
+    if cache.off is not None:
+        if strict:
+            raise RunError(f"The states of this model cannot be stored: {cache.off}.", fix="Train without filling.")
+        return
+    cache.filled = found + computed
+    note(f"Prefix cache filled: {found:,} samples were stored, {computed:,} are new.")
+
+
+def _check_size(cache: PrefixCache, count: int, *, strict: bool) -> None:
+    if (size := cache.expected_bytes(count)) is None:
+        return
+    room = cache.store.budget
+    if size <= room:
+        note(f"The states of {count:,} samples take about {readable(size)}.")
+        return
+    fact = f"The states of {count:,} samples take about {readable(size)}, and cache_budget allows {readable(room)}."
+    fix = f'Set cache_budget="{readable(1.1 * size).replace(" ", "")}", or cache_dtype="bfloat16" for half the size.'
+    if strict:
+        raise RunError(fact, fix=fix)
+    warn(fact, fix=fix)
+
+
+def _batches(dataset: Any, size: int, source: Any) -> list[list[int]]:
+    """Indices by length, the batches in random order: the first ones then show what all take."""
+    if getattr(source, "batch_sampler", source) is None:  # the dataset's entries are batches
+        return [[index] for index in range(len(dataset))]
+    order = sorted(range(len(dataset)), key=lambda index: length_of(dataset[index]))
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    random.Random(0).shuffle(batches)
+    return batches
+
+
+def _inputs(
+    dataset: Any, collate: Any, indices: list[int], source: Any, device: torch.device
+) -> Iterator[Mapping[str, Any]]:
+    if getattr(source, "batch_sampler", source) is None:
+        found = [collate(dataset[indices[0]])]
+    else:
+        found = collated(collate, [dataset[index] for index in indices])
+    for batch in found:
+        yield tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), as_mapping(batch) or {})
+
+
+def _as_in_training(model: nn.Module) -> Any:
+    """Set the flag of modules outside the prefix, whose blocks have their own ``train``."""
+    was = {module: module.training for module in model.modules()}
+    model.train()
+    now = [(module, "training", module.training) for module in was]
+    for module, training in was.items():
+        module.training = training
+    return temporarily(now)
