@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..errors import RunError, note, warn
 from ..measure.draw import batch_size_of, collated, length_of, train_samples
-from ..model.batch import Call, as_mapping, rows_of
+from ..model.batch import Call, as_mapping
 from ..model.blocks import device_of
 from ..model.restore import keep_random_state, temporarily
 from ..model.untouched import untouched
@@ -44,18 +42,24 @@ def fill(cache: PrefixCache, source: Any, *, rank: int = 0, ranks: int = 1, stri
         RunError: ``strict``, and the cache is off, or its budget is too small.
     """
     dataset, collate = train_samples(source).dataset, source.collate_fn
-    model, count = cache.prefix.model, len(dataset)
+    model, count, device = cache.prefix.model, len(dataset), device_of(cache.prefix.model)
     found = computed = 0
     with untouched(dataset, collate), keep_random_state(), _as_in_training(model):
-        batches = _batches(dataset, LARGER * batch_size_of(source), source)[rank::ranks]
+        # A dataset whose entries are batches has no samples to sort.
+        by_sample = getattr(source, "batch_sampler", source) is not None
+        lengths = [length_of(dataset[index]) for index in range(count)] if by_sample else [1] * count
+        batches = _batches(lengths, LARGER * batch_size_of(source) if by_sample else 1)
         bar = tqdm(total=-(-count // ranks), desc="filling the prefix cache", unit="samples", disable=rank > 0)
-        for number, indices in enumerate(batches):
-            for inputs in _inputs(dataset, collate, indices, source, device_of(model)):
+        for number, indices in enumerate(batches[rank::ranks]):
+            samples = [dataset[index] for index in indices]
+            for batch in collated(collate, samples) if by_sample else [collate(samples[0])]:
+                inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), as_mapping(batch) or {})
                 stored, new = cache.fill(Call.of(model, (), inputs))
                 found, computed = found + stored, computed + new
-                bar.update(rows_of(inputs))
-            if number == 0:
-                _check_size(cache, count, strict=strict)
+            bar.update(len(indices))
+            if number == 0 and cache.written:
+                share = sum(lengths[index] for index in indices) / max(1, sum(lengths)) or len(indices) / count
+                _check_size(cache, count, round(cache.written / share), strict=strict)
             if cache.off is not None or not (cache.store.has_room or found):
                 break
         bar.close()
@@ -67,9 +71,7 @@ def fill(cache: PrefixCache, source: Any, *, rank: int = 0, ranks: int = 1, stri
     note(f"Prefix cache filled: {found:,} samples were stored, {computed:,} are new.")
 
 
-def _check_size(cache: PrefixCache, count: int, *, strict: bool) -> None:
-    if (size := cache.expected_bytes(count)) is None:
-        return
+def _check_size(cache: PrefixCache, count: int, size: int, *, strict: bool) -> None:
     room = cache.store.budget
     if size <= room:
         note(f"The states of {count:,} samples take about {readable(size)}.")
@@ -81,25 +83,12 @@ def _check_size(cache: PrefixCache, count: int, *, strict: bool) -> None:
     warn(fact, fix=fix)
 
 
-def _batches(dataset: Any, size: int, source: Any) -> list[list[int]]:
-    """Indices by length, the batches in random order: the first ones then show what all take."""
-    if getattr(source, "batch_sampler", source) is None:  # the dataset's entries are batches
-        return [[index] for index in range(len(dataset))]
-    order = sorted(range(len(dataset)), key=lambda index: length_of(dataset[index]))
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
-    random.Random(0).shuffle(batches)
-    return batches
-
-
-def _inputs(
-    dataset: Any, collate: Any, indices: list[int], source: Any, device: torch.device
-) -> Iterator[Mapping[str, Any]]:
-    if getattr(source, "batch_sampler", source) is None:
-        found = [collate(dataset[indices[0]])]
-    else:
-        found = collated(collate, [dataset[index] for index in indices])
-    for batch in found:
-        yield tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), as_mapping(batch) or {})
+def _batches(lengths: list[int], size: int) -> list[list[int]]:
+    """Indices by length. The first batch has the shortest and the longest, so that the checks see all widths."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    short, long = size // 2, max(size // 2, len(order) - size + size // 2)
+    order = [*order[:short], *order[long:], *order[short:long]]
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def _as_in_training(model: nn.Module) -> Any:

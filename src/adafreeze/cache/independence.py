@@ -158,6 +158,39 @@ class IndependenceCheck:
                     raise Refused("what the prefix computes for a sample depends on the width of its batch")
         return True
 
+    def compare_alone(self, rows: Rows, call: Call, kind: PassKind, states: Computed, group: Sequence[int]) -> None:
+        """Compare the shortest of some rows with what is computed of it alone, without its padding.
+
+        One row in the widest batches so far shows what other runs will ask, which find these states in batches of
+        their own widths.
+
+        Args:
+            rows: of the batch.
+            call: how the model is called with them.
+            kind: of the pass.
+            states: computed of the rows of ``group``.
+            group: the rows.
+
+        Raises:
+            Refused: they differ.
+        """
+        sides = {layout.side for layout in kind.layouts.values() if layout.by_position}
+        if sides != {0} or self._encoder_decoder:
+            return
+        place = min(range(len(group)), key=lambda place: rows.length(group[place]))
+        first, last = rows.spans(0)[group[place]]
+        if last - first == rows.width(0) or kind.span("stored", last - first, rows.width(0)) is not None:
+            return
+        with traceless(self.prefix.modules):
+            alone = self.prefix.compute(call, rows.alone(group[place]), {}, kind.layouts)
+        if alone is None:
+            return
+        for slot, layout in kind.layouts.items():
+            in_batch = layout.by_sample(states.boundary[slot], len(group))[place, first:last]
+            if not self.rounding.same_states(in_batch, layout.by_sample(alone.boundary[slot], 1)[0]):
+                raise Refused("what the prefix computes for a sample depends on the width of its batch")
+        kind.add_span("stored", last - first, rows.width(0))
+
     def _same_rows(self, layout: Layout, hidden: Tensor, piece: Tensor, count: int, group: list[int]) -> bool:
         samples, taken = layout.by_sample(hidden, count), layout.by_sample(piece, len(group))
         return all(self.rounding.same_states(samples[row], taken[place]) for place, row in enumerate(group))

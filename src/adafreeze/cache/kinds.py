@@ -52,8 +52,8 @@ class PassKind:
         layouts: of each call at the boundary. Empty until the prefix was examined.
         entry_layouts: of what enters block 0, where samples can be told apart there.
         verified: names of the sources from which passes may start.
-        widths: of batches between which stored states were shown to be the same, as in ``Sources``. Position embeddings
-            may be others from some width on.
+        widths: spans of widths between which stored states were shown to be the same, as in ``Sources``. Position
+            embeddings may be others from some width on.
         writes: the prefix, or something below it, writes to its modules, which nested passes must undo.
         interval: passes between two shadow checks; 0 before the first.
         passes: served since the last check.
@@ -68,7 +68,7 @@ class PassKind:
     layouts: dict[Slot, Layout] = field(default_factory=dict)
     entry_layouts: dict[Slot, Layout] = field(default_factory=dict)
     verified: set[str] = field(default_factory=set)
-    widths: dict[str, tuple[int, int]] = field(default_factory=dict)
+    widths: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     writes: bool = False
     interval: int = 0
     passes: int = 0
@@ -99,18 +99,19 @@ class PassKind:
 
     def new_widths(self, sources: Sources) -> list[str]:
         """The keys of ``sources.widths`` that were not verified."""
-        new = []
-        for name, (low, high) in sources.widths.items():
-            lowest, highest = self.widths.get(name, (high, low))
-            if not lowest <= low <= high <= highest:
-                new.append(name)
-        return new
+        # At equal widths nothing is to be shown.
+        spans = {name: [(low, high)] for name, (low, high) in sources.widths.items() if low < high}
+        return [name for name, [span] in spans.items() if self.span(name, *span) is None]
 
-    def showing(self, name: str, origins: Mapping[int, Origin]) -> list[int]:
-        """Rows that would show whether stored states are other ones at the widths of a pass."""
-        low, high = self.widths.get(name, (0, 0))
+    def span(self, name: str, *widths: int) -> tuple[int, int] | None:
+        """The verified span in which all of these widths lie."""
+        spans = self.widths.get(name, [])
+        return next((span for span in spans if span[0] <= min(widths) and max(widths) <= span[1]), None)
+
+    def showing(self, name: str, origins: Mapping[int, Origin], width: int) -> list[int]:
+        """Rows that would show whether stored states are other ones in a batch of this width."""
         extremes = {choose(origins, key=lambda row: origins[row].width) for choose in (min, max)}
-        return [row for row in extremes if not low <= origins[row].width <= high] or list(extremes)[:1]
+        return [row for row in extremes if self.span(name, origins[row].width, width) is None] or list(extremes)[:1]
 
     def may_start(self, sources: Sources) -> bool:
         """Whether all of this was verified."""
@@ -119,11 +120,16 @@ class PassKind:
     def verify(self, sources: Sources) -> None:
         """Passes may start from such states."""
         self.verified |= sources.names
-        for name, (low, high) in sources.widths.items():
-            lowest, highest = self.widths.get(name, (low, high))
-            if low <= highest and lowest <= high:
-                low, high = min(low, lowest), max(high, highest)
-            self.widths[name] = low, high
+        for name, span in sources.widths.items():
+            self.add_span(name, *span)
+
+    def add_span(self, name: str, low: int, high: int) -> None:
+        """Stored states are the same in batches of all widths between these."""
+        spans = self.widths.get(name, [])
+        apart = [span for span in spans if span[1] < low or high < span[0]]
+        joined = [span for span in spans if span not in apart] + [(low, high)]
+        if low < high:
+            self.widths[name] = [*apart, (min(a for a, _ in joined), max(b for _, b in joined))]
 
     def follow(self, shallower: PassKind) -> None:
         """Take over from the same kind in a shallower prefix what holds in the deeper one, too."""
@@ -149,7 +155,7 @@ class PassKind:
 
         return {
             "verified": sorted(self.verified),
-            "widths": {name: list(span) for name, span in self.widths.items()},
+            "widths": self.widths,
             "calls": self.calls,
             "layouts": plain(self.layouts),
             "entry_layouts": plain(self.entry_layouts),
@@ -164,7 +170,7 @@ class PassKind:
             return {(path, call): Layout(**{**of, "dtype": getattr(torch, of["dtype"])}) for path, call, of in entries}
 
         self.verified |= set(found["verified"])
-        self.widths |= {name: (low, high) for name, (low, high) in found["widths"].items()}
+        self.widths |= _spans(found["widths"])
         self.calls |= found["calls"]
         self.layouts, self.entry_layouts = layouts(found["layouts"]), layouts(found["entry_layouts"])
         self.writes, self.continues, self.inherited = found["writes"], found["continues"], True
@@ -180,6 +186,11 @@ class PassKind:
         if self.recounted > MOST_COUNTS:
             raise Refused("the number of calls of a stack varies from pass to pass")
         return False
+
+
+def _spans(widths: Mapping[str, Any]) -> dict[str, list[tuple[int, int]]]:
+    """Back from JSON."""
+    return {name: [(low, high) for low, high in spans] for name, spans in widths.items()}
 
 
 class PassKinds:
@@ -224,7 +235,7 @@ class PassKinds:
                 made.follow(before)
             verified, widths, calls = self.restored.get(key, ((), {}, {}))
             made.verified |= set(verified)
-            made.widths |= {name: (low, high) for name, (low, high) in widths.items()}
+            made.widths |= _spans(widths)
             made.calls |= calls
             if self._of_libraries(made) and key in self.kept:
                 made.inherit(self.kept[key])

@@ -91,6 +91,7 @@ class PrefixCache:
         counts_flops: count the FLOPs of nested passes. The first pass of each shape takes a third longer then.
         flops: of nested passes.
         filled: samples whose states were stored ahead of the run, until a pass finds some.
+        written: bytes of all states stored so far.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class PrefixCache:
         self.distrusted = False
         self.counts_flops = False
         self.flops = 0
-        self.filled = 0
+        self.filled = self.written = 0
         self.repeats = Repeats()
         self.store = Store(tiers, identity, journal, kept)
         self._identity = identity
@@ -133,7 +134,6 @@ class PrefixCache:
         self._autocasts: dict[Any, Any] = {}  # seen inside the model, by that outside
         self._flops_per_row: dict[Any, float] = {}
         self._logged = (0, 0)
-        self._written = (0, 0)  # samples and bytes
         self._kept_at: tuple[int, ...] | None = None
         self._evaluation_runs: str | None = None
         self._noted: set[str] = set()
@@ -415,11 +415,6 @@ class PrefixCache:
             return len(found), rows.count - len(found)
         return 0, 0
 
-    def expected_bytes(self, samples: int) -> int | None:
-        """What the states of this many samples take, as those written so far; None before the first."""
-        written, nbytes = self._written
-        return round(nbytes / written * samples) if written else None
-
     # One training pass.
 
     def _may_serve(self, inputs: Mapping[str, Any]) -> bool:
@@ -588,7 +583,9 @@ class PrefixCache:
         with self._counted():
             if sources.names <= kind.verified and (new := kind.new_widths(sources)):
                 # Compare one or two rows instead of the whole batch, so that the pass can be served.
-                at = [row for name in new for row in kind.showing(name, advanced if BELOW in name else stored)]
+                at = [
+                    row for name in new for row in kind.showing(name, advanced if BELOW in name else stored, now.width)
+                ]
                 if self._now.independence.verify_rows(rows, call, sorted(set(at)), kind, starts, now.expected):
                     kind.verify(sources)
             if not self._now.shadow.allows(kind, sources, rows, call, starts):
@@ -631,6 +628,9 @@ class PrefixCache:
             )
             if self.prefix.autocast != autocast or not keeps_width:
                 return None
+            if (self.store.keeps or now.ahead) and now.kind.own_code is None and not any(depth):
+                with self._counted():
+                    self._now.independence.compare_alone(now.rows, call, now.kind, states, group)
             computed.append((group, states.boundary))
             here = now.origins(group, states.entered)
             for place, row in enumerate(group):
@@ -674,8 +674,7 @@ class PrefixCache:
             pieces = split(kind.layouts, kind.slots, states, now.rows, group, self.store_dtype)
             rows = zip(group, pieces, origins, strict=True)
             items = [(now.keys[row], Entry(identity, depths, states, origin)) for row, states, origin in rows]
-            written, nbytes = self._written
-            self._written = written + len(items), nbytes + sum(entry.nbytes for _, entry in items)
+            self.written += sum(entry.nbytes for _, entry in items)
             reason = self.store.put(items, progress.step)
         if reason is not None:
             raise _SwitchedOff(reason)

@@ -49,10 +49,14 @@ class OnePass:
     ahead: bool = False
 
     @property
+    def width(self) -> int:
+        """Of the rows; with a decoder the larger one."""
+        return max(self.rows.width(0), self.rows.width(1))
+
+    @property
     def _batch(self) -> tuple[int, int]:
         """Samples and their order as 48 bits, which fit into a float, and the width of the rows."""
-        digest = xxhash.xxh3_64_intdigest(b"".join(self.keys)) >> 16
-        return digest, max(self.rows.width(0), self.rows.width(1))
+        return xxhash.xxh3_64_intdigest(b"".join(self.keys)) >> 16, self.width
 
     def origins(self, group: Sequence[int], entered: Mapping[Slot, Tensor]) -> list[Origin]:
         """The origin of each row that was computed from what ``entered`` block 0."""

@@ -92,6 +92,11 @@ class Rows:
         """The unpadded part of each sample."""
         return self._spans[side]
 
+    def length(self, row: int) -> int:
+        """Positions of a sample without its padding, in the encoder."""
+        first, last = self._spans[0][row]
+        return last - first
+
     def is_padded(self, side: int) -> bool:
         """Whether any position is padding."""
         return any(span != (0, self._widths[side]) for span in self._spans[side])
