@@ -96,14 +96,22 @@ class IndependenceCheck:
             hidden, piece = whole.boundary[slot], part.boundary[slot]
             if not isinstance(hidden, Tensor):
                 raise Refused(f"the blocks of {path} return a {type(hidden).__name__} instead of hidden states")
-            layout = find_layout(hidden, piece, count, len(group))
-            if layout is None:
+            packed = Layout(hidden.dtype, packed=True, by_position=True)
+            layout = packed if rows.is_packed else find_layout(hidden, piece, count, len(group))
+            if layout is None or (rows.is_packed and hidden.shape[:2] != (1, rows.positions(0))):
                 raise Refused(f"the hidden states of {path}, {tuple(hidden.shape)}, have no dimension of the samples")
             ways = [replace(layout, interleaved=way) for way in ((False, True) if layout.rows > 1 else (False,))]
-            found = next((way for way in ways if self._same_rows(way, hidden, piece, count, group)), None)
+            found = next((way for way in ways if self._same_rows(way, hidden, piece, rows, group)), None)
             if found is None:
+                if rows.is_packed:
+                    raise Refused("documents of a packed row attend to each other, so no state is that of one document")
                 again = self.prefix.compute(call, rows.inputs, below(range(count)), until)
                 _refuse_dependence(again is not None and torch.equal(again.boundary[slot], hidden))
+            if rows.is_packed:
+                kind.layouts[slot] = found
+                if whole.entered[slot].shape[:2] == hidden.shape[:2]:
+                    kind.entry_layouts[slot] = replace(found, dtype=whole.entered[slot].dtype)
+                continue
             side = int(self._encoder_decoder and path != self.prefix.stacks[0].path)
             width = rows.width(side)
             plain = found.dimension == 0 and found.rows == 1 and hidden.ndim > 2 and hidden.shape[1] == width
@@ -151,7 +159,8 @@ class IndependenceCheck:
                 return False
         for slot, start in starts.items():
             layout = kind.layouts[slot]
-            computed, served = layout.by_sample(own.boundary[slot], len(at)), layout.by_sample(start.states, rows.count)
+            computed = layout.by_sample(own.boundary[slot], rows, at)
+            served = layout.by_sample(start.states, rows, range(rows.count))
             for place, row in enumerate(at):
                 first, last = layout.span(rows, row, computed.shape[1])
                 if not self.rounding.same_states(computed[place, first:last], served[row, first:last]):
@@ -186,13 +195,13 @@ class IndependenceCheck:
         if alone is None:
             return
         for slot, layout in kind.layouts.items():
-            in_batch = layout.by_sample(states.boundary[slot], len(group))[place, first:last]
-            if not self.rounding.same_states(in_batch, layout.by_sample(alone.boundary[slot], 1)[0]):
+            in_batch = layout.by_sample(states.boundary[slot], rows, group)[place, first:last]
+            if not self.rounding.same_states(in_batch, alone.boundary[slot].squeeze(layout.dimension)):
                 raise Refused("what the prefix computes for a sample depends on the width of its batch")
         kind.add_span("stored", last - first, rows.width(0))
 
-    def _same_rows(self, layout: Layout, hidden: Tensor, piece: Tensor, count: int, group: list[int]) -> bool:
-        samples, taken = layout.by_sample(hidden, count), layout.by_sample(piece, len(group))
+    def _same_rows(self, layout: Layout, hidden: Tensor, piece: Tensor, rows: Rows, group: list[int]) -> bool:
+        samples, taken = layout.by_sample(hidden, rows, range(rows.count)), layout.by_sample(piece, rows, group)
         return all(self.rounding.same_states(samples[row], taken[place]) for place, row in enumerate(group))
 
 

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..freeze.prefix import Slot, Start
 from ..model.rows import Rows, Span
@@ -26,6 +28,7 @@ class Layout:
         interleaved: the first rows of all samples come first, not all rows of the first sample.
         by_position: dimension 1 is the text's, so that padding can be left out; else a sample is stored whole.
         side: whose positions these are: 0 the encoder's (or only) text, 1 the decoder's.
+        packed: samples are documents in one row.
     """
 
     dtype: torch.dtype
@@ -34,9 +37,15 @@ class Layout:
     interleaved: bool = False
     by_position: bool = False
     side: int = 0
+    packed: bool = False
 
-    def by_sample(self, hidden: Tensor, samples: int) -> Tensor:
-        """(samples, ...) from the boundary's tensor."""
+    def by_sample(self, hidden: Tensor, rows: Rows, group: Sequence[int]) -> Tensor:
+        """(samples, ...) from the boundary's tensor of these rows; packed documents are padded to the longest."""
+        samples = len(group)
+        if self.packed:
+            lengths = [rows.length(row) for row in group]
+            split = pad_sequence(list(hidden[0].split(lengths)), batch_first=True)
+            return F.pad(split, (0, 0) * (hidden.ndim - 2) + (0, rows.width(0) - split.shape[1]))
         lead = hidden.movedim(self.dimension, 0)
         if self.rows == 1:
             return lead
@@ -44,8 +53,10 @@ class Layout:
             return lead.unflatten(0, (self.rows, samples)).transpose(0, 1)
         return lead.unflatten(0, (samples, self.rows))
 
-    def batched(self, samples: Tensor) -> Tensor:
-        """The boundary's tensor from (samples, ...)."""
+    def batched(self, samples: Tensor, rows: Rows, group: Sequence[int]) -> Tensor:
+        """The boundary's tensor of these rows from (samples, ...)."""
+        if self.packed:
+            return torch.cat([samples[place, : rows.length(row)] for place, row in enumerate(group)])[None]
         if self.rows > 1:
             samples = (samples.transpose(0, 1) if self.interleaved else samples).flatten(0, 1)
         return samples.movedim(0, self.dimension).contiguous()
@@ -86,7 +97,7 @@ def fingerprints(layout: Layout, hidden: Tensor, rows: Rows, group: Sequence[int
     only what the model is called with. The fingerprint also covers embeddings that were written to through ``.data``,
     hooks on them, and noise that begins during the run.
     """
-    samples = layout.by_sample(hidden, len(group)).float()
+    samples = layout.by_sample(hidden, rows, group).float()
     if samples.ndim < 2:
         samples = samples.reshape(len(group), -1)
     generator = torch.Generator().manual_seed(samples.shape[-1])
@@ -115,7 +126,7 @@ def split(
 ) -> Iterator[tuple[Tensor | None, ...]]:
     """For each row of ``group`` its unpadded states by slot, on the CPU (one transfer per slot), cast to ``dtype``."""
     host = {
-        slot: layout.by_sample(states[slot].detach(), len(group)).to("cpu", dtype)
+        slot: layout.by_sample(states[slot].detach(), rows, group).to("cpu", dtype)
         for slot, layout in layouts.items()
         if slot in states
     }
@@ -163,7 +174,7 @@ def assemble(
             for place, row in enumerate(at)
             if row in entries and (state := entries[row].states[position]) is not None
         ]
-        fresh = [(group, layout.by_sample(states[slot], len(group))) for group, states in computed]
+        fresh = [(group, layout.by_sample(states[slot], rows, group)) for group, states in computed]
         like = stored[0][2] if stored else fresh[0][1][0]
         shape = (len(at), rows.width(layout.side) if layout.by_position else len(like), *like.shape[1:])
         batch = torch.zeros(shape, dtype=layout.dtype if rounded else like.dtype, device=device)
@@ -172,5 +183,5 @@ def assemble(
             batch[place, first:last].copy_(state, non_blocking=True)
         for group, samples in fresh:
             batch[group] = samples
-        starts[slot] = Start(depth, layout.batched(batch))
+        starts[slot] = Start(depth, layout.batched(batch, rows, at))
     return starts

@@ -20,7 +20,7 @@ from ..model.backends import Backend
 from ..model.batch import Call
 from ..model.blocks import device_of
 from ..model.restore import keep_random_state
-from ..model.rows import NotBySample, Rows
+from ..model.rows import NotBySample, Rows, samples_in
 from ..model.traces import captures_outputs, read_by, traceless
 from .compare import Refused, Rounding
 from .identity import Identity
@@ -382,7 +382,8 @@ class PrefixCache:
                     )
                 self.filled = 0
             if now.keys:
-                self._now.stats.count(now.hits, now.advanced, now.rows.count - now.hits - now.advanced, now.work)
+                misses = now.rows.count - now.hits - now.advanced
+                self._now.stats.count(now.hits, now.advanced, misses, now.work, packed=now.rows.is_packed)
             if not now.admitted or not now.kind.layouts:
                 self._now.stats.since_hit = 0  # the samples may come again
             if not self._evaluates:
@@ -402,7 +403,7 @@ class PrefixCache:
         """Store the states of a batch that is not trained on; returns the samples that were stored, and new ones."""
         self._now = self._training
         with self._guarded(), torch.no_grad():
-            rows = Rows(call.inputs, encoder_decoder=self._encoder_decoder, whole=self._now.padding.whole_rows)
+            rows = samples_in(call.inputs, encoder_decoder=self._encoder_decoder, whole=self._now.padding.whole_rows)
             self._open_kept(call, rows)
             rows, kind, _, fresh = self._examined(call, rows, fills=True)
             if not kind.layouts:
@@ -441,7 +442,7 @@ class PrefixCache:
         return True
 
     def _look_up(self, call: Call) -> Starts:
-        rows = Rows(call.inputs, encoder_decoder=self._encoder_decoder, whole=self._now.padding.whole_rows)
+        rows = samples_in(call.inputs, encoder_decoder=self._encoder_decoder, whole=self._now.padding.whole_rows)
         self._open_kept(call, rows)
         if not self._stores and not self._evaluates:
             with self._now.stats.timed(self._now.stats.write, rows.count):
@@ -479,7 +480,7 @@ class PrefixCache:
                 trusted = padding.trusts(kind, rows, call, stored, without_gradient=fills)
             if padding.whole_rows is whole:
                 break
-            rows = Rows(call.inputs, encoder_decoder=self._encoder_decoder, whole=True)
+            rows = samples_in(call.inputs, encoder_decoder=self._encoder_decoder, whole=True)
         self.prefix.autocast = self._autocasts.setdefault(ambient, self.prefix.autocast)
         return rows, kind, trusted, fresh
 
@@ -689,7 +690,7 @@ class PrefixCache:
         layout, count = now.kind.entry_layouts[slot], now.rows.count
         if not self._now.padding.keeps_width(layout, now.rows, hidden):
             return False
-        if hidden.shape[layout.dimension] == layout.rows * count:
+        if layout.packed or hidden.shape[layout.dimension] == layout.rows * count:
             entered = fingerprints(layout, hidden, now.rows, range(count)).cpu()
             if self.rounding.same_fingerprints(entered, now.expected[slot]):
                 return True

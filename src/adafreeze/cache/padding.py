@@ -159,7 +159,7 @@ class PaddingCheck:
 
         Some models pad inside to a multiple of a window, and so only at some widths.
         """
-        if layout.by_position and hidden.shape[1] != rows.width(layout.side):
+        if layout.by_position and hidden.shape[1] != rows.positions(layout.side):
             self.take_whole_rows("the model pads its inputs to another width")
             return False
         return True

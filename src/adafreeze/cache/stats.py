@@ -85,12 +85,13 @@ class CacheStats:
         clock.work += work
         clock.passes += work > 0
 
-    def count(self, hits: int, advanced: int, misses: int, work: int = 0) -> None:
-        """Add the samples of one pass, and the positions × blocks that it skipped."""
+    def count(self, hits: int, advanced: int, misses: int, work: int = 0, *, packed: bool = False) -> None:
+        """Add the samples of one pass, and the positions × blocks that it skipped; ``packed``: they were one row."""
         self.hits += hits
         self.advanced += advanced
         self.misses += misses
-        self.since_hit = 0 if hits or advanced else self.since_hit + misses
+        # The length of an epoch is that of the dataset, in rows.
+        self.since_hit = 0 if hits or advanced else self.since_hit + (1 if packed else misses)
         self.skipped_work += work
         self.largest = max(self.largest, hits + advanced + misses)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .batch import rows_of
 
-__all__ = ["NotBySample", "Rows", "Span"]
+__all__ = ["NotBySample", "PackedRows", "Rows", "Span", "samples_in"]
 
 Span = tuple[int, int]
 """First position of a sample that is not padding, and the one after its last."""
@@ -25,6 +26,10 @@ _TEXTS = {
     *("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask"),
     *("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask"),
 }
+
+
+# Where the documents of a packed row begin and end, for attention and convolutions.
+_BOUNDS, _LONGEST, _INDEX = ("cu_seq_lens_q", "cu_seq_lens_k"), ("max_length_q", "max_length_k"), "seq_idx"
 
 
 class NotBySample(Exception):
@@ -83,6 +88,13 @@ class Rows:
         tensors = sorted((name, value.ndim, str(value.dtype)) for name, value in self._read.items())
         others = sorted(name for name in self.inputs if name not in self._read)
         return tuple(tensors), tuple(others), tuple(self._context), self.count > 1, tuple(map(self.is_padded, (0, 1)))
+
+    is_packed = False
+    """Whether the samples are documents in one row."""
+
+    def positions(self, side: int) -> int:
+        """Width of the tensors; that of the longest sample may be smaller."""
+        return self._widths[side]
 
     def width(self, side: int) -> int:
         """Positions of a row in the encoder (side 0) or decoder (side 1); 0: unknown."""
@@ -200,3 +212,111 @@ def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], 
         name: (tuple(tensors[name].shape[1:]), data.numpy().reshape(len(tensors[name]), -1))
         for name, data in flat.items()
     }
+
+
+def samples_in(inputs: Mapping[str, Any], *, encoder_decoder: bool = False, whole: bool = False) -> Rows:
+    """The samples of one forward pass: its rows, or the documents of a packed row; arguments and errors as ``Rows``."""
+    bounds = _documents(inputs) if not encoder_decoder else None
+    return Rows(inputs, encoder_decoder=encoder_decoder, whole=whole) if bounds is None else PackedRows(inputs, bounds)
+
+
+def _documents(inputs: Mapping[str, Any]) -> list[int] | None:
+    """Where the documents of a packed row begin, and its end; None for rows that are not packed."""
+    given: Any = next((inputs[name] for name in _BOUNDS if isinstance(inputs.get(name), Tensor)), None)
+    positions: Any = inputs.get("position_ids")
+    if inputs.get("attention_mask") is not None or not isinstance(positions, Tensor) or positions.ndim != 2:
+        return None
+    if len(positions) != 1 or not positions.shape[1]:
+        return None
+    # As transformers finds them (find_packed_sequence_indices, 5.23).
+    breaks = (positions[0].diff() != 1).nonzero().flatten() + 1
+    bounds = [0, *breaks.tolist(), positions.shape[1]]
+    if given is None:
+        return bounds if len(bounds) > 2 else None
+    if given.tolist() != bounds:
+        raise NotBySample("cu_seq_lens and position_ids do not begin documents at the same positions")
+    return bounds
+
+
+class PackedRows(Rows):
+    """The documents of a packed row (``position_ids`` begin again, no mask), as samples.
+
+    Seen as rows, they are padded on the right to the longest one.
+
+    Args:
+        inputs: arguments of the model by name.
+        bounds: first position of each document, and the end.
+
+    Raises:
+        NotBySample: an input has not one entry per position.
+    """
+
+    is_packed = True
+
+    def __init__(self, inputs: Mapping[str, Any], bounds: Sequence[int]) -> None:
+        self.inputs = dict(inputs)
+        self.count, self._bounds = len(bounds) - 1, list(bounds)
+        self._encoder_decoder = False
+        self._read: dict[str, Tensor] = {}
+        self._context: list[str] = []
+        for name, value in self.inputs.items():
+            self._sort(name, value)
+        self._host = _on_host(self._read)
+        lengths = [end - start for start, end in itertools.pairwise(bounds)]
+        self._widths = (max(lengths), 0)
+        self._spans = ([(0, length) for length in lengths], [])
+
+    def _sort(self, name: str, value: Any) -> None:
+        if name in (*_BOUNDS, *_LONGEST, _INDEX):
+            return  # as position_ids
+        if isinstance(value, Tensor) and value.ndim:
+            if value.shape[:2] != (1, self._bounds[-1]):
+                raise NotBySample(f"{name} has the shape {tuple(value.shape)}, which is not one entry per position")
+            self._read[name] = value.detach()
+        elif name not in OF_THE_BATCH:
+            super()._sort(name, value)
+
+    def positions(self, side: int) -> int:
+        """Of the whole row."""
+        return self._bounds[-1]
+
+    def signature(self) -> tuple[Any, ...]:
+        """As that of rows, and that they are packed."""
+        return (*super().signature(), "packed")
+
+    def is_padded(self, side: int) -> bool:
+        """Never."""
+        return False
+
+    def _key(self, row: int, context: str) -> bytes:
+        digest = xxhash.xxh3_128(context.encode())
+        start, end = self._bounds[row : row + 2]
+        for name, (shape, data) in sorted(self._host.items()):
+            each = len(data[0]) // self._bounds[-1]
+            digest.update(f";{name}{(end - start, *shape[1:])}{self._read[name].dtype};".encode())
+            digest.update(data[0][start * each : end * each].data)
+        return digest.digest()
+
+    def take(self, rows: Sequence[int], inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """These documents, in this order, packed into one row."""
+        inputs = self.inputs if inputs is None else inputs
+        if list(rows) == list(range(self.count)):
+            return dict(inputs)
+        spans = [(self._bounds[row], self._bounds[row + 1]) for row in rows]
+        lengths = torch.tensor([end - start for start, end in spans])
+        taken = {}
+        for name, value in inputs.items():
+            if name in self._read:
+                value = torch.cat([value[:, start:end] for start, end in spans], 1)
+            elif name in _BOUNDS and value is not None:
+                value = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).to(value)
+            elif name in _LONGEST and value is not None:
+                value = type(value)(int(lengths.max())) if not isinstance(value, Tensor) else lengths.max().to(value)
+            elif name == _INDEX and value is not None:
+                value = torch.repeat_interleave(torch.arange(len(rows)), lengths)[None].to(value)
+            taken[name] = value
+        return taken
+
+    def alone(self, row: int) -> dict[str, Any]:
+        """The inputs of one document."""
+        return self.take([row])
