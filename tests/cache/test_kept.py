@@ -8,8 +8,8 @@ from peft import get_peft_model
 from adafreeze import AdafreezeWarning, Safe, SafeConfig
 from adafreeze.cache.kept import delete, stores_in
 from adafreeze.model import find_stacks
-from cached_run import BLOCKS, COUNT, ROWS, assert_same, counts, epochs, train
-from cases import adapter, base_model, loader, lora_model
+from cached_run import BLOCKS, COUNT, ROWS, assert_same, by_step, counts, epochs, train
+from cases import adapter, base_model, collate, loader, lora_model
 
 HALF = BLOCKS // 2
 
@@ -24,7 +24,7 @@ class Calls:
     """Counts the calls of the blocks of the prefix themselves, below all that adafreeze puts around them."""
 
     def __init__(self, model, monkeypatch):
-        self.count = 0
+        self.count = self.before = 0
         inside = {id(block) for stack in find_stacks(model) for block in stack.blocks[:HALF]}
         kind = type(find_stacks(model)[0].blocks[0])
         original = kind.forward
@@ -32,6 +32,11 @@ class Calls:
         def forward(block, *args, **kwargs):
             self.count += id(block) in inside
             return original(block, *args, **kwargs)
+
+        def made(safe, _model):
+            self.before = self.count  # what Safe looks at before step 0
+
+        monkeypatch.setattr(Safe, "on_made", [made])
 
         monkeypatch.setattr(kind, "forward", forward)
 
@@ -53,7 +58,7 @@ def test_the_second_run_computes_nothing_below_the_boundary(family, tmp_path, mo
     again = train(family, settings(tmp_path), batches, model=model, after=lambda *_: seen.append(calls.count))
     assert_same(again, control)
     assert counts(again[2])[1:] == (0, 0)
-    assert seen[-1] - seen[0] == 0 and again[2].cache.off_because is None
+    assert seen[-1] == calls.before and again[2].cache.off_because is None
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
@@ -89,6 +94,27 @@ def test_adapters_that_do_something_from_the_start_are_not_kept(how, tmp_path):
     (event,) = [event for event in runs[0][2].journal.events if event["event"] == "cache_not_kept"]
     assert "do something from the start" in event["reason"] and not stores_in(tmp_path)
     assert counts(runs[0][2])[0] == COUNT  # cached for this run
+
+
+@pytest.mark.parametrize("collator", [None, collate])
+def test_samples_that_come_after_a_deeper_freeze_are_kept_on_their_way_up(collator, tmp_path, monkeypatch):
+    def once(seed, folder, **more):
+        batches = list(epochs("bert", count=40, epochs=1, seed=seed, collator=collator))
+        made = settings(folder, policy=by_step({4: HALF + 1}))
+        return train("bert", made, batches, count=40, **more)
+
+    first = once(1, tmp_path, model=lora_model("bert", BLOCKS))
+    assert first[2].prefixes == {"bert.encoder.layer": HALF + 1}
+    (store,) = stores_in(tmp_path)
+    assert store.samples == 40
+    model, seen = lora_model("bert", BLOCKS), []
+    control = once(2, None, model=lora_model("bert", BLOCKS))
+    calls = Calls(model, monkeypatch)
+    again = once(2, tmp_path, model=model, after=lambda *_: seen.append(calls.count))
+    assert again[0] == pytest.approx(control[0], rel=1e-5)
+    hits, advanced, misses = counts(again[2])
+    assert (hits + advanced, misses) == (40, 0) and advanced == 40 - 4 * ROWS
+    assert seen[-1] == calls.before
 
 
 def test_one_changed_weight_is_another_model(tmp_path):

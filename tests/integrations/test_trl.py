@@ -100,12 +100,19 @@ def test_sft(tmp_path):
     assert any("safe/frozen_prefix" in entry for entry in trainer.state.log_history)
 
 
-@pytest.mark.parametrize("settings", [{"packing": True, "max_length": 16}, {"padding_free": True, "max_length": None}])
-def test_packed_rows_are_measured_by_sample_and_not_cached(tmp_path, settings):
-    _, safe, watch = trained("SFT", tmp_path, texts(), **settings)
-    assert safe.prefixes["model.layers"] > 0 and not watch.moved
-    assert all(len(chunk["input_ids"]) == 1 for chunk in safe.decider.probe.chunks)
-    assert "not one entry per sample" in safe.cache.off_because
+@pytest.mark.parametrize("settings", [{"packing": True, "max_length": 40}, {"padding_free": True, "max_length": None}])
+def test_packed_rows_are_measured_by_row_and_cached_by_document(tmp_path, settings):
+    runs = []
+    for cache in ("ram", "off"):
+        config = SafeConfig(freeze_share=0.6, cache=cache)
+        trainer, safe, watch = trained("SFT", tmp_path, texts(), config=config, **settings)
+        assert safe.prefixes["model.layers"] > 0 and not watch.moved
+        assert all(len(chunk["input_ids"]) == 1 for chunk in safe.decider.probe.chunks)
+        runs.append((safe, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
+    (safe, cached), (_, plain) = runs
+    assert cached == pytest.approx(plain, rel=1e-5)
+    (event,) = [event for event in safe.journal.events if event["event"] == "cache"]
+    assert safe.cache.off_because is None and event["hits"] + event["advanced"] >= 32
 
 
 @pytest.mark.parametrize("given", ["a config", "a model with an adapter"])

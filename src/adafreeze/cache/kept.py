@@ -156,6 +156,7 @@ class KeptStore:
 
     def __init__(self, home: Path, digest: bytes, budget: int, details: Mapping[str, Any]) -> None:
         self.home, self.folder, self.budget = home, home / f"{PREFIX}{digest.hex()}", budget
+        self.depths: Mapping[str, int] = details["depths"]
         self._lock = _use(self.folder)
         try:
             self.tier = DiskTier(self.folder, budget, keep=True)
@@ -261,6 +262,11 @@ class KeptFolder:
     def leave(self) -> None:
         """The prefix has other states than another run could use; those of the smaller one can be advanced."""
         self.below, self.exact = self.exact or self.below, None
+
+    @property
+    def lower(self) -> Mapping[str, int]:
+        """Depths of the smaller prefix that this run has left; states are stored there, too, on their way up."""
+        return self.below.depths if self.below is not None and self.exact is None else {}
 
     def _opened(self, digest: bytes, depths: Mapping[str, int]) -> KeptStore:
         if digest not in self._open:

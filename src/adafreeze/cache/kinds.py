@@ -114,8 +114,8 @@ class PassKind:
         return [row for row in extremes if self.span(name, origins[row].width, width) is None] or list(extremes)[:1]
 
     def may_start(self, sources: Sources) -> bool:
-        """Whether all of this was verified."""
-        return self.verified >= sources.names and not self.new_widths(sources)
+        """Whether all of this was verified, and that a pass that starts at the boundary returns the same."""
+        return self.verified >= {*sources.names, "computed"} and not self.new_widths(sources)
 
     def verify(self, sources: Sources) -> None:
         """Passes may start from such states."""
@@ -247,15 +247,11 @@ class PassKinds:
         return kind.own_code is None and self._outside.own_code is None
 
     def lasting(self) -> dict[str, Any]:
-        """By key what other runs with the same prefix need not verify again."""
+        """By key what other runs with the same code need not verify again, at any depth."""
         if not self.prefix.sees_entries:
             return {}
-        depths = f" {tuple(self.prefix.depths.values())} "
-        return {
-            key: kind.to_dict()
-            for key, kind in self.known.items()
-            if depths in key and "computed" in kind.verified and self._of_libraries(kind)
-        }
+        verified = {key: kind for key, kind in self.known.items() if "computed" in kind.verified}
+        return {key: kind.to_dict() for key, kind in verified.items() if kind.layouts and self._of_libraries(kind)}
 
     def state_dict(self) -> dict[str, Any]:
         """Verified sources and calls by key."""

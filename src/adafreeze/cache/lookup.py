@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,16 @@ class _Passes:
     independence: IndependenceCheck
     shadow: ShadowCheck
     stats: CacheStats
+
+
+class _Stored(NamedTuple):
+    """Some samples that were stored: what the model was called with for them, and their keys."""
+
+    kind: PassKind
+    call: Call
+    rows: Rows
+    keys: list[bytes]
+    depths: tuple[int, ...]
 
 
 class PrefixCache:
@@ -134,6 +144,7 @@ class PrefixCache:
         self._autocasts: dict[Any, Any] = {}  # seen inside the model, by that outside
         self._flops_per_row: dict[Any, float] = {}
         self._logged = (0, 0)
+        self._stored: _Stored | None = None  # to be verified in the next pass
         self._kept_at: tuple[int, ...] | None = None
         self._evaluation_runs: str | None = None
         self._noted: set[str] = set()
@@ -405,6 +416,7 @@ class PrefixCache:
         with self._guarded(), torch.no_grad():
             rows = samples_in(call.inputs, encoder_decoder=self._encoder_decoder, whole=self._now.padding.whole_rows)
             self._open_kept(call, rows)
+            self._verify_stored()
             rows, kind, _, fresh = self._examined(call, rows, fills=True)
             if not kind.layouts:
                 raise _SwitchedOff("only a training pass shows how often its stacks are called")
@@ -452,6 +464,7 @@ class PrefixCache:
                 self._judge()
                 return {}
             self._now.stats.since_hit = 0
+        self._verify_stored()
         rows, kind, trusted, fresh = self._examined(call, rows)
         self._pass = OnePass(kind, rows)
         if not kind.layouts or (self._evaluates and kind.continues):
@@ -504,14 +517,14 @@ class PrefixCache:
                 self.store.kept = None
                 fix = error.fix if isinstance(error, ConfigError) else "Give another folder: SafeConfig(cache_dir=...)."
                 warn(f"States cannot be kept in {kept.home} ({getattr(error, 'fact', error)}).", fix=fix)
-        self.kinds.kept = kept.exact.kinds if kept.exact is not None else {}
+        self.kinds.kept = kept.stores[0].kinds if kept.stores else {}
         if kept.exact is not None:
             self.journal.write("cache_kept", step=self.length.progress.step, samples=kept.exact.samples)
             note(f"Kept states: {kept.exact.samples:,} samples found in {kept.exact.folder}. New ones are added.")
 
     def _save_kinds(self) -> None:
-        if self.store.kept is not None and self.store.kept.exact is not None:
-            self.store.kept.exact.save_kinds(self.kinds.lasting())
+        for store in self.store.kept.stores[:1] if self.store.kept is not None else ():
+            store.save_kinds(self.kinds.lasting())
 
     def _all_stored(self, kind: PassKind, rows: Rows) -> Starts:
         """Where a pass starts if all its samples are stored at the full depth; else empty."""
@@ -565,7 +578,7 @@ class PrefixCache:
             found, missing = groups.pop(depths, []), groups.get((0,) * len(depths), [])
         now.hits, now.advanced = len(found), rows.count - len(found) - len(missing)
         if kind.several_calls and groups:
-            now.filling = Computed({}, {})
+            now.filling = Computed({}, {}, {})
             return {}
         origins = {row: entry.origin for row, entry in entries.items()}
         stored = {row: origins[row] for row in found}
@@ -621,8 +634,9 @@ class PrefixCache:
         computed: list[tuple[list[int], dict[Slot, Tensor]]] = []
         autocast = self.prefix.autocast
         for depth, group in sorted(groups.items()):
-            states = fresh if len(group) == now.rows.count else None
-            states = states or self._compute(now, call, group, depth, entries)
+            lower = {} if any(depth) or now.kind.several_calls else self.store.lower
+            states = fresh if len(group) == now.rows.count and not lower else None
+            states = states or self._compute(now, call, group, depth, entries, lower)
             layouts = now.kind.layouts.items()
             keeps_width = all(
                 self._now.padding.keeps_width(one, now.rows, states.boundary[slot]) for slot, one in layouts
@@ -632,16 +646,57 @@ class PrefixCache:
             if (self.store.keeps or now.ahead) and now.kind.own_code is None and not any(depth):
                 with self._counted():
                     self._now.independence.compare_alone(now.rows, call, now.kind, states, group)
+                if "stored" not in now.kind.verified:
+                    self._stored = self._some(now, call, group[:2], depths)
             computed.append((group, states.boundary))
             here = now.origins(group, states.entered)
             for place, row in enumerate(group):
                 # An advanced entry is valid while what it was computed from enters. Its new blocks ran in this batch.
                 here[place] = here[place]._replace(fingerprint=origins.setdefault(row, here[place]).fingerprint)
             self._write(now, group, states.boundary, here)
+            if states.lower:
+                by_slot = {slot: lower.get(slot[0], 0) for slot in now.kind.slots}
+                self.store.put_lower(self._entries(now, group, tuple(by_slot.values()), states.lower, here))
         return computed
 
+    def _some(self, now: OnePass, call: Call, at: Sequence[int], depths: tuple[int, ...]) -> _Stored:
+        whole, inputs = self._now.padding.whole_rows, now.rows.take(at)
+        rows = samples_in(inputs, encoder_decoder=self._encoder_decoder, whole=whole)
+        return _Stored(now.kind, replace(call, inputs={}), rows, [now.keys[row] for row in at], depths)
+
+    def _verify_stored(self) -> None:
+        """Compare what was stored of some samples in an earlier pass with what the prefix computes for them now.
+
+        So a later run, which starts from stored states only, need not run its prefix to compare them.
+        """
+        then, self._stored = self._stored, None
+        if then is None or tuple(then.kind.depths(self.prefix.depths).values()) != then.depths:
+            return
+        entries = self.store.read(then.keys, then.depths, then.kind.slots)
+        with self._counted(), traceless(self.prefix.modules):
+            own = self.prefix.compute(then.call, then.rows.inputs, {}, then.kind.layouts)
+        if own is None or not self._is_read(entries, then.depths):
+            return
+        layouts, slots = then.kind.layouts, then.kind.slots
+        computed = split(layouts, slots, own.boundary, then.rows, range(then.rows.count), self.store_dtype)
+        for entry, pieces in zip(entries, computed, strict=True):
+            for stored, piece in zip(entry.states, pieces, strict=True):
+                if stored is not None and piece is not None and not self.rounding.same_states(stored, piece):
+                    raise Refused("what is stored of a sample is not what the prefix computes for it later")
+        then.kind.verified |= {"stored", "moved"}
+
+    @staticmethod
+    def _is_read(entries: Sequence[Entry | None], depths: tuple[int, ...]) -> TypeGuard[Sequence[Entry]]:
+        return all(entry is not None and entry.depths == depths for entry in entries)
+
     def _compute(
-        self, now: OnePass, call: Call, group: list[int], depths: tuple[int, ...], entries: Mapping[int, Entry]
+        self,
+        now: OnePass,
+        call: Call,
+        group: list[int],
+        depths: tuple[int, ...],
+        entries: Mapping[int, Entry],
+        lower: Mapping[str, int],
     ) -> Computed:
         """Run some rows to the boundary, from the states of their entries."""
         inputs = now.rows.take(group)
@@ -653,7 +708,7 @@ class PrefixCache:
         undo = traceless(self.prefix.modules) if now.kind.writes else keep_random_state()
         counts = self.counts_flops and key not in self._flops_per_row
         with undo, CountFlops() if counts else self._now.stats.timed(self._now.stats.compute, work) as count:
-            states = self.prefix.compute(call, inputs, starts, now.kind.layouts)
+            states = self.prefix.compute(call, inputs, starts, now.kind.layouts, lower)
         if count is not None:
             self._flops_per_row[key] = count.total / len(group)
         if not self._evaluates:
@@ -670,15 +725,27 @@ class PrefixCache:
         if last and not now.ahead and not self.store.keeps:
             return  # no sample comes again
         with self._now.stats.timed(self._now.stats.write, len(group)):
-            depths = tuple(kind.depths(self.prefix.depths).values())
-            identity = self.store.identity_of(depths, kind.slots)
-            pieces = split(kind.layouts, kind.slots, states, now.rows, group, self.store_dtype)
-            rows = zip(group, pieces, origins, strict=True)
-            items = [(now.keys[row], Entry(identity, depths, states, origin)) for row, states, origin in rows]
+            items = self._entries(now, group, tuple(kind.depths(self.prefix.depths).values()), states, origins)
             self.written += sum(entry.nbytes for _, entry in items)
             reason = self.store.put(items, progress.step)
         if reason is not None:
             raise _SwitchedOff(reason)
+
+    def _entries(
+        self,
+        now: OnePass,
+        group: Sequence[int],
+        depths: tuple[int, ...],
+        states: Mapping[Slot, Tensor],
+        origins: Sequence[Origin],
+    ) -> list[tuple[bytes, Entry]]:
+        """What is stored of the rows of ``group``, by key."""
+        identity = self.store.identity_of(depths, now.kind.slots)
+        pieces = split(now.kind.layouts, now.kind.slots, states, now.rows, group, self.store_dtype)
+        return [
+            (now.keys[row], Entry(identity, depths, piece, origin))
+            for row, piece, origin in zip(group, pieces, origins, strict=True)
+        ]
 
     def _is_expected(self, slot: Slot, hidden: Tensor) -> bool:
         if captures_outputs():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import xxhash
 
@@ -67,6 +67,11 @@ class Store:
             return self.kept.budget
         return sum(tier.budget for tier in self.tiers)
 
+    @property
+    def lower(self) -> Mapping[str, int]:
+        """Smaller depths at which entries are stored for other runs, by stack."""
+        return self.kept.lower if self.kept is not None else {}
+
     def _is_usable(self, entry: Entry, depths: Sequence[int], slots: Sequence[Slot]) -> bool:
         if len(entry.depths) != len(depths) or any(a > b for a, b in zip(entry.depths, depths, strict=True)):
             return False
@@ -75,6 +80,11 @@ class Store:
     def identity_of(self, depths: Sequence[int], slots: Sequence[Slot]) -> bytes:
         """Of entries of these depths by slot. Stacks that such passes do not call (a vision tower) do not count."""
         return self.identity.of_stacks({path: depth for (path, _), depth in zip(slots, depths, strict=True)})
+
+    def put_lower(self, items: Sequence[tuple[bytes, Entry]]) -> None:
+        """Store entries of the smaller prefix that other runs can use."""
+        if self.kept is not None and self.kept.below is not None:
+            self.kept.below.put(items)
 
     def put(self, items: Sequence[tuple[bytes, Entry]], step: int) -> str | None:
         """Store these while there is room. Returns a reason if no entry can ever be stored."""

@@ -51,10 +51,11 @@ Starts = Mapping[Slot, Start]
 
 
 class Computed(NamedTuple):
-    """Hidden states of one pass, by call: what entered block 0, and what reached the boundary."""
+    """Hidden states of one pass, by call: what entered block 0, what reached the boundary, and a lower depth."""
 
     entered: dict[Slot, Tensor]
     boundary: dict[Slot, Tensor]
+    lower: dict[Slot, Tensor]
 
 
 class Server(Protocol):
@@ -103,6 +104,7 @@ class _Pass:
         beside: what blocks return beside hidden states in the current call (T5's position bias), by stack.
         evaluates: it is the host's, in evaluation mode and without gradients, and the server is asked.
         to_blocks: leave a nested pass where the first block of a prefix is entered.
+        lower: depths below the boundary, by stack, at which a nested pass records hidden states, too.
     """
 
     starts: dict[Slot, Start] = field(default_factory=dict)
@@ -115,6 +117,7 @@ class _Pass:
     beside: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)
     evaluates: bool = False
     to_blocks: bool = False
+    lower: Mapping[str, int] = field(default_factory=dict)
 
     def slot(self, path: str) -> Slot:
         return path, self.calls.get(path, 1) - 1
@@ -247,14 +250,26 @@ class Prefix:
     # Passes nested in a training pass.
 
     def compute(
-        self, call: Call, inputs: Mapping[str, Any], starts: Starts, until: Collection[Slot]
+        self,
+        call: Call,
+        inputs: Mapping[str, Any],
+        starts: Starts,
+        until: Collection[Slot],
+        lower: Mapping[str, int] | None = None,
     ) -> Computed | None:
         """Run the model on ``inputs`` as in training, without a graph, up to the boundaries of the calls ``until``.
+
+        Args:
+            call: how the model is called.
+            inputs: of the pass.
+            starts: where its calls start.
+            until: the calls whose boundaries end the pass.
+            lower: smaller depths by stack, at which hidden states are returned, too.
 
         Returns:
             None if the pass ended without reaching them all.
         """
-        this = _Pass(dict(starts), Computed({}, {}), frozenset(until))
+        this = _Pass(dict(starts), Computed({}, {}, {}), frozenset(until), lower=lower or {})
         with self._nested(this), torch.no_grad(), suppress(StopForward):
             self._run(call, inputs)
         return this.recorded if this.is_complete else None
@@ -267,14 +282,14 @@ class Prefix:
         """
         if sum(depth > 0 for depth in self.depths.values()) != 1:
             return None
-        this = _Pass(recorded=Computed({}, {}), to_blocks=True)
+        this = _Pass(recorded=Computed({}, {}, {}), to_blocks=True)
         with self._nested(this), torch.no_grad(), suppress(StopForward), _Reads() as reads:
             self._run(call, inputs)
         return reads.ids if this.recorded is not None and this.recorded.entered else None
 
     def shadow(self, call: Call, inputs: Mapping[str, Any], starts: Starts) -> Any:
         """What the host's pass from ``starts`` would return, computed without a graph."""
-        with self._nested(_Pass(dict(starts), Computed({}, {}), shadow=True)), torch.no_grad():
+        with self._nested(_Pass(dict(starts), Computed({}, {}, {}), shadow=True)), torch.no_grad():
             return self._run(call, inputs)
 
     def rehearse(self, *args: Any, **inputs: Any) -> Any:
@@ -382,6 +397,8 @@ class Prefix:
                     output = original(*args, **kwargs)
                     if index == 0:
                         self._beside[path] = _beside(output)
+            if this.lower.get(path) == index + 1 and this.recorded is not None:
+                this.recorded.lower[slot] = hidden_states(output)
             if at_boundary:
                 hidden = hidden_states(output)
                 if this.recorded is not None:
