@@ -91,7 +91,8 @@ class SafeConfig:
             reveal the training text: keep the folder as private as the data.
         fill: ``"before"``: compute the states of all samples before step 0, in large batches without a graph. None
             (default): as they come.
-        cache_dtype: ``"bfloat16"`` stores states in half the bytes, rounded; None as the blocks return them.
+        cache_dtype: None (default) stores states as the blocks return them. ``"bfloat16"`` rounds them, to half the
+            bytes of float32; ``"float8_e4m3fn"`` and ``"int8"``, with a scale per token, to a quarter.
         prefix_dropout: keep the model's dropout on in the frozen prefix. Its outputs are then random, and the cache is
             off.
         memory_budget: **Memory.** The most that a training step may take on the device, weights included, from the
@@ -168,7 +169,7 @@ class SafeConfig:
             _within("lr_scale", self.lr_scale, 0.1, 10, also=', or "sqrt"')
         _named("cache", self.cache, ("auto", "ram", "disk", "off"))
         _named("fill", self.fill, (None, "before"))
-        _named("cache_dtype", self.cache_dtype, (None, "bfloat16"))
+        _named("cache_dtype", self.cache_dtype, (None, "bfloat16", "float8_e4m3fn", "int8"))
         parse_size("SafeConfig.cache_budget", self.cache_budget)
         if self.memory_budget is not None:
             _memory_budget(self.memory_budget)

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 from adafreeze import Safe, SafeCallback
+from adafreeze.cache.codec import CODECS
 from adafreeze.costs import Meter, expected_ratios
 from cached_run import BLOCKS, COUNT, ROWS, config, counts, epochs, frozen, pad_to, same_without, train
 from cases import FAMILIES, TARGETS, Samples, base_model, batch, collate, lora_model, sample
@@ -97,15 +98,30 @@ def test_duplicates_in_one_batch():
     assert counts(same_without("bert", [pad_to(16)(rows) for _ in range(8)], count=8)) == (6 * 8, 0, 8)
 
 
-def test_bfloat16_takes_half_the_bytes_and_rounds():
+@pytest.mark.parametrize(
+    ("dtype", "per_token", "tolerance"), [("bfloat16", 2 * 32, 1e-2), ("float8_e4m3fn", 36, 5e-2), ("int8", 36, 1e-2)]
+)
+def test_states_in_fewer_bits_take_less_room_and_round(dtype, per_token, tolerance):
     batches = list(epochs("bert"))
-    exact, rounded = train("bert", config(), batches), train("bert", config(cache_dtype="bfloat16"), batches)
+    exact, rounded = train("bert", config(), batches), train("bert", config(cache_dtype=dtype), batches)
     sizes = [
         next(e for e in run[2].journal.events if e["event"] == "cache")["nbytes"]["memory"] for run in (exact, rounded)
     ]
-    assert sizes[1] * 2 == sizes[0]
-    torch.testing.assert_close(torch.tensor(rounded[0]), torch.tensor(exact[0]), rtol=1e-2, atol=0)
-    assert rounded[0] != exact[0]
+    assert sizes[1] * 4 * 32 == sizes[0] * per_token
+    torch.testing.assert_close(torch.tensor(rounded[0]), torch.tensor(exact[0]), rtol=tolerance, atol=0)
+    assert rounded[0] != exact[0] and counts(rounded[2]) == counts(exact[2])
+
+
+@pytest.mark.parametrize(("name", "error"), [("bfloat16", 2**-8), ("float8_e4m3fn", 2**-4), ("int8", 1 / 254)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_bounded_by_the_largest_value_of_a_token_and_repeats(name, error, dtype):
+    codec, generator = CODECS[name], torch.Generator().manual_seed(0)
+    states = torch.randn(5, 7, 33, generator=generator).to(dtype) * torch.logspace(-9, 9, 7)[None, :, None].to(dtype)
+    states[0, 0], states[1, 1, 0] = 0, 1e6  # a token of zeros, and an attention sink
+    back = codec.round(states)
+    assert back.dtype == dtype and torch.equal(codec.round(back), back)
+    largest = states.float().abs().amax(-1, keepdim=True)
+    assert bool(((back.float() - states.float()).abs() <= (error + 2**-8 * (dtype == torch.bfloat16)) * largest).all())
 
 
 def test_a_sample_has_one_entry_under_autocast_and_one_outside():

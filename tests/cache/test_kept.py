@@ -97,24 +97,26 @@ def test_adapters_that_do_something_from_the_start_are_not_kept(how, tmp_path):
 
 
 @pytest.mark.parametrize("collator", [None, collate])
-def test_samples_that_come_after_a_deeper_freeze_are_kept_on_their_way_up(collator, tmp_path, monkeypatch):
-    def once(seed, folder, **more):
+@pytest.mark.parametrize("first_grows", [True, False])
+def test_a_prefix_that_grows_computes_nothing_below_the_kept_states(first_grows, collator, tmp_path, monkeypatch):
+    def once(seed, folder, model, *, grows=True, **more):
         batches = list(epochs("bert", count=40, epochs=1, seed=seed, collator=collator))
-        made = settings(folder, policy=by_step({4: HALF + 1}))
-        return train("bert", made, batches, count=40, **more)
+        made = settings(folder, **({"policy": by_step({4: HALF + 1})} if grows else {}))
+        return train("bert", made, batches, count=40, model=model, **more)
 
-    first = once(1, tmp_path, model=lora_model("bert", BLOCKS))
-    assert first[2].prefixes == {"bert.encoder.layer": HALF + 1}
+    once(1, tmp_path, lora_model("bert", BLOCKS), grows=first_grows)
     (store,) = stores_in(tmp_path)
-    assert store.samples == 40
+    assert store.samples == 40  # those that came after the deeper freeze were kept on their way up
     model, seen = lora_model("bert", BLOCKS), []
-    control = once(2, None, model=lora_model("bert", BLOCKS))
+    control = once(2, None, lora_model("bert", BLOCKS))
     calls = Calls(model, monkeypatch)
-    again = once(2, tmp_path, model=model, after=lambda *_: seen.append(calls.count))
+    again = once(2, tmp_path, model, after=lambda *_: seen.append(calls.count))
     assert again[0] == pytest.approx(control[0], rel=1e-5)
     hits, advanced, misses = counts(again[2])
     assert (hits + advanced, misses) == (40, 0) and advanced == 40 - 4 * ROWS
-    assert seen[-1] == calls.before
+    assert again[2].prefixes == {"bert.encoder.layer": HALF + 1}
+    # A batch without padding is another kind of pass, which the first run may not have met.
+    assert seen[-1] - calls.before <= (HALF if collator is collate else 0)
 
 
 def test_one_changed_weight_is_another_model(tmp_path):

@@ -501,7 +501,7 @@ def test_a_resumed_run_finds_its_store_and_decisions(tmp_path):
         ({"cache_budget": 1.5}, "SafeConfig.cache_budget is 1.5"),
         ({"cache_dir": 7}, "must be the path of a folder"),
         ({"cache": "ram", "cache_dir": "x"}, "which writes nothing to it"),
-        ({"cache_dtype": "int8"}, "'bfloat16'"),
+        ({"cache_dtype": "int4"}, "'bfloat16'"),
         ({"prefix_dropout": "yes"}, "must be True or False"),
     ],
 )

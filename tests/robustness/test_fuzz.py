@@ -34,7 +34,7 @@ VALID = {
     **dict.fromkeys(["wait_for_loss", "normalize_rows", "prefix_dropout", "dry_run"], st.booleans()),
     "cache_budget": sizes,
     "lr_scale": st.just("sqrt") | st.floats(0.1, 10),
-    "cache_dtype": st.sampled_from([None, "bfloat16"]),
+    "cache_dtype": st.sampled_from([None, "bfloat16", "int8"]),
     "memory_budget": st.none() | st.just("auto") | st.floats(0, 1, exclude_min=True) | sizes,
     "freeze": st.lists(st.text()).map(tuple),
 }

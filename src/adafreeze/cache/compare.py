@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..freeze.prefix import Prefix
 from ..model.rows import Rows
+from .codec import Codec
 
 __all__ = ["Refused", "Rounding", "named_tensors", "real_positions", "sampled", "side_of"]
 
@@ -29,23 +30,24 @@ class Refused(Exception):
 
 
 class Rounding:
-    """Equality up to rounding in the precision of the current pass, or of states that are stored in fewer bits."""
+    """Equality up to rounding in the precision of the current pass, and of stored states."""
 
-    def __init__(self, prefix: Prefix, *, stored_rounded: bool = False) -> None:
+    def __init__(self, prefix: Prefix, codec: Codec) -> None:
         self._prefix = prefix
-        self._stored_rounded = stored_rounded
+        self._codec = codec
 
     @property
     def _autocast(self) -> bool:
         return isinstance(self._prefix.autocast, torch.dtype)
 
     def same_states(self, a: Tensor, b: Tensor) -> bool:
-        """Whether hidden states are equal."""
-        return _close(a, b, OF_STATES, coarse=self._autocast or self._stored_rounded)
+        """Whether hidden states are equal, once they have been stored."""
+        coarse = COARSE if self._autocast or self._codec.rounds else 0.0
+        return _close(self._codec.round(a), self._codec.round(b), max(OF_STATES, coarse))
 
     def same_outputs(self, a: Tensor, b: Tensor) -> bool:
         """Whether outputs of the whole model are equal."""
-        return _close(a, b, OF_OUTPUTS, coarse=self._autocast or self._stored_rounded)
+        return _close(a, b, max(OF_OUTPUTS, self._codec.tolerance, COARSE if self._autocast else 0.0))
 
     def same_fingerprints(self, now: Tensor, before: Tensor) -> bool:
         """Whether fingerprints are equal; those before may be NaN, which is unknown and equal to all."""
@@ -54,7 +56,7 @@ class Rounding:
         return bool((((now - before).abs() <= tolerance * size + 1e-9) | before.isnan()).all())
 
 
-def _close(a: Tensor, b: Tensor, tolerance: float, *, coarse: bool) -> bool:
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     """Compared position by position, so that a huge position does not hide another."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
@@ -62,7 +64,7 @@ def _close(a: Tensor, b: Tensor, tolerance: float, *, coarse: bool) -> bool:
         return True
     if not a.is_floating_point():
         return False
-    tolerance = COARSE if coarse or a.dtype.itemsize < 4 else tolerance
+    tolerance = max(tolerance, COARSE) if a.dtype.itemsize < 4 else tolerance
     a, b = (t.float().reshape(-1, t.shape[-1] if t.ndim else 1) for t in (a, b))
     if not torch.equal(a.isfinite(), b.isfinite()):
         return False

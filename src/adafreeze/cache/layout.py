@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..freeze.prefix import Slot, Start
 from ..model.rows import Rows, Span
+from .codec import Codec
 from .tiers import Entry
 
 __all__ = ["Layout", "assemble", "find_layout", "fingerprints", "split"]
@@ -122,11 +123,11 @@ def split(
     states: Mapping[Slot, Tensor],
     rows: Rows,
     group: Sequence[int],
-    dtype: torch.dtype | None,
+    codec: Codec,
 ) -> Iterator[tuple[Tensor | None, ...]]:
-    """For each row of ``group`` its unpadded states by slot, on the CPU (one transfer per slot), cast to ``dtype``."""
+    """For each row of ``group`` its unpadded states by slot, encoded, on the CPU (one transfer per slot)."""
     host = {
-        slot: layout.by_sample(states[slot].detach(), rows, group).to("cpu", dtype)
+        slot: codec.encode(layout.by_sample(states[slot].detach(), rows, group)).cpu()
         for slot, layout in layouts.items()
         if slot in states
     }
@@ -149,8 +150,7 @@ def assemble(
     rows: Rows,
     at: Sequence[int],
     device: torch.device,
-    *,
-    rounded: bool = False,
+    codec: Codec,
 ) -> dict[Slot, Start]:
     """Where a pass over some rows of a batch starts: stored states, with zeros for padding, and computed ones.
 
@@ -162,7 +162,7 @@ def assemble(
         rows: of the whole batch.
         at: the rows of the pass.
         device: of the boundary's tensors.
-        rounded: entries are stored in another dtype than the layout's.
+        codec: decodes stored states.
     """
     starts = {}
     for position, (slot, depth) in enumerate(depths.items()):
@@ -170,14 +170,14 @@ def assemble(
             continue
         layout = layouts[slot]
         stored = [
-            (place, row, state)
+            (place, row, codec.decode(state.to(device, non_blocking=True), layout.dtype) if codec.rounds else state)
             for place, row in enumerate(at)
             if row in entries and (state := entries[row].states[position]) is not None
         ]
         fresh = [(group, layout.by_sample(states[slot], rows, group)) for group, states in computed]
         like = stored[0][2] if stored else fresh[0][1][0]
         shape = (len(at), rows.width(layout.side) if layout.by_position else len(like), *like.shape[1:])
-        batch = torch.zeros(shape, dtype=layout.dtype if rounded else like.dtype, device=device)
+        batch = torch.zeros(shape, dtype=like.dtype, device=device)
         for place, row, state in stored:
             first, last = layout.span(rows, row, shape[1])
             batch[place, first:last].copy_(state, non_blocking=True)

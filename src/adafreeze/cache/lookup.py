@@ -22,6 +22,7 @@ from ..model.blocks import device_of
 from ..model.restore import keep_random_state
 from ..model.rows import NotBySample, Rows, samples_in
 from ..model.traces import captures_outputs, read_by, traceless
+from .codec import CODECS
 from .compare import Refused, Rounding
 from .identity import Identity
 from .independence import IndependenceCheck
@@ -92,7 +93,7 @@ class PrefixCache:
         tiers: in the order in which they are filled.
         journal: of the run.
         length: where the run stands.
-        store_dtype: of stored states; None: that of the blocks' outputs.
+        dtype: of stored states, as ``SafeConfig.cache_dtype``.
         kept: stores that outlive the run.
 
     Attributes:
@@ -112,14 +113,14 @@ class PrefixCache:
         tiers: Sequence[Tier],
         journal: Journal,
         length: RunLength,
-        store_dtype: torch.dtype | None = None,
+        dtype: str | None = None,
         kept: KeptFolder | None = None,
     ) -> None:
         self.prefix = prefix
         self.backend = backend
         self.journal = journal
         self.length = length
-        self.store_dtype = store_dtype
+        self._dtype, self._codec = dtype, CODECS[dtype]
         self.off: str | None = None
         self.distrusted = False
         self.counts_flops = False
@@ -131,7 +132,7 @@ class PrefixCache:
         # A wrapper has no configuration of its own.
         modules = prefix.model.modules()
         self._encoder_decoder = any(getattr(_config(module), "is_encoder_decoder", False) for module in modules)
-        self.rounding = Rounding(prefix, stored_rounded=store_dtype is not None)
+        self.rounding = Rounding(prefix, self._codec)
         self.kinds = PassKinds(prefix)
         self._training = self._passes(PaddingCheck(prefix, self.rounding, self._note_whole_rows))
         self._evaluation = self._passes(EvaluationPaddingCheck(prefix, self.rounding, lambda _: None))
@@ -538,7 +539,7 @@ class PrefixCache:
         return {slot: Start(depths[slot], fresh.boundary[slot]) for slot in kind.layouts} if fresh is not None else {}
 
     def _keys(self, kind: PassKind, rows: Rows) -> list[bytes]:
-        return rows.keys(f"{self.prefix.autocast} {self._now.padding.whole_rows} {self.store_dtype} {kind.slots}")
+        return rows.keys(f"{self.prefix.autocast} {self._now.padding.whole_rows} {self._dtype} {kind.slots}")
 
     def _below(self, kind: PassKind, rows: Rows) -> Callable[[Sequence[int]], Starts]:
         """Where the first passes of a prefix that has grown start: at what the shallower one has stored of all rows."""
@@ -565,8 +566,7 @@ class PrefixCache:
         computed: Sequence[tuple[Sequence[int], Mapping[Slot, Tensor]]] = (),
     ) -> Starts:
         by_slot = dict(zip(kind.slots, depths, strict=True))
-        device, rounded = self._now.stats.device, self.store_dtype is not None
-        return assemble(kind.layouts, by_slot, entries, computed, rows, at, device, rounded=rounded)
+        return assemble(kind.layouts, by_slot, entries, computed, rows, at, self._now.stats.device, self._codec)
 
     def _served(self, now: OnePass, call: Call, trusted: bool, fresh: Computed | None) -> Starts:
         """Where the pass starts; empty if it runs the prefix."""
@@ -603,10 +603,21 @@ class PrefixCache:
                 if self._now.independence.verify_rows(rows, call, sorted(set(at)), kind, starts, now.expected):
                     kind.verify(sources)
             if not self._now.shadow.allows(kind, sources, rows, call, starts):
-                return {}
+                return self._from_below(kind, rows, groups, entries)
         skipped = len(found) * sum(depths) + sum(len(group) * sum(of) for of, group in groups.items())
         now.served, now.work = True, width * skipped
         return starts
+
+    def _from_below(
+        self, kind: PassKind, rows: Rows, groups: Mapping[tuple[int, ...], list[int]], entries: Mapping[int, Entry]
+    ) -> Starts:
+        """Where a pass starts that is to be compared: at the boundary of the shallower prefix, if that was verified."""
+        below, depths = kind.shallower, next(iter(groups), ())
+        if below is None or len(entries) < rows.count or len(groups) != 1 or len(groups[depths]) < rows.count:
+            return {}
+        if below.calls != kind.calls or not below.layouts or not below.verified >= {"computed", "stored", "moved"}:
+            return {}
+        return self._assembled(below, rows, range(rows.count), depths, entries)
 
     def _grouped(
         self, now: OnePass, *, reads: bool
@@ -678,10 +689,13 @@ class PrefixCache:
         if own is None or not self._is_read(entries, then.depths):
             return
         layouts, slots = then.kind.layouts, then.kind.slots
-        computed = split(layouts, slots, own.boundary, then.rows, range(then.rows.count), self.store_dtype)
+        computed = split(layouts, slots, own.boundary, then.rows, range(then.rows.count), self._codec)
         for entry, pieces in zip(entries, computed, strict=True):
-            for stored, piece in zip(entry.states, pieces, strict=True):
-                if stored is not None and piece is not None and not self.rounding.same_states(stored, piece):
+            for slot, stored, piece in zip(slots, entry.states, pieces, strict=True):
+                if stored is None or piece is None:
+                    continue
+                both = (self._codec.decode(one, layouts[slot].dtype) for one in (stored, piece))
+                if not self.rounding.same_states(*both):
                     raise Refused("what is stored of a sample is not what the prefix computes for it later")
         then.kind.verified |= {"stored", "moved"}
 
@@ -741,7 +755,7 @@ class PrefixCache:
     ) -> list[tuple[bytes, Entry]]:
         """What is stored of the rows of ``group``, by key."""
         identity = self.store.identity_of(depths, now.kind.slots)
-        pieces = split(now.kind.layouts, now.kind.slots, states, now.rows, group, self.store_dtype)
+        pieces = split(now.kind.layouts, now.kind.slots, states, now.rows, group, self._codec)
         return [
             (now.keys[row], Entry(identity, depths, piece, origin))
             for row, piece, origin in zip(group, pieces, origins, strict=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from ..config import SafeConfig
 from ..costs.theory import expected_ratios
@@ -161,7 +160,7 @@ class RunCache:
             tiers.append(RamTier(self._memory_budget(room)))
         if not any(tier.budget for tier in tiers) and not keeps:
             return  # the training step leaves no memory; with a deeper prefix it may
-        dtype = torch.bfloat16 if self.config.cache_dtype == "bfloat16" else None
+        dtype = self.config.cache_dtype
         kept = self._kept() if keeps else None
         self.prefix_cache = PrefixCache(
             self.prefix, self.backend, identity, tiers, self.journal, self.length, dtype, kept
