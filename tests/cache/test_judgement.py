@@ -154,18 +154,6 @@ def test_the_cache_ends_after_an_epoch_without_repeats():
     assert "came a second time" in off_reason(same_without("bert", never_the_same()))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_the_cache_ends_for_packed_rows(family):
-    """What TRL's padding-free collator gives: one row of several documents, its positions starting anew."""
-    documents = [sample(family, n, 6)["input_ids"] for n in range(COUNT)]
-    generator, batches = torch.Generator().manual_seed(0), []
-    for _ in range(12):
-        ids = torch.cat([documents[n] for n in torch.randperm(COUNT, generator=generator)[:4]])[None]
-        positions = torch.arange(6).repeat(4)[None]
-        batches.append({"input_ids": ids, "position_ids": positions, "labels": ids})
-    assert "packed rows" in off_reason(same_without(family, batches, count=4))
-
-
 def test_inputs_that_are_not_by_sample_end_the_cache():
     model, inputs = lora_model("llama", BLOCKS), batch("llama", rows=2, length=8)
     safe = freeze_two(model, inputs)

@@ -98,7 +98,7 @@ class IndependenceCheck:
                 raise Refused(f"the blocks of {path} return a {type(hidden).__name__} instead of hidden states")
             packed = Layout(hidden.dtype, packed=True, by_position=True)
             layout = packed if rows.is_packed else find_layout(hidden, piece, count, len(group))
-            if layout is None or (rows.is_packed and hidden.shape[:2] != (1, rows.positions(0))):
+            if layout is None or (rows.is_packed and hidden.shape[:2] != (1, rows.positions(0, range(count)))):
                 raise Refused(f"the hidden states of {path}, {tuple(hidden.shape)}, have no dimension of the samples")
             ways = [replace(layout, interleaved=way) for way in ((False, True) if layout.rows > 1 else (False,))]
             found = next((way for way in ways if self._same_rows(way, hidden, piece, rows, group)), None)

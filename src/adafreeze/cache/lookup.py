@@ -583,16 +583,20 @@ class PrefixCache:
         origins = {row: entry.origin for row, entry in entries.items()}
         stored = {row: origins[row] for row in found}
         advanced = {row: origin for row, origin in origins.items() if row not in stored}
+        sources = now.sources(stored, advanced)
+        sees = self.prefix.sees_entries or kind.inherited
+        if not missing and not self._now.padding.whole_rows and not (kind.shows_width and sees):
+            sources = replace(sources, names=sources.names | {f"{rows.width(0)} and {rows.width(1)} wide"})
+        # Before memory puts the advanced states in the place of these.
+        below = {} if kind.may_start(sources) else self._from_below(kind, rows, groups, entries)
         computed = self._completed(now, call, depths, groups, entries, origins, fresh)
         if computed is None:
             return {}
         with self._now.stats.timed(self._now.stats.read, 0) if not groups else nullcontext():
             at_depth = {row: entries[row] for row in found}
             starts = self._assembled(kind, rows, range(rows.count), depths, at_depth, computed)
-        sources = now.sources(stored, advanced)
-        sees = self.prefix.sees_entries or kind.inherited
-        if not missing and not self._now.padding.whole_rows and not (kind.shows_width and sees):
-            sources = replace(sources, names=sources.names | {f"{rows.width(0)} and {rows.width(1)} wide"})
+        if not starts:
+            return {}
         now.expect(origins)
         with self._counted():
             if sources.names <= kind.verified and (new := kind.new_widths(sources)):
@@ -603,7 +607,7 @@ class PrefixCache:
                 if self._now.independence.verify_rows(rows, call, sorted(set(at)), kind, starts, now.expected):
                     kind.verify(sources)
             if not self._now.shadow.allows(kind, sources, rows, call, starts):
-                return self._from_below(kind, rows, groups, entries)
+                return below
         skipped = len(found) * sum(depths) + sum(len(group) * sum(of) for of, group in groups.items())
         now.served, now.work = True, width * skipped
         return starts
@@ -650,7 +654,7 @@ class PrefixCache:
             states = states or self._compute(now, call, group, depth, entries, lower)
             layouts = now.kind.layouts.items()
             keeps_width = all(
-                self._now.padding.keeps_width(one, now.rows, states.boundary[slot]) for slot, one in layouts
+                self._now.padding.keeps_width(one, now.rows, states.boundary[slot], group) for slot, one in layouts
             )
             if self.prefix.autocast != autocast or not keeps_width:
                 return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -154,12 +154,13 @@ class PaddingCheck:
         if not self.whole_rows and _reads_padding(gradient, rows, side):
             self.take_whole_rows("the loss has begun to read padding, which was zeros in this step")
 
-    def keeps_width(self, layout: Layout, rows: Rows, hidden: Tensor) -> bool:
-        """Whether hidden states are as wide as the inputs. If not, takes whole rows.
+    def keeps_width(self, layout: Layout, rows: Rows, hidden: Tensor, group: Sequence[int] | None = None) -> bool:
+        """Whether the hidden states of ``group`` (default: all) are as wide as the inputs. If not, takes whole rows.
 
         Some models pad inside to a multiple of a window, and so only at some widths.
         """
-        if layout.by_position and hidden.shape[1] != rows.positions(layout.side):
+        group = range(rows.count) if group is None else group
+        if layout.by_position and hidden.shape[1] != rows.positions(layout.side, group):
             self.take_whole_rows("the model pads its inputs to another width")
             return False
         return True

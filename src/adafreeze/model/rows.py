@@ -92,8 +92,8 @@ class Rows:
     is_packed = False
     """Whether the samples are documents in one row."""
 
-    def positions(self, side: int) -> int:
-        """Width of the tensors; that of the longest sample may be smaller."""
+    def positions(self, side: int, group: Sequence[int]) -> int:
+        """Width of the tensors in a pass over these samples."""
         return self._widths[side]
 
     def width(self, side: int) -> int:
@@ -276,9 +276,9 @@ class PackedRows(Rows):
         elif name not in OF_THE_BATCH:
             super()._sort(name, value)
 
-    def positions(self, side: int) -> int:
-        """Of the whole row."""
-        return self._bounds[-1]
+    def positions(self, side: int, group: Sequence[int]) -> int:
+        """Width of the row into which these documents are packed."""
+        return sum(map(self.length, group))
 
     def signature(self) -> tuple[Any, ...]:
         """As that of rows, and that they are packed."""
