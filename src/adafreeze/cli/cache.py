@@ -66,14 +66,15 @@ def _list(options: argparse.Namespace) -> None:
     if not stores:
         print(f"No states are kept in {_home(options)}.")
         return
-    table = number_table(f"Kept states in {_home(options)}", "ID", "model", "blocks", "samples", "size", "last used")
+    table = number_table("Kept states", "ID", "model", "blocks", "samples", "size", "last used")
     for store in reversed(stores):
         samples = "damaged" if store.samples is None else f"{store.samples:,}"
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(store.used))
         blocks = " + ".join(str(depth) for depth in store.depths.values() if depth)
-        table.add_row(store.digest[:8], store.model, blocks, samples, readable(store.nbytes), used)
+        model = Path(store.model).name if Path(store.model).is_absolute() else store.model
+        table.add_row(store.digest[:8], model, blocks, samples, readable(store.nbytes), used)
     Console().print(table)
-    print(f"{readable(sum(store.nbytes for store in stores))} in all.")
+    print(f"{readable(sum(store.nbytes for store in stores))} in all, in {_home(options)}.")
 
 
 def _described(store: StoreInfo) -> dict[str, object]:
