@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import textwrap
+
 import torch
 
 from adafreeze import Safe, SafeConfig
@@ -134,3 +138,10 @@ def assert_same(one, other):
             assert (a is None) == (b is None)
             assert a is None or torch.equal(a, b)
     assert all(map(torch.equal, one[2].weights, other[2].weights))
+
+
+def command(program, *arguments):
+    """Run ``program`` in another process, with the tests in its path; its arguments begin at ``sys.argv[1]``."""
+    tests = os.path.dirname(__file__)
+    path = f"import sys; sys.path[:0] = [{tests!r}, {tests + '/cache'!r}]\n"
+    return [sys.executable, "-c", path + textwrap.dedent(program), *map(str, arguments)]

@@ -1,5 +1,9 @@
 """States that outlive a run: the next one finds them, computes none of them again, and trains the same to the bit."""
 
+import json
+import signal
+import subprocess
+
 import psutil
 import pytest
 import torch
@@ -8,7 +12,7 @@ from peft import get_peft_model
 from adafreeze import AdafreezeWarning, Safe, SafeConfig
 from adafreeze.cache.kept import delete, stores_in
 from adafreeze.model import find_stacks
-from cached_run import BLOCKS, COUNT, ROWS, assert_same, by_step, counts, epochs, train
+from cached_run import BLOCKS, COUNT, ROWS, assert_same, by_step, command, counts, epochs, train
 from cases import adapter, base_model, collate, loader, lora_model
 
 HALF = BLOCKS // 2
@@ -268,3 +272,50 @@ def test_a_network_file_system_is_refused(tmp_path, monkeypatch):
     with pytest.warns(AdafreezeWarning, match="network file system"):
         safe = train("bert", settings(tmp_path), list(epochs("bert")), model=lora_model("bert", BLOCKS))[2]
     assert counts(safe)[0] >= COUNT and not stores_in(tmp_path)
+
+
+def test_two_runs_fill_one_store_and_one_is_killed(tmp_path):
+    program = """
+        import os, signal
+        from test_kept import *
+
+        def after(safe, _model):
+            if int(sys.argv[2]) == safe.steps:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        batches = list(epochs("bert", count=60, epochs=2, seed=int(sys.argv[3])))
+        made = settings(sys.argv[1])
+        print(train("bert", made, batches, count=60, model=lora_model("bert", BLOCKS), after=after)[0])
+    """
+    runs = [
+        subprocess.Popen(command(program, tmp_path, at, seed), stdout=subprocess.PIPE, text=True)
+        for at, seed in ((9, 1), (0, 2))
+    ]
+    (_, killed), (printed, ended) = ((run.communicate()[0], run.returncode) for run in runs)
+    assert (killed, ended) == (-signal.SIGKILL, 0)
+    batches = list(epochs("bert", count=60, epochs=2, seed=2))
+    control = train("bert", settings(), batches, count=60, model=lora_model("bert", BLOCKS))
+    assert json.loads(printed) == control[0]
+    third = train("bert", settings(tmp_path), batches, count=60, model=lora_model("bert", BLOCKS))
+    assert counts(third[2]) == (120, 0, 0) and third[0] == control[0]
+    (store,) = stores_in(tmp_path)
+    assert store.samples == 60 and not store.in_use
+
+
+def test_a_run_that_is_resumed_finds_the_kept_states(tmp_path):
+    batches, model, saved = list(epochs("bert", epochs=3)), lora_model("bert", BLOCKS), {}
+
+    def after(safe, model):
+        if safe.steps == 6:
+            saved.update(safe=safe.state_dict(), model={k: v.clone() for k, v in model.state_dict().items()})
+
+    train("bert", settings(tmp_path), batches, model=model, after=after)
+    model.load_state_dict(saved["model"])
+    made = settings(tmp_path)
+    safe = Safe(model, made, probe=batches[:2], total_steps=len(batches), samples_per_epoch=COUNT)
+    safe.load_state_dict(saved["safe"])
+    for one in batches[6:]:
+        model(**one).loss.backward()
+        safe.step()
+    safe.close()
+    assert counts(safe)[1:] == (0, 0)

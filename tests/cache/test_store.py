@@ -5,7 +5,6 @@ import random
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 
 import pytest
@@ -20,7 +19,7 @@ from adafreeze.cache.tiers import Entry, decode, encode
 from adafreeze.loop.state import sealed
 from adafreeze.model import find_stacks
 from adafreeze.model.backends import PeftBackend
-from cached_run import COUNT, config, counts, epochs, same_without, train
+from cached_run import COUNT, command, config, counts, epochs, same_without, train
 from cases import lora_model
 
 MIB = 2**20
@@ -42,13 +41,6 @@ def same(one: Entry | None, other: Entry) -> bool:
         and (one.identity, one.depths) == (other.identity, other.depths)
         and all((a is None and b is None) or torch.equal(a, b) for a, b in zip(one.states, other.states, strict=True))
     )
-
-
-def command(program, *arguments):
-    """Run ``program`` in another process, with the tests in its path; its arguments begin at ``sys.argv[1]``."""
-    tests = os.path.dirname(os.path.dirname(__file__))
-    path = f"import sys; sys.path[:0] = [{tests!r}, {tests + '/cache'!r}]\n"
-    return [sys.executable, "-c", path + textwrap.dedent(program), *map(str, arguments)]
 
 
 def run_apart(program, *arguments, **environment):
