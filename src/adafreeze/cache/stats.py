@@ -113,7 +113,7 @@ class CacheStats:
         patience = 1.25 * epoch + UNSTORED * self.largest if epoch is not None else PATIENCE * run
         if self.since_hit > patience:
             return (
-                f"none of the last {self.since_hit:,} samples came a second time: packed rows, random masking, "
+                f"none of the last {self.since_hit:,} samples came a second time: random masking, "
                 "augmentation, or a stream"
             )
         compute, read = self.compute.rate, self.read.rate
