@@ -61,6 +61,7 @@ class PassKind:
         shallower: the same kind in the prefix as it was before it grew.
         own_code: class of a module in the prefix that is the user's; None if all are of libraries.
         inherited: an earlier run verified it, on states that were kept.
+        ignores_padding: in evaluation no output depends on it.
         continues: in evaluation it returns keys and values, from which the user may continue a text.
     """
 
@@ -76,6 +77,7 @@ class PassKind:
     shallower: PassKind | None = None
     own_code: str | None = None
     inherited: bool = False
+    ignores_padding: bool = False
     continues: bool = False
 
     @property

@@ -146,6 +146,7 @@ class PrefixCache:
         self._flops_per_row: dict[Any, float] = {}
         self._logged = (0, 0)
         self._stored: _Stored | None = None  # to be verified in the next pass
+        self._lasting: dict[str, Any] = {}
         self._kept_at: tuple[int, ...] | None = None
         self._evaluation_runs: str | None = None
         self._noted: set[str] = set()
@@ -379,8 +380,12 @@ class PrefixCache:
             if output is not None and not now.kind.has_calls(seen):
                 self._now.shadow.current = None
             self._now.shadow.finished(output)
-            if self._evaluates and getattr(output, "past_key_values", None) is not None:
-                now.kind.continues = "labels" not in now.rows.inputs
+            if self._evaluates and _returns_keys(output) and "labels" not in now.rows.inputs:
+                now.kind.continues = True
+                self._note_wait(
+                    "evaluation that returns keys and values runs the prefix; pass use_cache=False if you do not "
+                    "continue from them"
+                )
             if now.filling is not None and now.kind.layouts:
                 everyone = range(now.rows.count)
                 self._write(now, everyone, now.filling.boundary, now.origins(everyone, now.filling.entered))
@@ -416,7 +421,7 @@ class PrefixCache:
         self._now = self._training
         with self._guarded(), torch.no_grad():
             rows = samples_in(call.inputs, encoder_decoder=self._encoder_decoder, whole=self._now.padding.whole_rows)
-            self._open_kept(call, rows)
+            self._follow_weights(call, rows)
             self._verify_stored()
             rows, kind, _, fresh = self._examined(call, rows, fills=True)
             if not kind.layouts:
@@ -456,7 +461,7 @@ class PrefixCache:
 
     def _look_up(self, call: Call) -> Starts:
         rows = samples_in(call.inputs, encoder_decoder=self._encoder_decoder, whole=self._now.padding.whole_rows)
-        self._open_kept(call, rows)
+        self._follow_weights(call, rows)
         if not self._stores and not self._evaluates:
             with self._now.stats.timed(self._now.stats.write, rows.count):
                 repeated = self.repeats.see(rows.keys())
@@ -479,8 +484,6 @@ class PrefixCache:
         Returns:
             Its samples, its kind, whether stored states can be used, and what was computed meanwhile.
         """
-        if self._identity.changed():
-            self._hash_again()
         ambient = autocast_now(self._now.stats.device)
         # Hosts apply autocast around the call or inside it. Which one applies inside is known after the first pass.
         self.prefix.autocast = self._autocasts.get(ambient, self.prefix.autocast)
@@ -498,8 +501,10 @@ class PrefixCache:
         self.prefix.autocast = self._autocasts.setdefault(ambient, self.prefix.autocast)
         return rows, kind, trusted, fresh
 
-    def _open_kept(self, call: Call, rows: Rows) -> None:
-        """Open the stores of states that outlive the run, when the prefix is first used and when it has changed."""
+    def _follow_weights(self, call: Call, rows: Rows) -> None:
+        """Notice changed weights, and open the stores of states that outlive the run when the prefix is another one."""
+        if self._identity.changed():
+            self._hash_again()
         kept, depths = self.store.kept, self._depths
         if kept is None or self._kept_at == depths:
             return
@@ -525,7 +530,9 @@ class PrefixCache:
 
     def _save_kinds(self) -> None:
         for store in self.store.kept.stores[:1] if self.store.kept is not None else ():
-            store.save_kinds(self.kinds.lasting())
+            if (lasting := self.kinds.lasting()) != self._lasting:
+                self._lasting = lasting
+                store.save_kinds(lasting)
 
     def _all_stored(self, kind: PassKind, rows: Rows) -> Starts:
         """Where a pass starts if all its samples are stored at the full depth; else empty."""
@@ -692,8 +699,14 @@ class PrefixCache:
             own = self.prefix.compute(then.call, then.rows.inputs, {}, then.kind.layouts)
         if own is None or not self._is_read(entries, then.depths):
             return
+        now, everyone = OnePass(then.kind, then.rows), range(then.rows.count)
+        now.expect({row: entry.origin for row, entry in enumerate(entries)})
+        for slot, numbers in now.expected.items():
+            here = fingerprints(then.kind.entry_layouts[slot], own.entered[slot], then.rows, everyone).cpu()
+            if not self.rounding.same_fingerprints(here, numbers):
+                return  # embeddings were written to, or a hook on them has begun
         layouts, slots = then.kind.layouts, then.kind.slots
-        computed = split(layouts, slots, own.boundary, then.rows, range(then.rows.count), self._codec)
+        computed = split(layouts, slots, own.boundary, then.rows, everyone, self._codec)
         for entry, pieces in zip(entries, computed, strict=True):
             for slot, stored, piece in zip(slots, entry.states, pieces, strict=True):
                 if stored is None or piece is None:
@@ -808,10 +821,17 @@ class PrefixCache:
         self._identity.forget()
         self._identity.watch(self._depths)
         if self._identity.of(self._depths) != before:
+            self._kept_at = self._stored = None
             self._now.stats.since_hit = 0  # all samples have to be stored again
             self._changes += 1
             if self._changes > MOST_CHANGES:
                 raise _SwitchedOff("the weights of the frozen prefix keep changing")
+
+
+def _returns_keys(output: Any) -> bool:
+    """Whether there is a key-value cache in a model's output."""
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+    return any(hasattr(part, "get_seq_length") for part in parts)
 
 
 def _config(model: nn.Module) -> Any:

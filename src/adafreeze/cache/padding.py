@@ -173,6 +173,10 @@ class EvaluationPaddingCheck(PaddingCheck):
     all depends on it; else as whole rows, which an evaluation finds again, since it comes in the same batches.
     """
 
+    def is_harmless(self, kind: PassKind, rows: Rows) -> bool:
+        """Whether it is known that this batch may have zeros for padding; of each kind, since outputs may be others."""
+        return self.whole_rows or kind.ignores_padding or not _padded(kind, rows)
+
     def trusts(
         self, kind: PassKind, rows: Rows, call: Call, starts: Callable[[], Starts], *, without_gradient: bool = True
     ) -> bool:
@@ -183,7 +187,7 @@ class EvaluationPaddingCheck(PaddingCheck):
         if own is None and (states := starts() or self._starts(kind, rows, call)):
             zeros, ones = (named_tensors(self._filled(kind, rows, call, states, filler)) for filler in (0.0, 1.0))
             if self._same(zeros, ones) and (kind.inherited or not self._changes_states(kind, rows, call)):
-                self.known |= set(_padded(kind, rows).values())
+                kind.ignores_padding = True
                 return True
         self.take_whole_rows("")
         return False

@@ -14,6 +14,7 @@ from ...errors import ModelError, warn
 from ..blocks import user_name
 from ..patches import patched
 from ..restore import temporarily
+from ..traces import without_users_hooks
 from .base import Backend
 
 __all__ = ["NOT_PER_BLOCK", "PeftBackend"]
@@ -94,7 +95,7 @@ class PeftBackend(Backend):
         was = [(module, module.training) for module in site.modules()]
         try:
             site.eval()
-            with torch.no_grad():
+            with torch.no_grad(), without_users_hooks(site.modules()):
                 on = site(sample)
                 with self.adapters_off(site):
                     return torch.equal(on, site(sample))
