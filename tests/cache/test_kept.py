@@ -213,6 +213,14 @@ def test_the_budget_is_that_of_the_folder_and_old_stores_make_room(tmp_path, cap
     assert left.digest != first.digest and "were deleted" in caplog.text and left.nbytes <= 400 * 1024
 
 
+def test_a_budget_that_is_too_small_is_named_at_the_first_batch(tmp_path):
+    with pytest.warns(AdafreezeWarning, match=r"The states of 14 samples take about .*; cache_budget is 8.00 KiB"):
+        run = train(
+            "bert", settings(tmp_path, cache_budget="8KiB"), list(epochs("bert")), model=lora_model("bert", BLOCKS)
+        )
+    assert run[2].cache.off_because is None
+
+
 def test_a_damaged_file_is_filled_again(tmp_path):
     batches = list(epochs("bert", epochs=2))
     train("bert", settings(tmp_path), batches, model=lora_model("bert", BLOCKS))

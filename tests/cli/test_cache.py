@@ -100,7 +100,7 @@ def test_what_cannot_be_done_is_named(cache, words, message):
     [
         (["--freeze_at_start", "0"], "No block is frozen from step 0"),
         (["--method", "none"], "Without freezing there is no prefix"),
-        (["--prefix_cache_budget", "260KiB", "--train_file", "many"], "cache_budget allows 260 KiB"),
+        (["--prefix_cache_budget", "260KiB", "--train_file", "many"], "cache_budget is 260 KiB"),
         (["--prefix_dropout"], "prefix_dropout=True makes the prefix's output random"),
     ],
 )

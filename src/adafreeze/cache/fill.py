@@ -9,13 +9,12 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
-from ..errors import RunError, note, warn
+from ..errors import RunError, note
 from ..measure.draw import batch_size_of, collated, length_of, train_samples
 from ..model.batch import Call, as_mapping
 from ..model.blocks import device_of
 from ..model.restore import keep_random_state, temporarily
 from ..model.untouched import untouched
-from ..sizes import readable
 from .lookup import PrefixCache
 
 __all__ = ["fill"]
@@ -59,7 +58,7 @@ def fill(cache: PrefixCache, source: Any, *, rank: int = 0, ranks: int = 1, stri
             bar.update(len(indices))
             if number == 0 and cache.written:
                 share = sum(lengths[index] for index in indices) / max(1, sum(lengths)) or len(indices) / count
-                _check_size(cache, count, round(cache.written / share), strict=strict)
+                cache.store.check_size(count, round(cache.written / share), strict=strict)
             if cache.off is not None or not (cache.store.has_room or found):
                 break
         bar.close()
@@ -69,18 +68,6 @@ def fill(cache: PrefixCache, source: Any, *, rank: int = 0, ranks: int = 1, stri
         return
     cache.filled = found + computed
     note(f"Prefix cache filled: {found:,} samples were stored, {computed:,} are new.")
-
-
-def _check_size(cache: PrefixCache, count: int, size: int, *, strict: bool) -> None:
-    room = cache.store.budget
-    if size <= room:
-        note(f"The states of {count:,} samples take about {readable(size)}.")
-        return
-    fact = f"The states of {count:,} samples take about {readable(size)}, and cache_budget allows {readable(room)}."
-    fix = f'Set cache_budget="{readable(1.1 * size).replace(" ", "")}", or cache_dtype="bfloat16" for half the size.'
-    if strict:
-        raise RunError(fact, fix=fix)
-    warn(fact, fix=fix)
 
 
 def _batches(lengths: list[int], size: int) -> list[list[int]]:

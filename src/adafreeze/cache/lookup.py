@@ -757,7 +757,10 @@ class PrefixCache:
             return  # no sample comes again
         with self._now.stats.timed(self._now.stats.write, len(group)):
             items = self._entries(now, group, tuple(kind.depths(self.prefix.depths).values()), states, origins)
-            self.written += sum(entry.nbytes for _, entry in items)
+            nbytes = sum(entry.nbytes for _, entry in items)
+            if not self.written and progress.epoch and self.store.keeps and not (now.ahead or self._evaluates):
+                self.store.check_size(progress.epoch, round(nbytes / len(items) * progress.epoch))
+            self.written += nbytes
             reason = self.store.put(items, progress.step)
         if reason is not None:
             raise _SwitchedOff(reason)

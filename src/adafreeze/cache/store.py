@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import xxhash
 
+from ..errors import RunError, note, warn
 from ..freeze.prefix import Slot
 from ..journal import Journal
+from ..sizes import readable
 from .identity import Identity
 from .kept import KeptFolder
 from .tiers import Entry, RamTier, Tier
@@ -71,6 +73,25 @@ class Store:
     def lower(self) -> Mapping[str, int]:
         """Smaller depths at which entries are stored for other runs, by stack."""
         return self.kept.lower if self.kept is not None else {}
+
+    def check_size(self, samples: int, nbytes: int, *, strict: bool = False) -> None:
+        """Say what the states of all samples will take; warn if that is more than the budget.
+
+        Raises:
+            RunError: ``strict``, instead of the warning.
+        """
+        if nbytes <= self.budget:
+            note(f"The states of {samples:,} samples take about {readable(nbytes)}.")
+            return
+        fact = (
+            f"The states of {samples:,} samples take about {readable(nbytes)}; cache_budget is {readable(self.budget)}."
+        )
+        fix = (
+            f'Set cache_budget="{readable(1.1 * nbytes).replace(" ", "")}", or cache_dtype="bfloat16" for half of that.'
+        )
+        if strict:
+            raise RunError(fact, fix=fix)
+        warn(fact, fix=fix)
 
     def _is_usable(self, entry: Entry, depths: Sequence[int], slots: Sequence[Slot]) -> bool:
         if len(entry.depths) != len(depths) or any(a > b for a, b in zip(entry.depths, depths, strict=True)):
