@@ -51,7 +51,7 @@ def evaluated(model, batches):
         return [model(**one).logits for one in batches]
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "vit"])
+@pytest.mark.parametrize("family", ["bert", "llama", "qwen3", "t5", "vit"])
 def test_the_second_run_computes_nothing_below_the_boundary(family, tmp_path, monkeypatch):
     batches = list(epochs(family, epochs=2))
     train(family, settings(tmp_path), batches, model=lora_model(family, BLOCKS))
@@ -62,7 +62,9 @@ def test_the_second_run_computes_nothing_below_the_boundary(family, tmp_path, mo
     again = train(family, settings(tmp_path), batches, model=model, after=lambda *_: seen.append(calls.count))
     assert_same(again, control)
     assert counts(again[2])[1:] == (0, 0)
-    assert seen[-1] == calls.before and again[2].cache.off_because is None
+    assert again[2].cache.off_because is None
+    # T5's block 0 makes the position bias of all others, in every pass.
+    assert family == "t5" or seen[-1] == calls.before
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])

@@ -44,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     listed.add_argument("--json", action="store_true", help="print JSON")
     shown = command("info", _show, "all that is known about one of them")
     shown.add_argument("id", help="the first characters of its ID")
-    command("fill", _list, "compute the states of a run's samples ahead of it; takes the flags of `adafreeze train`")
+    text = "compute the states of a run's samples ahead of it; the flags are those of `adafreeze train`"
+    commands.add_parser("fill", help=text, description=f"{text}, and --prefix_cache_dir is the folder.")
     pruned = command("prune", _prune, "delete what was not used lately, least recently used first")
     pruned.add_argument("--unused_days", type=float, help="delete what was not used for so many days")
     pruned.add_argument("--max_size", help="delete until the folder takes at most this, such as 10GiB")
