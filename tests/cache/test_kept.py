@@ -1,16 +1,21 @@
 """States that outlive a run: the next one finds them, computes none of them again, and trains the same to the bit."""
 
 import json
+import shutil
 import signal
 import subprocess
+import types
 
 import psutil
 import pytest
 import torch
 from peft import get_peft_model
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adafreeze import AdafreezeWarning, Safe, SafeConfig
 from adafreeze.cache.kept import delete, stores_in
+from adafreeze.cli.main import main
 from adafreeze.model import find_stacks
 from cached_run import BLOCKS, COUNT, ROWS, assert_same, by_step, command, counts, epochs, train
 from cases import adapter, base_model, collate, loader, lora_model
@@ -239,12 +244,95 @@ def test_damaged_notes_beside_the_states_do_not_matter(name, tmp_path):
     batches = list(epochs("bert", epochs=2))
     train("bert", settings(tmp_path), batches, model=lora_model("bert", BLOCKS))
     (store,) = stores_in(tmp_path)
-    for content in ("", "[1", '{"a": 1}', '{"x 2 0": {"verified": 3}}'):
+    right = json.loads((store.folder / "verified.json").read_text())
+    wrong = [{key: of for key in right} for of in ({}, 3, None, {"verified": 3})]
+    wrong += [{key: {**of, "widths": [1]} for key, of in right.items()}, {"depths": [2]}, {"depths": 3}]
+    for content in ("", "[1", '{"a": 1}', *map(json.dumps, wrong)):
         (store.folder / name).write_text(content)
+        assert main(["cache", "list", "--cache_dir", str(tmp_path)]) == 0
         runs = [train("bert", settings(where), batches, model=lora_model("bert", BLOCKS)) for where in (tmp_path, None)]
         assert_same(*runs)
         assert counts(runs[0][2])[2] <= ROWS
     assert stores_in(tmp_path)[0].samples == COUNT
+
+
+def given_forward(model):
+    output = find_stacks(model)[0].blocks[0].output
+    original = type(output).forward
+    output.forward = types.MethodType(lambda self, *args: 1.5 * original(self, *args), output)
+
+
+def given_class(model):
+    kind = type(find_stacks(model)[0].blocks[0].intermediate)
+    original = kind.forward
+    kind.forward = lambda self, *args: 1.5 * original(self, *args)
+    return lambda: setattr(kind, "forward", original)
+
+
+def given_attention(model):
+    def attention(module, query, key, value, mask, **options):
+        return sdpa_attention_forward(module, query, key, 1.5 * value, mask, **options)
+
+    ALL_ATTENTION_FUNCTIONS.register("mine", attention)
+    model.config._attn_implementation = "mine"
+
+
+@pytest.mark.parametrize("change", [given_forward, given_class, given_attention])
+def test_code_of_the_user_s_own_is_not_shared(change, tmp_path):
+    batches = list(epochs("bert", epochs=2))
+    train("bert", settings(tmp_path), batches, model=lora_model("bert", BLOCKS))
+    runs = []
+    for folder in (tmp_path, None):
+        model = lora_model("bert", BLOCKS)
+        undo = change(model) or (lambda: None)
+        try:
+            runs.append(train("bert", settings(folder), batches, model=model))
+        finally:
+            undo()
+    assert_same(*runs)
+    (event,) = [event for event in runs[0][2].journal.events if event["event"] == "cache_not_kept"]
+    assert "code of your own" in event["reason"]
+
+
+def test_weights_that_are_edited_in_mid_run_get_a_store_of_their_own(tmp_path):
+    def after(safe, model):
+        if safe.steps == 5:
+            model.get_input_embeddings().weight.data += 1
+
+    batches = list(epochs("bert"))
+    edited = [
+        train("bert", settings(folder), batches, model=lora_model("bert", BLOCKS), after=after)
+        for folder in (tmp_path, None)
+    ]
+    assert_same(*edited)
+    assert len(stores_in(tmp_path)) == 2
+    safe = train("bert", settings(tmp_path), list(epochs("bert", epochs=1)), model=lora_model("bert", BLOCKS))[2]
+    assert counts(safe)[2] <= COUNT - 5 * ROWS + ROWS + 10  # of the five batches before the edit all are found
+
+
+def test_a_disk_that_is_full_does_not_cost_other_stores(tmp_path, monkeypatch):
+    train("bert", settings(tmp_path), list(epochs("bert", epochs=1)), model=lora_model("bert", BLOCKS))
+    (first,) = stores_in(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 400 * 1024}))
+    model = lora_model("bert", BLOCKS)
+    model.get_input_embeddings().weight.data += 1
+    train("bert", settings(tmp_path), list(epochs("bert", count=120, epochs=1)), count=120, model=model)
+    assert first.digest in {store.digest for store in stores_in(tmp_path)}
+
+
+def test_two_models_of_one_process_share_a_store(tmp_path):
+    data, made = loader("bert", count=8, rows=4, length=10), settings(tmp_path)
+    models = [lora_model("bert", BLOCKS) for _ in range(2)]
+    safes = [Safe(model, made, probe=data, total_steps=50) for model in models]
+    for model in models:
+        for one in data:
+            model(**one).loss.backward()
+    assert [safe.cache.prefix_cache.store.keeps for safe in safes] == [True, True]
+    safes[0].close()
+    models[1](**next(iter(data))).loss.backward()
+    safes[1].close()
+    (store,) = stores_in(tmp_path)
+    assert store.samples == 8 and not store.in_use
 
 
 def test_only_the_user_can_read_the_states(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from transformers import DataCollatorWithFlattening
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from adafreeze import SafeConfig
 from adafreeze.model.rows import NotBySample, PackedRows, samples_in
 from cached_run import BLOCKS, config, counts, train
 from cases import lora_model, sample
@@ -99,3 +100,19 @@ def test_bounds_that_contradict_the_positions_are_refused():
     batch["cu_seq_lens_q"] = batch["cu_seq_lens_q"] + 1
     with pytest.raises(NotBySample, match="same positions"):
         samples_in(batch)
+
+
+def test_kept_documents_are_not_served_where_attention_mixes_them(tmp_path):
+    """With a key-value cache transformers does not look for documents, and attention runs over the whole row."""
+    batches = [{name: value for name, value in one.items() if name != "use_cache"} for one in epochs(flattened)]
+    runs = []
+    for folder, use_cache in ((tmp_path, False), (tmp_path, True), (None, True)):
+        model = lora_model("llama", BLOCKS, dropout=0.0)
+        model.config.use_cache = use_cache
+        kept = {"keep_cache": True, "cache_dir": folder} if folder is not None else {"cache": "off"}
+        settings = SafeConfig(
+            freeze_at_start=0.5, policy=lambda _: [], warmup=1.0, ramp_end=1.0, score="random", **kept
+        )
+        runs.append(train("llama", settings, batches, model=model, count=len(batches) // 3))
+    assert runs[0][2].cache.off_because is None and counts(runs[0][2])[0] >= DOCUMENTS
+    assert runs[1][0] == runs[2][0] and "attend to each other" in runs[1][2].cache.off_because

@@ -34,11 +34,12 @@ VALID = {
     **dict.fromkeys(["wait_for_loss", "normalize_rows", "prefix_dropout", "dry_run"], st.booleans()),
     "cache_budget": sizes,
     "lr_scale": st.just("sqrt") | st.floats(0.1, 10),
+    "fill": st.sampled_from([None, "before"]),
     "cache_dtype": st.sampled_from([None, "bfloat16", "int8"]),
     "memory_budget": st.none() | st.just("auto") | st.floats(0, 1, exclude_min=True) | sizes,
     "freeze": st.lists(st.text()).map(tuple),
 }
-ALONE = {"warmup", "ramp_end", "cache", "cache_dir"}  # their ranges depend on each other
+ALONE = {"warmup", "ramp_end", "cache", "cache_dir", "keep_cache"}  # their ranges depend on each other
 VALUES = (
     st.none()
     | st.booleans()

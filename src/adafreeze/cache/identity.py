@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..model.backends import Backend
-from ..model.blocks import Stack, base_model, device_of, modules_outside, user_name
-from ..model.traces import users_code
+from ..model.blocks import Stack, base_model, configs_of, device_of, modules_outside, user_name
+from ..model.traces import changed_code
 
 __all__ = ["FORMAT_VERSION", "HOSTS_SET", "Identity"]
 
@@ -120,8 +121,9 @@ class Identity:
         """Why no other run could use what these prefixes compute; None if it could."""
         blocks = [block for stack, depth in zip(self._stacks, depths, strict=True) for block in stack.blocks[:depth]]
         inside = [module for block in blocks for module in block.modules()]
-        if (own := users_code([*inside, *self._outside_modules()])) is not None:
-            return f"{own} is a class of your own, and nothing shows whether its code is the same in the next run"
+        own = changed_code([*inside, *self._outside_modules()]) or self._own_attention()
+        if own is not None:
+            return f"{own} has code of your own, and nothing shows whether it is the same in the next run"
         if not all(links[depth].at_rest for links, depth in zip(self._linked(depths), depths, strict=True)):
             return "adapters of the frozen prefix have been trained, or do something from the start"
         return None
@@ -197,10 +199,22 @@ class Identity:
         for links in self._chains:
             links.clear()
 
+    def _own_attention(self) -> str | None:
+        """The name of an attention function that no library registered."""
+        for name in sorted({str(getattr(config, "_attn_implementation", None)) for config in configs_of(self._model)}):
+            function = ALL_ATTENTION_FUNCTIONS.get(name)
+            if function is not None and function.__module__.partition(".")[0] not in ("transformers", "torch"):
+                return f"the attention {name!r}"
+        return None
+
     def _root(self) -> bytes:
         digest = xxhash.xxh3_128()
-        config: Any = getattr(self._model, "config", None)
-        settings = config.to_dict() if hasattr(config, "to_dict") else {"config": config}
+        settings = [
+            (getattr(config, "_attn_implementation", None), _of_the_prefix(config.to_dict()))
+            if hasattr(config, "to_dict")
+            else repr(config)
+            for config in configs_of(self._model)
+        ]
         device = device_of(self._model).type
         described = [
             f"format {FORMAT_VERSION}",
@@ -208,8 +222,7 @@ class Identity:
             *self._around_blocks(),
             sys.byteorder,
             f"{device} {torch.get_float32_matmul_precision()} {torch.backends.cudnn.allow_tf32 and device == 'cuda'}",
-            str(getattr(config, "_attn_implementation", None)),
-            repr(_of_the_prefix(settings)),
+            repr(settings),
         ]
         digest.update("\n".join(described).encode())
         names = {id(module): user_name(name) for name, module in self._model.named_modules()}

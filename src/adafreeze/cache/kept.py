@@ -93,7 +93,7 @@ def _info(folder: Path) -> StoreInfo | None:
         folder=folder,
         digest=folder.name.removeprefix(PREFIX),
         model=str(details.get("model", "unknown")),
-        depths=details.get("depths", {}),
+        depths=depths if isinstance(depths := details.get("depths"), dict) else {},
         samples=DiskTier.samples_in(folder),
         nbytes=sum(stat.st_blocks * 512 if hasattr(stat, "st_blocks") else stat.st_size for stat in files),
         used=used,
@@ -140,13 +140,16 @@ def _use(folder: Path) -> Any:
         lock.close()  # deleted between the two lines
 
 
+# LMDB can open a file once in a process.
+_OPEN: dict[Path, KeptStore] = {}
+
+
 class KeptStore:
     """The states of one prefix at rest.
 
     Args:
-        home: folder of all stores.
-        digest: of the prefix.
-        budget: bytes of the whole folder.
+        folder: of the store, in that of all stores.
+        budget: bytes of all stores together.
         details: for info.json.
 
     Raises:
@@ -154,22 +157,23 @@ class KeptStore:
         ConfigError: LMDB is not installed.
     """
 
-    def __init__(self, home: Path, digest: bytes, budget: int, details: Mapping[str, Any]) -> None:
-        self.home, self.folder, self.budget = home, home / f"{PREFIX}{digest.hex()}", budget
+    def __init__(self, folder: Path, budget: int, details: Mapping[str, Any]) -> None:
+        self.home, self.folder, self.budget = folder.parent, folder, budget
         self.depths: Mapping[str, int] = details["depths"]
         self._lock = _use(self.folder)
-        try:
+        self.users = 1  # objects of this process that have it open
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._lock.close)
             self.tier = DiskTier(self.folder, budget, keep=True)
-        except BaseException:
-            self._lock.close()
-            raise
-        self.samples = self.tier.samples
-        self._share_budget()
-        if not (self.folder / "info.json").exists():
-            created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            self._write("info.json", {"format": FORMAT, **details, "created": created})
-        os.utime(self.folder / "info.json")
-        self.kinds: dict[str, Any] = self._read_kinds()
+            undo.callback(self.tier.close)
+            self.samples = self.tier.samples
+            self._share_budget()
+            if not self._read("info.json"):
+                created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+                self._write("info.json", {"format": FORMAT, **details, "created": created})
+            os.utime(self.folder / "info.json")
+            self.kinds: dict[str, Any] = self._read("verified.json")
+            undo.pop_all()
 
     def _share_budget(self) -> None:
         others = sum(one.nbytes for one in stores_in(self.home) if one.folder != self.folder)
@@ -183,6 +187,8 @@ class KeptStore:
         return left
 
     def _free_one(self) -> bool:
+        if self.tier.budget >= self.tier.largest:
+            return False  # what limits it is the disk
         for store in stores_in(self.home):
             if store.folder != self.folder and delete(store):
                 note(f"Kept states of {store.model} ({store.digest[:8]}) were deleted: {self.home} is full.")
@@ -193,15 +199,15 @@ class KeptStore:
 
     def save_kinds(self, kinds: Mapping[str, Any]) -> None:
         """Add to what was verified of passes that start from these states."""
-        known = {**self._read_kinds(), **kinds}
+        known = {**self._read("verified.json"), **kinds}
         if known != self.kinds:
             with contextlib.suppress(OSError):  # then the next run verifies it again
                 self._write("verified.json", known)
             self.kinds = known
 
-    def _read_kinds(self) -> dict[str, Any]:
+    def _read(self, name: str) -> dict[str, Any]:
         try:
-            found = json.loads((self.folder / "verified.json").read_text(encoding="utf-8"))
+            found = json.loads((self.folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
@@ -212,7 +218,11 @@ class KeptStore:
         os.replace(part, self.folder / name)
 
     def close(self) -> None:
-        """Close its file, which stays."""
+        """Close its file, which stays, if no other object of this process has it open."""
+        self.users -= 1
+        if self.users:
+            return
+        _OPEN.pop(self.folder, None)
         with contextlib.suppress(OSError):
             os.utime(self.folder / "info.json")
         self.tier.close()
@@ -270,8 +280,13 @@ class KeptFolder:
 
     def _opened(self, digest: bytes, depths: Mapping[str, int]) -> KeptStore:
         if digest not in self._open:
-            details = {"model": self.model, "depths": depths}
-            self._open[digest] = KeptStore(self.home, digest, self.budget, details)
+            folder = (self.home / f"{PREFIX}{digest.hex()}").resolve()
+            if folder in _OPEN:
+                _OPEN[folder].users += 1
+            else:
+                details = {"model": self.model, "depths": depths}
+                _OPEN[folder] = KeptStore(folder, self.budget, details)
+            self._open[digest] = _OPEN[folder]
         return self._open[digest]
 
     def close(self) -> None:
@@ -284,7 +299,7 @@ class KeptFolder:
 
 def _network(home: Path) -> str | None:
     """The type of the network file system that a folder is on; None if it is local."""
-    place = home.expanduser().absolute()
+    place = home.expanduser().resolve()
     mounts = {Path(one.mountpoint): one.fstype for one in psutil.disk_partitions(all=True)}
     nearest = next((mounts[folder] for folder in (place, *place.parents) if folder in mounts), "")
     return nearest if nearest.lower() in NETWORK else None

@@ -62,6 +62,7 @@ class PassKind:
         own_code: class of a module in the prefix that is the user's; None if all are of libraries.
         inherited: an earlier run verified it, on states that were kept.
         ignores_padding: in evaluation no output depends on it.
+        returned: a pass of the model's own has shown what it returns.
         continues: in evaluation it returns keys and values, from which the user may continue a text.
     """
 
@@ -78,6 +79,7 @@ class PassKind:
     own_code: str | None = None
     inherited: bool = False
     ignores_padding: bool = False
+    returned: bool = False
     continues: bool = False
 
     @property
@@ -137,6 +139,9 @@ class PassKind:
         """Take over from the same kind in a shallower prefix what holds in the deeper one, too."""
         self.shallower, shallower.shallower = shallower, None
         self.calls |= shallower.calls
+        # What is returned and read above a boundary is the same for a higher one, in libraries.
+        self.returned, self.continues = shallower.returned, shallower.continues
+        self.ignores_padding = shallower.ignores_padding and self.own_code is None
         for name in shallower.verified:
             if not name.endswith(BELOW):
                 self.verified.add(name + BELOW)
@@ -163,6 +168,7 @@ class PassKind:
             "entry_layouts": plain(self.entry_layouts),
             "writes": self.writes,
             "continues": self.continues,
+            "ignores_padding": self.ignores_padding,
         }
 
     def inherit(self, found: Mapping[str, Any]) -> None:
@@ -171,11 +177,17 @@ class PassKind:
         def layouts(entries: Iterable[Any]) -> dict[Slot, Layout]:
             return {(path, call): Layout(**{**of, "dtype": getattr(torch, of["dtype"])}) for path, call, of in entries}
 
-        self.verified |= set(found["verified"])
-        self.widths |= _spans(found["widths"])
-        self.calls |= found["calls"]
-        self.layouts, self.entry_layouts = layouts(found["layouts"]), layouts(found["entry_layouts"])
-        self.writes, self.continues, self.inherited = found["writes"], found["continues"], True
+        try:
+            of_states, of_entries = layouts(found["layouts"]), layouts(found["entry_layouts"])
+            verified, widths, calls = set(found["verified"]), _spans(found["widths"]), dict(found["calls"])
+            writes, continues, ignores = (bool(found[name]) for name in ("writes", "continues", "ignores_padding"))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return  # damaged, so this run verifies everything itself
+        self.verified |= verified
+        self.widths |= widths
+        self.calls |= calls
+        self.layouts, self.entry_layouts = of_states, of_entries
+        self.writes, self.continues, self.ignores_padding, self.inherited = writes, continues, ignores, True
 
     def has_calls(self, seen: Mapping[str, int]) -> bool:
         """Whether stacks were called as expected. If not, the prefix must be examined again."""
@@ -239,7 +251,7 @@ class PassKinds:
             made.verified |= set(verified)
             made.widths |= _spans(widths)
             made.calls |= calls
-            if self._of_libraries(made) and key in self.kept:
+            if self._of_libraries(made) and not rows.is_packed and key in self.kept:
                 made.inherit(self.kept[key])
             self.known[key] = self._latest[kind] = made
         return self.known[key]
@@ -272,6 +284,7 @@ class _Outside:
         self._modules = modules_outside(modules, stacks)
         self.own_code = users_code(self._modules)
         self._classes = [type(module).__name__ for module in self._modules]
+        self._configs = list({id(c): c for m in self._modules if (c := m.__dict__.get("config")) is not None}.values())
         # Hooks on embeddings show in the fingerprints of what enters block 0.
         self._hooked = [m for m in self._modules if not any(isinstance(part, nn.Embedding) for part in m.modules())]
         self._flags: list[tuple[dict[str, Any], str]] = []
@@ -285,4 +298,7 @@ class _Outside:
         """As of now."""
         training = [module.training for module in self._modules]
         hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in self._hooked]
-        return self._classes, training, hooks, [own.get(name) for own, name in self._flags]
+        # With a key-value cache transformers does not look for documents in packed rows.
+        caching = [getattr(config, "use_cache", None) for config in self._configs]
+        caching += [getattr(module, "gradient_checkpointing", False) for module in self._modules]
+        return self._classes, caching, training, hooks, [own.get(name) for own, name in self._flags]

@@ -18,7 +18,7 @@ from ..freeze.prefix import Computed, Prefix, Slot, Start, Starts, autocast_now
 from ..journal import Journal
 from ..model.backends import Backend
 from ..model.batch import Call
-from ..model.blocks import device_of
+from ..model.blocks import configs_of, device_of
 from ..model.restore import keep_random_state
 from ..model.rows import NotBySample, Rows, samples_in
 from ..model.traces import captures_outputs, read_by, traceless
@@ -130,8 +130,8 @@ class PrefixCache:
         self.store = Store(tiers, identity, journal, kept)
         self._identity = identity
         # A wrapper has no configuration of its own.
-        modules = prefix.model.modules()
-        self._encoder_decoder = any(getattr(_config(module), "is_encoder_decoder", False) for module in modules)
+        self._configs = configs_of(prefix.model)
+        self._encoder_decoder = any(getattr(config, "is_encoder_decoder", False) for config in self._configs)
         self.rounding = Rounding(prefix, self._codec)
         self.kinds = PassKinds(prefix)
         self._training = self._passes(PaddingCheck(prefix, self.rounding, self._note_whole_rows))
@@ -328,8 +328,8 @@ class PrefixCache:
         """What a pass does to its own weights is no change."""
         self._identity.after_pass()
 
-    def look_up(self, call: Call) -> tuple[Starts, bool]:
-        """At the boundary, for calls whose states are stored or were computed."""
+    def look_up(self, call: Call) -> tuple[Starts, bool] | None:
+        """At the boundary, for calls whose states are stored or were computed; None if the pass is not looked up."""
         self._pass = None
         self._now = self._training if self.prefix.model.training else self._evaluation
         starts: Starts = {}
@@ -338,7 +338,7 @@ class PrefixCache:
             if any(self._depths) and not runs and self._may_serve(call.inputs):
                 starts = self._look_up(call)
         if (now := self._pass) is None:
-            return {}, False
+            return None
         compares = self._now.padding.awaits_gradient or self._now.shadow.current is not None
         return starts, compares or now.filling is not None
 
@@ -380,7 +380,9 @@ class PrefixCache:
             if output is not None and not now.kind.has_calls(seen):
                 self._now.shadow.current = None
             self._now.shadow.finished(output)
-            if self._evaluates and _returns_keys(output) and "labels" not in now.rows.inputs:
+            now.kind.returned |= output is not None and not now.served
+            named = isinstance(output, dict) and "labels" in now.rows.inputs
+            if self._evaluates and not now.served and _returns_keys(output) and not named:
                 now.kind.continues = True
                 self._note_wait(
                     "evaluation that returns keys and values runs the prefix; pass use_cache=False if you do not "
@@ -437,9 +439,8 @@ class PrefixCache:
     # One training pass.
 
     def _may_serve(self, inputs: Mapping[str, Any]) -> bool:
-        config = _config(self.prefix.model)
         asked = [inputs.get(name) for name in _WHOLE_PASS]
-        asked += [getattr(config, name, False) for name in _WHOLE_PASS[:2]]
+        asked += [getattr(config, name, False) for config in self._configs for name in _WHOLE_PASS[:2]]
         if any(value is not None and value is not False for value in asked):
             if self._evaluates:  # such as generation
                 return False
@@ -460,6 +461,8 @@ class PrefixCache:
         return True
 
     def _look_up(self, call: Call) -> Starts:
+        if self._evaluates and self._identity.changed():
+            return {}  # an average of weights may be in their place, for this evaluation only
         rows = samples_in(call.inputs, encoder_decoder=self._encoder_decoder, whole=self._now.padding.whole_rows)
         self._follow_weights(call, rows)
         if not self._stores and not self._evaluates:
@@ -473,8 +476,10 @@ class PrefixCache:
         self._verify_stored()
         rows, kind, trusted, fresh = self._examined(call, rows)
         self._pass = OnePass(kind, rows)
-        if not kind.layouts or (self._evaluates and kind.continues):
+        if not kind.layouts:
             return {}  # this pass shows how often its stacks are called
+        if self._evaluates and (kind.continues or not (kind.returned or kind.inherited)):
+            return {}  # it shows what it returns
         self._pass.keys = self._keys(kind, rows)
         return self._served(self._pass, call, trusted, fresh)
 
@@ -546,7 +551,9 @@ class PrefixCache:
         return {slot: Start(depths[slot], fresh.boundary[slot]) for slot in kind.layouts} if fresh is not None else {}
 
     def _keys(self, kind: PassKind, rows: Rows) -> list[bytes]:
-        return rows.keys(f"{self.prefix.autocast} {self._now.padding.whole_rows} {self._dtype} {kind.slots}")
+        # Of its own in evaluation, whose other widths would round what training finds again.
+        passes = "evaluation" if self._evaluates else "training"
+        return rows.keys(f"{passes} {self.prefix.autocast} {self._now.padding.whole_rows} {self._dtype} {kind.slots}")
 
     def _below(self, kind: PassKind, rows: Rows) -> Callable[[Sequence[int]], Starts]:
         """Where the first passes of a prefix that has grown start: at what the shallower one has stored of all rows."""
@@ -835,7 +842,3 @@ def _returns_keys(output: Any) -> bool:
     """Whether there is a key-value cache in a model's output."""
     parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
     return any(hasattr(part, "get_seq_length") for part in parts)
-
-
-def _config(model: nn.Module) -> Any:
-    return getattr(model, "config", None)

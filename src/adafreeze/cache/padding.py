@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..freeze.prefix import Prefix, Slot, Start, Starts
@@ -80,19 +81,25 @@ class PaddingCheck:
         """Whether the loss and all outputs at other positions are the same with another filler for padding."""
         if not starts:
             return False
-        zeros, ones = (sampled(self._filled(kind, rows, call, starts, filler), rows) for filler in (0.0, 1.0))
-        # A loss that is computed outside the model may read any output.
-        return "loss" in dict(zeros) and self._same(zeros, ones)
+        one, other, changed = (sampled(output, rows) for output in self._probed(kind, rows, call, starts))
+        # A loss that is computed outside the model may read any output. A head that starts at zero shows nothing.
+        return "loss" in dict(one) and self._same(one, other) and not self._same(one, changed)
 
-    def _filled(self, kind: PassKind, rows: Rows, call: Call, starts: Starts, filler: float) -> Any:
-        """What a pass from ``starts`` returns with this for padding."""
-        filled = dict(starts)
-        for slot, side in _padded(kind, rows).items():
-            states = starts[slot].states
-            real = real_positions(rows, side, states.device).reshape(*states.shape[:2], *[1] * (states.ndim - 2))
-            filled[slot] = Start(starts[slot].depth, states.where(real, filler))
-        with traceless(self.prefix.modules):
-            return self.prefix.shadow(call, rows.inputs, filled)
+    def _probed(self, kind: PassKind, rows: Rows, call: Call, starts: Starts) -> Iterator[Any]:
+        """What passes from ``starts`` return with two fillers for padding, and with one of them for all positions.
+
+        The fillers are random: a constant one passes through the residual stream, and a LayerNorm removes it.
+        """
+        generator = torch.Generator().manual_seed(0)
+        for seen in (False, False, True):
+            filled = dict(starts)
+            for slot, side in _padded(kind, rows).items():
+                states = starts[slot].states
+                real = real_positions(rows, side, states.device).reshape(*states.shape[:2], *[1] * (states.ndim - 2))
+                filler = torch.randn(states.shape, generator=generator).to(states) * states.float().std().to(states)
+                filled[slot] = Start(starts[slot].depth, states.where(real & (not seen), filler))
+            with traceless(self.prefix.modules):
+                yield self.prefix.shadow(call, rows.inputs, filled)
 
     def _same(self, some: list[tuple[str, Tensor]], others: list[tuple[str, Tensor]]) -> bool:
         return [name for name, _ in some] == [name for name, _ in others] and all(
@@ -169,8 +176,8 @@ class PaddingCheck:
 class EvaluationPaddingCheck(PaddingCheck):
     """Decides the same for passes in evaluation mode, which have no gradient to look at.
 
-    What they return is for the user, at padded positions, too. Samples are stored without padding only if no output at
-    all depends on it; else as whole rows, which an evaluation finds again, since it comes in the same batches.
+    What they return is for the user, at padded positions, too. Samples are stored without padding only if no output is
+    by position or depends on padding; else as whole rows, which an evaluation finds again in the same batches.
     """
 
     def is_harmless(self, kind: PassKind, rows: Rows) -> bool:
@@ -184,9 +191,13 @@ class EvaluationPaddingCheck(PaddingCheck):
         if self.is_harmless(kind, rows):
             return True
         own = users_code(modules_outside(self.prefix.modules, self.prefix.stacks))
-        if own is None and (states := starts() or self._starts(kind, rows, call)):
-            zeros, ones = (named_tensors(self._filled(kind, rows, call, states, filler)) for filler in (0.0, 1.0))
-            if self._same(zeros, ones) and (kind.inherited or not self._changes_states(kind, rows, call)):
+        states = (starts() or self._starts(kind, rows, call)) if own is None else {}
+        if states:
+            one, other, changed = (named_tensors(output) for output in self._probed(kind, rows, call, states))
+            sides = {side_of(name, tensor, rows) for name, tensor in one} & set(_padded(kind, rows).values())
+            if not sides and self._same(one, changed):
+                return False  # a head that starts at zero shows nothing
+            if not sides and self._same(one, other) and (kind.inherited or not self._changes_states(kind, rows, call)):
                 kind.ignores_padding = True
                 return True
         self.take_whole_rows("")

@@ -199,6 +199,7 @@ class DiskTier:
     Attributes:
         largest: bytes that its file may ever take, as set when it was opened.
         has_failed: it takes nothing more, and a warning has said why.
+        is_damaged: because pages of its file are.
 
     Raises:
         ConfigError: LMDB is not installed.
@@ -210,7 +211,7 @@ class DiskTier:
     def __init__(self, folder: Path, budget: int, *, keep: bool = False) -> None:
         self._lmdb = _lmdb()
         self.folder, self.keep = folder, keep
-        self.full = self.has_failed = False
+        self.full = self.has_failed = self.is_damaged = False
         self.damaged = 0
         is_new = not (folder / "data.mdb").exists()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -262,8 +263,12 @@ class DiskTier:
 
     def get(self, keys: Sequence[bytes]) -> list[Entry | None]:
         """The entry of each key, copied out of the file's pages."""
-        with self._begin() as transaction:
-            return [self._decoded(key, transaction.get(key)) for key in keys]
+        try:
+            with self._begin() as transaction:
+                return [self._decoded(key, transaction.get(key)) for key in keys]
+        except self._lmdb.Error as error:
+            self._has_failed(error)
+            return [None] * len(keys)
 
     def _begin(self, *, write: bool = False) -> Any:
         try:
@@ -297,15 +302,24 @@ class DiskTier:
             self.full = True
             return list(items)
         except (self._lmdb.Error, OSError) as error:
-            if not self.has_failed:
-                self.full = self.has_failed = True
-                warn(
-                    f"The prefix cache in {self.folder} takes no more samples: the disk is full or the folder is gone "
-                    f"({error}).",
-                    fix="Free some space, or set a smaller cache_budget. Training continues with what is stored.",
-                )
+            self._has_failed(error)
             return list(items)
         return [(key, entry) for key, entry in items if key not in accepted]
+
+    def _has_failed(self, error: Exception) -> None:
+        """Take nothing more, with one warning; a file with damaged pages is deleted when it is closed."""
+        self.full = True
+        if self.has_failed:
+            return
+        self.has_failed = True
+        self.is_damaged = isinstance(error, (self._lmdb.CorruptedError, self._lmdb.PageNotFoundError))
+        what = "its file is damaged" if self.is_damaged else "the disk is full or the folder is gone"
+        warn(
+            f"The prefix cache in {self.folder} takes no more samples: {what} ({error}).",
+            fix="Training continues without it, and the next run fills it again."
+            if self.is_damaged
+            else "Free some space, or set a smaller cache_budget. Training continues with what is stored.",
+        )
 
     def stored_keys(self) -> Iterable[bytes]:
         """All keys stored, by any run."""
@@ -337,6 +351,8 @@ class DiskTier:
         self._environment.close()
         if not self.keep:
             shutil.rmtree(self.folder, ignore_errors=True)
+        for name in FILES if self.keep and self.is_damaged else ():
+            (self.folder / name).unlink(missing_ok=True)
 
 
 def _bytes_in_use(environment: Any) -> int:

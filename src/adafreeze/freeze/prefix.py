@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..errors import RunError
 from ..model.batch import Call
 from ..model.blocks import (
     Stack,
@@ -27,7 +28,7 @@ from ..model.flow import Flow, graph_leaves, tensors_in
 from ..model.patches import Hook, forward_hook, forward_pre_hook, held_attribute, patched, patched_forward
 from ..model.traces import captures_outputs, read_by, without_users_hooks
 
-__all__ = ["Computed", "Prefix", "Server", "Slot", "Start", "Starts", "autocast_now"]
+__all__ = ["Computed", "NoKeys", "Prefix", "Server", "Slot", "Start", "Starts", "autocast_now"]
 
 # Settings under which a model skips whole blocks at random in training.
 LAYER_DROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop", "layer_drop")
@@ -67,10 +68,10 @@ class Server(Protocol):
     def after_pass(self) -> None:
         """It has ended."""
 
-    def look_up(self, call: Call) -> tuple[Starts, bool]:
+    def look_up(self, call: Call) -> tuple[Starts, bool] | None:
         """Where the pass that begins with this call starts, and whether to call ``at_boundary`` in it.
 
-        If not, compiled code need not trace it.
+        If not, compiled code need not trace it. None: the server has nothing to do with this pass.
         """
 
     def admits(self, slot: Slot, hidden: Tensor) -> bool:
@@ -337,7 +338,9 @@ class Prefix:
         trains = any(tensor.requires_grad for tensor in tensors_in((args, kwargs)))
         self._pass.evaluates = self._pass.evaluates and not trains
         if self._active() and not trains:
-            starts, self._pass.watched = server.look_up(Call.of(module, args, kwargs))
+            looked_up = server.look_up(Call.of(module, args, kwargs))
+            self._pass.evaluates = self._pass.evaluates and looked_up is not None
+            starts, self._pass.watched = looked_up or ({}, False)
             self._pass.starts = dict(starts)
 
     def _notice_unfrozen(self) -> None:
@@ -349,9 +352,9 @@ class Prefix:
                 self.on_change(shorter)
 
     @torch.compiler.disable
-    def _end(self, module: nn.Module, _args: Any, output: Any = None) -> None:
+    def _end(self, module: nn.Module, _args: Any, output: Any = None) -> Any:
         if self._root is not module:
-            return
+            return None
         this, self._pass, self._root = self._pass, _Pass(), None
         if output is not None and self._active():
             self._learn_patterns(this)
@@ -360,6 +363,9 @@ class Prefix:
             if self._active() or this.evaluates:
                 server.finished(output, this.calls)
             server.after_pass()
+        if this.evaluates and this.starts and isinstance(output, dict) and output.get("past_key_values") is not None:
+            output["past_key_values"] = NoKeys()
+        return None
 
     def _active(self) -> bool:
         if self._pass.evaluates or self._pass.recorded is not None:
@@ -388,8 +394,10 @@ class Prefix:
             if index == 0 and not torch.compiler.is_compiling():
                 self._enter(slot, args, kwargs)
             start = this.starts.get(slot)
-            # An empty key-value cache would keep keys and values until the end of the pass.
-            args, kwargs = without_cache(args, kwargs, filled=False)
+            if start is not None or not this.evaluates:
+                # An empty key-value cache would keep keys and values until the end of the pass. In evaluation the user
+                # may continue from them, so a pass that runs the prefix leaves it alone.
+                args, kwargs = without_cache(args, kwargs, filled=False)
             with torch.no_grad():
                 if start is not None and index < start.depth:
                     output = self._skipped(path, index, start, lambda: original(*args, **kwargs))
@@ -528,6 +536,21 @@ class Prefix:
         # While one stack starts from the embeddings, reentrant checkpointing may need their gradient.
         self._harmless.append(output)
         return None
+
+
+class NoKeys:
+    """In place of the key-value cache that an evaluation with labels returns, if its lower blocks did not run."""
+
+    def _raise(self, *_: Any) -> Any:
+        raise RunError(
+            "This evaluation started above the frozen prefix, so its past_key_values have no keys and values of the "
+            "lower blocks.",
+            fix="Call the model with use_cache=True to continue from them.",
+        )
+
+    get_seq_length = get_mask_sizes = update = crop = reorder_cache = to_legacy_cache = _raise
+    __getitem__ = __len__ = __iter__ = _raise
+    layers = key_cache = value_cache = property(_raise)
 
 
 class _Reads(TorchDispatchMode):

@@ -19,8 +19,8 @@ from .patches import patched_forward
 from .restore import temporarily
 
 __all__ = [
-    "Stack", "StopForward", "base_model", "find_stacks", "hidden_states", "is_quiet", "modules_outside", "starting_at",
-    "unwrap", "without_cache",
+    "Stack", "StopForward", "base_model", "configs_of", "find_stacks", "hidden_states", "is_quiet", "modules_outside",
+    "starting_at", "unwrap", "without_cache",
 ]  # fmt: skip
 
 _QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
@@ -220,12 +220,11 @@ def starting_at(boundary: Mapping[int, Any], stacks: list[Stack], depths: Mappin
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without key-value cache, activation checkpointing or compiled code."""
-    modules = list(model.modules())
-    configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
+    modules, configs = list(model.modules()), configs_of(model)
     changes = [
         *((module, "training", False) for module in modules),
         *((m, "gradient_checkpointing", False) for m in modules if "gradient_checkpointing" in m.__dict__),
-        *((config, "use_cache", False) for config in configs.values() if hasattr(config, "use_cache")),
+        *((config, "use_cache", False) for config in configs if hasattr(config, "use_cache")),
     ]
     # Eager, because each pass through a compiled block would compile it once more.
     token = _QUIET.set(True)
@@ -234,6 +233,12 @@ def quiet(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         _QUIET.reset(token)
+
+
+def configs_of(model: nn.Module) -> list[Any]:
+    """The configurations of a model and of the models inside it; a wrapper has none of its own."""
+    found = (module.__dict__.get("config") for module in model.modules())
+    return list({id(config): config for config in found if config is not None}.values())
 
 
 def is_quiet() -> bool:

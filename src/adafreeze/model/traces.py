@@ -17,7 +17,15 @@ from torch.nn.modules import module as torch_module
 from .patches import HOOK_TABLES
 from .restore import keep_random_state, restorer, temporarily
 
-__all__ = ["captures_outputs", "read_by", "stateful_forward", "traceless", "users_code", "without_users_hooks"]
+__all__ = [
+    "captures_outputs",
+    "changed_code",
+    "read_by",
+    "stateful_forward",
+    "traceless",
+    "users_code",
+    "without_users_hooks",
+]
 
 # Hooks of these packages are part of how a model computes (sharding, offloading, capturing of outputs).
 _LIBRARIES = {
@@ -122,6 +130,20 @@ def users_code(modules: Iterable[nn.Module]) -> str | None:
         forward = module.__dict__.get("forward")
         of_class = type(module).__module__.partition(".")[0] not in _OF_MODELS
         if of_class or (isinstance(forward, types.FunctionType) and _is_users(forward)):
+            return type(module).__name__
+    return None
+
+
+def changed_code(modules: Iterable[nn.Module]) -> str | None:
+    """The class of the first of ``modules`` whose forward, or that of its class, is of none of the model libraries.
+
+    Unlike ``users_code`` also where a library's class was given another forward, as kernels for training do.
+    """
+    for module in modules:
+        forward = module.__dict__.get("forward")
+        forwards = [type(module).forward, getattr(forward, "__func__", forward)]
+        places = [type(module).__module__, *(getattr(f, "__module__", None) for f in forwards if f is not None)]
+        if any(str(place).partition(".")[0] not in _OF_MODELS for place in places if place is not None):
             return type(module).__name__
     return None
 
