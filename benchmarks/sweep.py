@@ -19,6 +19,7 @@ medians of the process's CPU seconds and of the ratios within a round.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import shutil
@@ -141,6 +142,7 @@ class Counting(Trainer):
         kind, inside = type(blocks[0]), set(map(id, blocks))
         original = kind.forward
 
+        @functools.wraps(original)  # else it would be code of the user's, whose states are not kept
         def forward(block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             if self.phase is not None and id(block) in inside:
                 self.calls[self.phase] += 1

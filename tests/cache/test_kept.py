@@ -1,5 +1,6 @@
 """States that outlive a run: the next one finds them, computes none of them again, and trains the same to the bit."""
 
+import functools
 import json
 import shutil
 import signal
@@ -38,6 +39,7 @@ class Calls:
         kind = type(find_stacks(model)[0].blocks[0])
         original = kind.forward
 
+        @functools.wraps(original)  # else it would be code of the user's
         def forward(block, *args, **kwargs):
             self.count += id(block) in inside
             return original(block, *args, **kwargs)
