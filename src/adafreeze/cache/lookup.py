@@ -478,9 +478,12 @@ class PrefixCache:
         self._pass = OnePass(kind, rows)
         if not kind.layouts:
             return {}  # this pass shows how often its stacks are called
-        if self._evaluates and (kind.continues or not (kind.returned or kind.inherited)):
-            return {}  # it shows what it returns
+        if self._evaluates and kind.continues:
+            return {}
         self._pass.keys = self._keys(kind, rows)
+        if self._evaluates and not (kind.returned or kind.inherited):
+            self._pass.filling = Computed({}, {}, {})  # the model's own pass shows what it returns
+            return {}
         return self._served(self._pass, call, trusted, fresh)
 
     def _examined(self, call: Call, rows: Rows, *, fills: bool = False) -> tuple[Rows, PassKind, bool, Computed | None]:
