@@ -20,6 +20,9 @@ from .layout import Layout
 
 __all__ = ["EvaluationPaddingCheck", "PaddingCheck"]
 
+# Rows that show whether outputs depend on padding.
+PROBED = 4
+
 
 class PaddingCheck:
     """Decides whether samples are stored without padding, or as whole rows because padding matters.
@@ -81,9 +84,24 @@ class PaddingCheck:
         """Whether the loss and all outputs at other positions are the same with another filler for padding."""
         if not starts:
             return False
+        rows, starts = self._most_padded(kind, rows, starts)
         one, other, changed = (sampled(output, rows) for output in self._probed(kind, rows, call, starts))
         # A loss that is computed outside the model may read any output. A head that starts at zero shows nothing.
         return "loss" in dict(one) and self._same(one, other) and not self._same(one, changed)
+
+    def _most_padded(self, kind: PassKind, rows: Rows, starts: Starts) -> tuple[Rows, Starts]:
+        """A few rows show the same as the whole batch, for less; those with the most padding."""
+        by_row = all(layout.by_position and not layout.packed for layout in kind.layouts.values())
+        if not by_row or rows.count <= PROBED:
+            return rows, starts
+        sides = set(_padded(kind, rows).values())
+        spans = [[rows.spans(side)[row] for side in sides] for row in range(rows.count)]
+        lengths = [sum(last - first for first, last in of_row) for of_row in spans]
+        at = sorted(sorted(range(rows.count), key=lengths.__getitem__)[:PROBED])
+        few = rows.some(at)
+        if set(_padded(kind, few).values()) != sides:
+            return rows, starts
+        return few, {slot: Start(start.depth, start.states[at]) for slot, start in starts.items()}
 
     def _probed(self, kind: PassKind, rows: Rows, call: Call, starts: Starts) -> Iterator[Any]:
         """What passes from ``starts`` return with two fillers for padding, and with one of them for all positions.
@@ -193,8 +211,9 @@ class EvaluationPaddingCheck(PaddingCheck):
         own = users_code(modules_outside(self.prefix.modules, self.prefix.stacks))
         states = (starts() or self._starts(kind, rows, call)) if own is None else {}
         if states:
-            one, other, changed = (named_tensors(output) for output in self._probed(kind, rows, call, states))
-            sides = {side_of(name, tensor, rows) for name, tensor in one} & set(_padded(kind, rows).values())
+            few, starts_of_few = self._most_padded(kind, rows, states)
+            one, other, changed = (named_tensors(output) for output in self._probed(kind, few, call, starts_of_few))
+            sides = {side_of(name, tensor, few) for name, tensor in one} & set(_padded(kind, rows).values())
             if not sides and self._same(one, changed):
                 return False  # a head that starts at zero shows nothing
             if not sides and self._same(one, other) and (kind.inherited or not self._changes_states(kind, rows, call)):

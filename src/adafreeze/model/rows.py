@@ -154,6 +154,10 @@ class Rows:
             taken[name] = value
         return taken
 
+    def some(self, rows: Sequence[int]) -> Rows:
+        """These samples, at the width of the batch."""
+        return Rows(self.take(rows), encoder_decoder=self._encoder_decoder)
+
     def alone(self, row: int) -> dict[str, Any]:
         """The inputs of one sample without its padding; those of a decoder stay as they are."""
         taken = self.take([row]) if self.count > 1 else dict(self.inputs)
