@@ -40,6 +40,8 @@ __all__ = ["PrefixCache"]
 
 # Passes that ask for more than the last hidden states run the prefix.
 _WHOLE_PASS = ("output_hidden_states", "output_attentions", "past_key_values", "use_cache")
+# Among what was verified: evaluation stores whole rows.
+WHOLE_ROWS = "whole rows in evaluation"
 # Weights that change more often than this are not a frozen prefix.
 MOST_CHANGES = 3
 
@@ -532,13 +534,18 @@ class PrefixCache:
                 fix = error.fix if isinstance(error, ConfigError) else "Give another folder: SafeConfig(cache_dir=...)."
                 warn(f"States cannot be kept in {kept.home} ({getattr(error, 'fact', error)}).", fix=fix)
         self.kinds.kept = kept.stores[0].kinds if kept.stores else {}
+        if self.kinds.kept.get(WHOLE_ROWS) is True:  # outputs have positions, or an earlier head read padding
+            self._evaluation.padding.whole_rows = True
         if kept.exact is not None:
             self.journal.write("cache_kept", step=self.length.progress.step, samples=kept.exact.samples)
             note(f"Kept states: {kept.exact.samples:,} samples found in {kept.exact.folder}. New ones are added.")
 
     def _save_kinds(self) -> None:
         for store in self.store.kept.stores[:1] if self.store.kept is not None else ():
-            if (lasting := self.kinds.lasting()) != self._lasting:
+            lasting = self.kinds.lasting()
+            if self._evaluation.padding.whole_rows:
+                lasting[WHOLE_ROWS] = True
+            if lasting != self._lasting:
                 self._lasting = lasting
                 store.save_kinds(lasting)
 
