@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
@@ -43,7 +42,9 @@ def fill(cache: PrefixCache, source: Any, *, rank: int = 0, ranks: int = 1, stri
     dataset, collate = train_samples(source).dataset, source.collate_fn
     model, count, device = cache.prefix.model, len(dataset), device_of(cache.prefix.model)
     found = computed = 0
-    with untouched(dataset, collate), keep_random_state(), _as_in_training(model):
+    flags = [(module, "training", module.training) for module in model.modules()]
+    with untouched(dataset, collate), keep_random_state(), temporarily(flags):
+        model.train()  # which blocks of the prefix ignore
         # A dataset whose entries are batches has no samples to sort.
         by_sample = getattr(source, "batch_sampler", source) is not None
         lengths = [length_of(dataset[index]) for index in range(count)] if by_sample else [1] * count
@@ -76,13 +77,3 @@ def _batches(lengths: list[int], size: int) -> list[list[int]]:
     short, long = size // 2, max(size // 2, len(order) - size + size // 2)
     order = [*order[:short], *order[long:], *order[short:long]]
     return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def _as_in_training(model: nn.Module) -> Any:
-    """Set the flag of modules outside the prefix, whose blocks have their own ``train``."""
-    was = {module: module.training for module in model.modules()}
-    model.train()
-    now = [(module, "training", module.training) for module in was]
-    for module, training in was.items():
-        module.training = training
-    return temporarily(now)

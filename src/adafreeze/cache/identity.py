@@ -201,7 +201,8 @@ class Identity:
 
     def _own_attention(self) -> str | None:
         """The name of an attention function that no library registered."""
-        for name in sorted({str(getattr(config, "_attn_implementation", None)) for config in configs_of(self._model)}):
+        configs = configs_of(self._model.modules())
+        for name in sorted({str(getattr(config, "_attn_implementation", None)) for config in configs}):
             function = ALL_ATTENTION_FUNCTIONS.get(name)
             if function is not None and function.__module__.partition(".")[0] not in ("transformers", "torch"):
                 return f"the attention {name!r}"
@@ -213,7 +214,7 @@ class Identity:
             (getattr(config, "_attn_implementation", None), _of_the_prefix(config.to_dict()))
             if hasattr(config, "to_dict")
             else repr(config)
-            for config in configs_of(self._model)
+            for config in configs_of(self._model.modules())
         ]
         device = device_of(self._model).type
         described = [

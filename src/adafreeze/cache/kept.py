@@ -23,7 +23,7 @@ try:  # not on Windows, where a store counts as used for a day after its last op
 except ImportError:
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["KeptFolder", "KeptStore", "StoreInfo", "default_folder", "delete", "stores_in"]
+__all__ = ["DAY", "KeptFolder", "KeptStore", "StoreInfo", "default_folder", "delete", "stores_in"]
 
 # Of info.json. The format of entries is part of each store's digest.
 FORMAT = 1
@@ -265,7 +265,7 @@ class KeptFolder:
         for depth in range(depths[moving[0]] - 1, 0, -1):
             smaller = tuple(depth if place in moving else 0 for place in range(len(depths)))
             digest = identity.of(smaller)
-            if (self.home / f"{PREFIX}{digest.hex()}").is_dir():
+            if self._folder(digest).is_dir():
                 self.below = self._opened(digest, dict(zip(stacks, smaller, strict=True)))
                 return
 
@@ -278,9 +278,12 @@ class KeptFolder:
         """Depths of the smaller prefix that this run has left; states are stored there, too, on their way up."""
         return self.below.depths if self.below is not None and self.exact is None else {}
 
+    def _folder(self, digest: bytes) -> Path:
+        return (self.home / f"{PREFIX}{digest.hex()}").resolve()
+
     def _opened(self, digest: bytes, depths: Mapping[str, int]) -> KeptStore:
         if digest not in self._open:
-            folder = (self.home / f"{PREFIX}{digest.hex()}").resolve()
+            folder = self._folder(digest)
             if folder in _OPEN:
                 _OPEN[folder].users += 1
             else:

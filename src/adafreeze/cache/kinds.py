@@ -10,8 +10,8 @@ import torch
 import xxhash
 from torch import nn
 
-from ..freeze.prefix import Prefix, Slot
-from ..model.blocks import Stack, modules_outside
+from ..freeze.prefix import Computed, Prefix, Slot, Start, Starts
+from ..model.blocks import Stack, configs_of, modules_outside
 from ..model.rows import Rows
 from ..model.traces import users_code
 from .compare import Refused
@@ -96,6 +96,11 @@ class PassKind:
         """The depth of the prefix in each call."""
         return {slot: by_stack[slot[0]] for slot in self.slots}
 
+    def starts(self, computed: Computed | None, by_stack: Mapping[str, int]) -> Starts:
+        """Where a pass starts from what was computed of its whole batch; empty if nothing was."""
+        depths = self.depths(by_stack)
+        return {slot: Start(depths[slot], computed.boundary[slot]) for slot in self.layouts} if computed else {}
+
     @property
     def several_calls(self) -> bool:
         """Whether a stack is called more than once in a pass."""
@@ -104,8 +109,8 @@ class PassKind:
     def new_widths(self, sources: Sources) -> list[str]:
         """The keys of ``sources.widths`` that were not verified."""
         # At equal widths nothing is to be shown.
-        spans = {name: [(low, high)] for name, (low, high) in sources.widths.items() if low < high}
-        return [name for name, [span] in spans.items() if self.span(name, *span) is None]
+        spans = sources.widths.items()
+        return [name for name, (low, high) in spans if low < high and self.span(name, low, high) is None]
 
     def span(self, name: str, *widths: int) -> tuple[int, int] | None:
         """The verified span in which all of these widths lie."""
@@ -284,7 +289,7 @@ class _Outside:
         self._modules = modules_outside(modules, stacks)
         self.own_code = users_code(self._modules)
         self._classes = [type(module).__name__ for module in self._modules]
-        self._configs = list({id(c): c for m in self._modules if (c := m.__dict__.get("config")) is not None}.values())
+        self._configs = configs_of(self._modules)
         # Hooks on embeddings show in the fingerprints of what enters block 0.
         self._hooked = [m for m in self._modules if not any(isinstance(part, nn.Embedding) for part in m.modules())]
         self._flags: list[tuple[dict[str, Any], str]] = []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..costs.flops import CountFlops
 from ..decide.run_length import RunLength
 from ..errors import ConfigError, error_line, note, warn
-from ..freeze.prefix import Computed, Prefix, Slot, Start, Starts, autocast_now
+from ..freeze.prefix import Computed, Prefix, Slot, Starts, autocast_now
 from ..journal import Journal
 from ..model.backends import Backend
 from ..model.batch import Call
@@ -132,7 +132,7 @@ class PrefixCache:
         self.store = Store(tiers, identity, journal, kept)
         self._identity = identity
         # A wrapper has no configuration of its own.
-        self._configs = configs_of(prefix.model)
+        self._configs = configs_of(prefix.model.modules())
         self._encoder_decoder = any(getattr(config, "is_encoder_decoder", False) for config in self._configs)
         self.rounding = Rounding(prefix, self._codec)
         self.kinds = PassKinds(prefix)
@@ -503,7 +503,9 @@ class PrefixCache:
             kind = self.kinds.of(rows, ambient, whole_rows=whole)
             with self._counted():
                 fresh = self._now.independence.examine(kind, rows, call, self._below(kind, rows))
-                stored = partial(self._as_computed, kind, fresh) if fills else partial(self._all_stored, kind, rows)
+                stored = (
+                    partial(kind.starts, fresh, self.prefix.depths) if fills else partial(self._all_stored, kind, rows)
+                )
                 trusted = padding.trusts(kind, rows, call, stored, without_gradient=fills)
             if padding.whole_rows is whole:
                 break
@@ -555,10 +557,6 @@ class PrefixCache:
         entries = self.store.read(self._keys(kind, rows), depths, kind.slots)
         found = {row: entry for row, entry in enumerate(entries) if entry is not None and entry.depths == depths}
         return self._assembled(kind, rows, range(rows.count), depths, found) if len(found) == rows.count else {}
-
-    def _as_computed(self, kind: PassKind, fresh: Computed | None) -> Starts:
-        depths = kind.depths(self.prefix.depths)
-        return {slot: Start(depths[slot], fresh.boundary[slot]) for slot in kind.layouts} if fresh is not None else {}
 
     def _keys(self, kind: PassKind, rows: Rows) -> list[bytes]:
         # Of its own in evaluation, whose other widths would round what training finds again.

@@ -223,10 +223,8 @@ class EvaluationPaddingCheck(PaddingCheck):
         return False
 
     def _starts(self, kind: PassKind, rows: Rows, call: Call) -> Starts:
-        depths = kind.depths(self.prefix.depths)
         with traceless(self.prefix.modules):
-            computed = self.prefix.compute(call, rows.inputs, {}, kind.layouts)
-        return {slot: Start(depths[slot], computed.boundary[slot]) for slot in kind.layouts} if computed else {}
+            return kind.starts(self.prefix.compute(call, rows.inputs, {}, kind.layouts), self.prefix.depths)
 
 
 def _padded(kind: PassKind, rows: Rows) -> dict[Slot, int]:

@@ -27,6 +27,7 @@ from .kept import KeptFolder, default_folder
 __all__ = ["RunCache", "expected_savings"]
 
 ONE_EPOCH = "no sample comes twice in one epoch"
+VARIES = "samples come with other inputs each time (random masking, augmentation)"
 # Delete stores that killed runs left behind after this many days without a write.
 STALE_DAYS = 7
 
@@ -90,7 +91,7 @@ class RunCache:
         if self._reason is None and epoch is not None and total <= epoch and not self.config.keep_cache:
             self._reason = ONE_EPOCH
         if self._reason is None and varies(self._source):
-            self._reason = "samples come with other inputs each time (random masking, augmentation)"
+            self._reason = VARIES
         if self._reason is not None and self.prefix_cache is not None:
             self.prefix_cache.switch_off(self._reason)
             return
@@ -134,7 +135,7 @@ class RunCache:
         if reason is None and epoch is not None and self.length.samples_per_step and not self.config.keep_cache:
             reason = ONE_EPOCH if self.length.total_steps <= epoch else None
         if reason is None and varies(self._source):
-            reason = "samples come with other inputs each time (random masking, augmentation)"
+            reason = VARIES
         if reason is None and self.prefix_cache is None:
             reason = "no block is frozen from step 0"
         try:

@@ -12,7 +12,7 @@ from ..freeze.prefix import Slot
 from ..journal import Journal
 from ..sizes import readable
 from .identity import Identity
-from .kept import KeptFolder
+from .kept import KeptFolder, KeptStore
 from .tiers import Entry, RamTier, Tier
 
 __all__ = ["Store"]
@@ -55,7 +55,11 @@ class Store:
     @property
     def keeps(self) -> bool:
         """Whether entries of the current prefix outlive the run."""
-        return self.kept is not None and self.kept.exact is not None
+        return self._exact is not None
+
+    @property
+    def _exact(self) -> KeptStore | None:
+        return self.kept.exact if self.kept is not None else None
 
     @property
     def has_room(self) -> bool:
@@ -65,8 +69,8 @@ class Store:
     @property
     def budget(self) -> int:
         """Bytes that entries of the current prefix may take."""
-        if self.kept is not None and self.kept.exact is not None:
-            return self.kept.budget
+        if self._exact is not None:
+            return self._exact.budget
         return sum(tier.budget for tier in self.tiers)
 
     @property
@@ -110,8 +114,8 @@ class Store:
     def put(self, items: Sequence[tuple[bytes, Entry]], step: int) -> str | None:
         """Store these while there is room. Returns a reason if no entry can ever be stored."""
         smallest = min(entry.nbytes for _, entry in items)
-        if self.kept is not None and self.kept.exact is not None:
-            items = self.kept.exact.put(items)
+        if self._exact is not None:
+            items = self._exact.put(items)
             if not items:
                 return None
         for tier in self.tiers:

@@ -11,14 +11,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..cache.kept import StoreInfo, default_folder, delete, stores_in
+from ..cache.kept import DAY, StoreInfo, default_folder, delete, stores_in
 from ..errors import ConfigError
 from ..sizes import parse_size, readable
 from ._table import number_table
 
 __all__ = ["main"]
-
-DAY = 86400
 
 
 def main(argv: Sequence[str]) -> None:

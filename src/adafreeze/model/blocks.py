@@ -220,7 +220,8 @@ def starting_at(boundary: Mapping[int, Any], stacks: list[Stack], depths: Mappin
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without key-value cache, activation checkpointing or compiled code."""
-    modules, configs = list(model.modules()), configs_of(model)
+    modules = list(model.modules())
+    configs = configs_of(modules)
     changes = [
         *((module, "training", False) for module in modules),
         *((m, "gradient_checkpointing", False) for m in modules if "gradient_checkpointing" in m.__dict__),
@@ -235,9 +236,9 @@ def quiet(model: nn.Module) -> Iterator[None]:
         _QUIET.reset(token)
 
 
-def configs_of(model: nn.Module) -> list[Any]:
-    """The configurations of a model and of the models inside it; a wrapper has none of its own."""
-    found = (module.__dict__.get("config") for module in model.modules())
+def configs_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """The configurations of the models among ``modules``; a wrapper around one has none of its own."""
+    found = (module.__dict__.get("config") for module in modules)
     return list({id(config): config for config in found if config is not None}.values())
 
 

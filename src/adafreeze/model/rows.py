@@ -54,11 +54,7 @@ class Rows:
         if not self.count:
             raise NotBySample("no input is a tensor with one entry per sample")
         self._encoder_decoder = encoder_decoder
-        self._read: dict[str, Tensor] = {}
-        self._context: list[str] = []
-        for name, value in self.inputs.items():
-            self._sort(name, value)
-        self._host = _on_host(self._read)
+        self._read_inputs()
         self._widths = (
             self._width("attention_mask", "input_ids", "inputs_embeds"),
             self._width("decoder_input_ids", "decoder_inputs_embeds", "labels") if encoder_decoder else 0,
@@ -67,6 +63,13 @@ class Rows:
             self._spans = tuple([(0, width)] * self.count for width in self._widths)
         else:
             self._spans = (self._encoder_spans(), self._decoder_spans() if encoder_decoder else [])
+
+    def _read_inputs(self) -> None:
+        self._read: dict[str, Tensor] = {}
+        self._context: list[str] = []
+        for name, value in self.inputs.items():
+            self._sort(name, value)
+        self._host = _on_host(self._read)
 
     def _sort(self, name: str, value: Any) -> None:
         """Everything the model receives is part of the key, whether it reaches the prefix or not."""
@@ -261,11 +264,7 @@ class PackedRows(Rows):
         self.inputs = dict(inputs)
         self.count, self._bounds = len(bounds) - 1, list(bounds)
         self._encoder_decoder = False
-        self._read: dict[str, Tensor] = {}
-        self._context: list[str] = []
-        for name, value in self.inputs.items():
-            self._sort(name, value)
-        self._host = _on_host(self._read)
+        self._read_inputs()
         lengths = [end - start for start, end in itertools.pairwise(bounds)]
         self._widths = (max(lengths), 0)
         self._spans = ([(0, length) for length in lengths], [])

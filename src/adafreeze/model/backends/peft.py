@@ -92,18 +92,14 @@ class PeftBackend(Backend):
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         generator = torch.Generator().manual_seed(width)
         sample = torch.randn(4, width, generator=generator).to(weight.device, dtype)
-        was = [(module, module.training) for module in site.modules()]
+        evaluation = temporarily((module, "training", False) for module in site.modules())
         try:
-            site.eval()
-            with torch.no_grad(), without_users_hooks(site.modules()):
+            with evaluation, torch.no_grad(), without_users_hooks(site.modules()):
                 on = site(sample)
                 with self.adapters_off(site):
                     return torch.equal(on, site(sample))
         except Exception:  # a layer of another kind takes something else
             return False
-        finally:
-            for module, training in was:
-                module.training = training
 
     def adapters_off(self, within: nn.Module | None = None) -> AbstractContextManager[None]:
         """Run ``within`` (default: the model) as pre-trained.
