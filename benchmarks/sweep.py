@@ -3,6 +3,7 @@
     python benchmarks/sweep.py [--tasks trec6 sst2 e2e_nlg] [--epochs 1 3 5] [--data ../shared/data]
                                [-o benchmarks/results/sweep.json]
     python benchmarks/sweep.py --time [--tasks ...] [--rounds 3]
+    python benchmarks/sweep.py --dtypes [--tasks ...] [--rounds 3]
 
 For each task and number of epochs one store, and 2 seeds × 2 learning rates × 2 ranks with
 ``SafeConfig(freeze_at_start=0.5, keep_cache=True)``. MiniLM on TREC-6 and SST-2, SmolLM2-135M-Instruct on E2E NLG
@@ -14,6 +15,10 @@ forward, in training and in evaluation. A run that is in the output file already
 
 ``--time``: counting takes time, so plain, the first run and a later one are timed without it, in turn, several rounds;
 medians of the process's CPU seconds and of the ratios within a round.
+
+``--dtypes``: what each ``cache_dtype`` changes. Runs on stores filled ahead, so that every training step and every
+evaluation reads rounded states: held-out loss and score less those of the run on exact states with the same seed, and
+the bytes of the store.
 """
 
 from __future__ import annotations
@@ -82,6 +87,7 @@ TASKS = {
     "e2e_nlg": Setting("smollm2", "mr", "ref", 64, 16, 8, (5e-4, 2e-4)),
 }
 RANKS = (8, 16)
+DTYPES = (None, "bfloat16", "float8_e4m3fn", "int8")
 # (seed, learning rate, rank): all combinations; the second differs from the first in everything.
 GRID = [(0, 0, 0), (1, 1, 1), (0, 1, 0), (1, 0, 1), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 0)]
 
@@ -161,9 +167,18 @@ def accuracy(found: Any) -> dict[str, float]:
 
 
 def run(
-    task: str, data: Path, epochs: int, *, seed: int, rate: float, rank: int, store: Path | None, counts: bool = True
+    task: str,
+    data: Path,
+    epochs: int,
+    *,
+    seed: int,
+    rate: float,
+    rank: int,
+    store: Path | None,
+    counts: bool = True,
+    **safe: Any,
 ) -> dict[str, Any]:
-    """One run; ``store`` is None for plain LoRA."""
+    """One run; ``store`` is None for plain LoRA, ``safe`` are more settings."""
     setting = TASKS[task]
     folder = fetch(setting.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -201,7 +216,7 @@ def run(
         )
         callback = None
         if store is not None:
-            callback = SafeCallback(SafeConfig(freeze_at_start=0.5, keep_cache=True, cache_dir=store))
+            callback = SafeCallback(SafeConfig(freeze_at_start=0.5, keep_cache=True, cache_dir=store, **safe))
         padding = DataCollatorWithPadding if setting.model == "minilm" else DataCollatorForSeq2Seq
         trainer = Counting(
             model=model,
@@ -250,9 +265,8 @@ def swept(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[dict[s
                 ratios = {
                     f"{kind}ratio": one[f"{kind}flops"] / found[plain][f"{kind}flops"] for kind in ("", "evaluation_")
                 }
-                size = sum(file.stat().st_blocks * 512 for file in store.rglob("*") if file.is_file())
                 setting = {"seed": seed, "learning_rate": rate, "rank": rank}
-                found[name] = {**setting, **one, **ratios, "store_bytes": size}
+                found[name] = {**setting, **one, **ratios, "store_bytes": size_of(store)}
                 yield found
 
 
@@ -281,6 +295,36 @@ def timed(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[dict[s
             yield found
 
 
+def rounded(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The same runs on states of each data type."""
+    for task, epochs in itertools.product(options.tasks, options.epochs):
+        kinds = found.setdefault("dtypes", {}).setdefault(f"{task} {epochs}", {})
+        for seed, dtype in itertools.product(range(options.rounds), DTYPES):
+            runs = kinds.setdefault(str(dtype), {})
+            if str(seed) in runs:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                one = run(
+                    task,
+                    options.data,
+                    epochs,
+                    seed=seed,
+                    rate=TASKS[task].rates[0],
+                    rank=RANKS[0],
+                    store=Path(folder),
+                    counts=False,
+                    fill="before",
+                    cache_dtype=dtype,
+                )
+                runs[str(seed)] = {**one["metrics"], "store_bytes": size_of(Path(folder))}
+            yield found
+
+
+def size_of(store: Path) -> int:
+    """Bytes on the disk."""
+    return sum(file.stat().st_blocks * 512 for file in store.rglob("*") if file.is_file())
+
+
 def show(options: argparse.Namespace, found: dict[str, Any]) -> None:
     """The tables."""
     table = Table(
@@ -304,6 +348,17 @@ def show(options: argparse.Namespace, found: dict[str, Any]) -> None:
             f"{name}: CPU time against plain, median of {len(rounds)}: "
             + ", ".join(f"{k} {v:.2f}" for k, v in ratios.items())
         )
+    for name, kinds in found.get("dtypes", {}).items():
+        exact = kinds[str(None)]
+        for dtype, runs in kinds.items():
+            differences = {
+                key: [one[key] - exact[seed][key] for seed, one in runs.items()]
+                for key in next(iter(runs.values()))
+                if key.startswith("eval_")
+            }
+            size = statistics.mean(one["store_bytes"] / exact[seed]["store_bytes"] for seed, one in runs.items())
+            print(f"{name}, cache_dtype {dtype}: bytes {size:.2f}", end="")
+            print("".join(f", {key} {min(all_):+.4f} to {max(all_):+.4f}" for key, all_ in differences.items()))
 
 
 def main() -> None:
@@ -312,14 +367,17 @@ def main() -> None:
     parser.add_argument("--epochs", nargs="+", type=int, default=[1, 3, 5])
     parser.add_argument("--runs", type=int, default=8, help="of the eight combinations")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--time", action="store_true")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--time", action="store_true")
+    parts.add_argument("--dtypes", action="store_true")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--store", type=Path, default=Path(tempfile.gettempdir()) / "adafreeze-sweep")
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/sweep.json"))
     options = parser.parse_args()
     disable_progress_bar()
     found = json.loads(options.output.read_text()) if options.output.is_file() else {}
-    for state in timed(options, found) if options.time else swept(options, found):
+    part = timed if options.time else rounded if options.dtypes else swept
+    for state in part(options, found):
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps({**state, "environment": environment()}, indent=1) + "\n")
     show(options, found)

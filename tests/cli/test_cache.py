@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -76,6 +78,18 @@ def test_fill_then_train_then_delete(cache, flags, tmp_path):
 
 def test_filling_again_computes_nothing(cache, flags, caplog):
     cache("fill", *flags)
+    cache("fill", *flags)
+    assert "24 samples were stored, 0 are new" in caplog.text
+
+
+def test_under_torchrun_each_process_fills_its_share(cache, flags, tmp_path, caplog):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", "adafreeze.cli", "cache", "fill", *flags, "--prefix_cache_dir", str(tmp_path / "states")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Batches of 16, four times those of training: one each.
+    assert "filled by rank 0 of 2: 0 samples were stored, 16 are new" in done.stderr
+    assert json.loads(cache("list", "--json")[1])[0]["samples"] == 24
     cache("fill", *flags)
     assert "24 samples were stored, 0 are new" in caplog.text
 

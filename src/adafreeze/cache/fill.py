@@ -48,9 +48,9 @@ def fill(cache: PrefixCache, source: Any, *, rank: int = 0, ranks: int = 1, stri
         # A dataset whose entries are batches has no samples to sort.
         by_sample = getattr(source, "batch_sampler", source) is not None
         lengths = [length_of(dataset[index]) for index in range(count)] if by_sample else [1] * count
-        batches = _batches(lengths, LARGER * batch_size_of(source) if by_sample else 1)
-        bar = tqdm(total=-(-count // ranks), desc="filling the prefix cache", unit="samples", disable=rank > 0)
-        for number, indices in enumerate(batches[rank::ranks]):
+        batches = _batches(lengths, LARGER * batch_size_of(source) if by_sample else 1)[rank::ranks]
+        bar = tqdm(total=sum(map(len, batches)), desc="filling the prefix cache", unit="samples", disable=rank > 0)
+        for number, indices in enumerate(batches):
             samples = [dataset[index] for index in indices]
             for batch in collated(collate, samples) if by_sample else [collate(samples[0])]:
                 inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), as_mapping(batch) or {})
@@ -68,7 +68,8 @@ def fill(cache: PrefixCache, source: Any, *, rank: int = 0, ranks: int = 1, stri
             raise RunError(f"The states of this model cannot be stored: {cache.off}.", fix="Train without filling.")
         return
     cache.filled = found + computed
-    note(f"Prefix cache filled: {found:,} samples were stored, {computed:,} are new.")
+    share = f" by rank {rank} of {ranks}" if ranks > 1 else ""
+    note(f"Prefix cache filled{share}: {found:,} samples were stored, {computed:,} are new.")
 
 
 def _batches(lengths: list[int], size: int) -> list[list[int]]:
