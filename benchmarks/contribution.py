@@ -127,7 +127,9 @@ def draw_figure(rows: list[dict[str, Any]], file: Path) -> None:
         differences = [runs[f"depth-{depth}"]["difference"] for depth in depths]
         spread = [runs[f"depth-{depth}"]["sd"] or 0.0 for depth in depths]
         axis.axhline(0, color="gray", linewidth=0.8)
-        axis.errorbar([0, *depths], [0, *differences], [0, *spread], marker="o", capsize=2, label="lowest k never train")
+        axis.errorbar(
+            [0, *depths], [0, *differences], [0, *spread], marker="o", capsize=2, label="lowest k never train"
+        )
         for kind, marker, label in (("without", "v", "block k never trains"), ("alone", "^", "only block k trains")):
             # The two runs that are a static prefix have its number.
             blocks = sorted(int(run.split("-")[1]) for run in runs if run.startswith(f"{kind}-"))
@@ -173,9 +175,7 @@ def main() -> None:
             blocks = AutoConfig.from_pretrained(fetch(TASKS[name].model)).num_hidden_layers
             kept = ["--keep_cache", "true", "--prefix_cache_dir", str(Path(options.work) / "states")]
             runs = methods_of(options.parts, options.depths, blocks)
-            compare(
-                [str(file), "--methods", *runs, "--seeds", *options.seeds, *kept, "--output_dir", str(cells)]
-            )
+            compare([str(file), "--methods", *runs, "--seeds", *options.seeds, *kept, "--output_dir", str(cells)])
         except AdafreezeError as error:
             print(f"Skipped {name}: {error}")
     found = collect(cells, options.tasks)

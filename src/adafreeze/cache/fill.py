@@ -68,8 +68,8 @@ def fill(cache: PrefixCache, source: Any, *, rank: int = 0, ranks: int = 1, stri
             raise RunError(f"The states of this model cannot be stored: {cache.off}.", fix="Train without filling.")
         return
     cache.filled = found + computed
-    share = f" by rank {rank} of {ranks}" if ranks > 1 else ""
-    note(f"Prefix cache filled{share}: {found:,} samples were stored, {computed:,} are new.")
+    whose = f" by rank {rank} of {ranks}" if ranks > 1 else ""
+    note(f"Prefix cache filled{whose}: {found:,} samples were stored, {computed:,} are new.")
 
 
 def _batches(lengths: list[int], size: int) -> list[list[int]]:
