@@ -156,7 +156,10 @@ def main() -> None:
     names = ["trec6", "sst2", "rotten_tomatoes", "mrpc", "banking77"]
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=names)
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
-    parser.add_argument("--parts", nargs="+", choices=["depth", "single"], default=["depth", "single"])
+    parser.add_argument("--parts", nargs="*", choices=["depth", "single"], default=["depth", "single"])
+    parser.add_argument(
+        "--also", nargs="+", default=[], help="more methods: FILE.py:Class"
+    )
     parser.add_argument("--depths", nargs="+", type=int, help="default: every depth")
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--large", action="store_true", help="about 4,000 rows to train on")
@@ -174,7 +177,7 @@ def main() -> None:
             file = task_file(name, large(TASKS[name]) if options.large else TASKS[name], options)
             blocks = AutoConfig.from_pretrained(fetch(TASKS[name].model)).num_hidden_layers
             kept = ["--keep_cache", "true", "--prefix_cache_dir", str(Path(options.work) / "states")]
-            runs = methods_of(options.parts, options.depths, blocks)
+            runs = [*methods_of(options.parts, options.depths, blocks), *options.also]
             compare([str(file), "--methods", *runs, "--seeds", *options.seeds, *kept, "--output_dir", str(cells)])
         except AdafreezeError as error:
             print(f"Skipped {name}: {error}")
