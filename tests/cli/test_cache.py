@@ -123,3 +123,10 @@ def test_what_cannot_be_filled_is_named_before_computing(cache, flags, more, mes
         more[-1] = str(write(tmp_path / "many.csv", texts(600)))
     code, _, text = cache("fill", *flags, *more)
     assert code == 2 and message in " ".join(text.split())
+
+
+def test_a_folder_that_cannot_keep_the_states_is_named_before_computing(flags, capsys):
+    assert main(["cache", "fill", *flags, "--prefix_cache_dir", "/proc/states"]) == 2
+    assert "The states of this model cannot be kept: the folder cannot be used" in " ".join(
+        capsys.readouterr()[1].split()
+    )

@@ -33,7 +33,7 @@ def fill(cache: PrefixCache, source: Any, *, rank: int = 0, ranks: int = 1, stri
         source: the train dataloader; its dataset and collator are used.
         rank: of this process; it takes every ``ranks``-th batch.
         ranks: processes.
-        strict: raise if the states cannot be stored, or not all of them.
+        strict: raise if the states cannot be kept, or not all of them.
 
     Raises:
         ProbeError: the source has no samples by index.
@@ -57,6 +57,10 @@ def fill(cache: PrefixCache, source: Any, *, rank: int = 0, ranks: int = 1, stri
                 stored, new = cache.fill(Call.of(model, (), inputs))
                 found, computed = found + stored, computed + new
             bar.update(len(indices))
+            if strict and not cache.store.keeps:
+                raise RunError(
+                    f"The states of this model cannot be kept: {cache.store.not_kept}.", fix="Train without filling."
+                )
             if number == 0 and cache.written:
                 share = sum(lengths[index] for index in indices) / max(1, sum(lengths)) or len(indices) / count
                 cache.store.check_size(count, round(cache.written / share), strict=strict)

@@ -525,6 +525,7 @@ class PrefixCache:
         self._kept_at = depths
         if (reason := self._identity.why_private(depths)) is not None:
             self.journal.write("cache_not_kept", step=self.length.progress.step, reason=reason)
+            self.store.not_kept = reason
             if not kept.stores:
                 note(f"States are not kept: {reason}.")
             kept.leave()

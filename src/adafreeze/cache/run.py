@@ -72,7 +72,7 @@ class RunCache:
         self._reason: str | None = "cache='off'" if config.cache == "off" else None
         if self._reason is None and config.prefix_dropout:
             self._reason = "prefix_dropout=True makes the prefix's output random"
-        if config.cache == "disk" and self._reason is None:
+        if (config.cache == "disk" or config.keep_cache) and self._reason is None:
             DiskTier.check_installed()
 
     def announce(self, blocks: int, at_start: int = 0) -> None:
@@ -194,13 +194,11 @@ class RunCache:
 
     def _kept(self) -> KeptFolder | None:
         try:
-            DiskTier.check_installed()
             config: Any = getattr(self.prefix.model, "config", None)
             name = getattr(config, "_name_or_path", "") or users_class(self.prefix.model)
             return KeptFolder(self._home, self.config.cache_bytes, str(name))
-        except (OSError, ConfigError) as error:
-            fact, fix = getattr(error, "fact", error), getattr(error, "fix", "Give a folder on a local disk.")
-            warn(f"States cannot be kept in {self._home}: {fact}.", fix=fix)
+        except OSError as error:
+            warn(f"States cannot be kept in {self._home}: {error}.", fix="Give a folder on a local disk.")
         return None
 
     @property

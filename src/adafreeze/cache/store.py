@@ -26,6 +26,9 @@ class Store:
         identity: of the prefix; entries of another one are never read.
         journal: of the run, told when a tier is full.
         kept: takes what other runs can use.
+
+    Attributes:
+        not_kept: why nothing outlives the run, although the user asked for it.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class Store:
         self.identity = identity
         self.journal = journal
         self.kept = kept
+        self.not_kept = "the folder cannot be used"
 
     def read(self, keys: Sequence[bytes], depths: Sequence[int], slots: Sequence[Slot]) -> list[Entry | None]:
         """The entry of each key, if a prefix of these depths (by slot) can use it."""

@@ -103,7 +103,7 @@ def _prune(options: argparse.Namespace) -> None:
         is_old = options.unused_days is not None and time.time() - store.used > options.unused_days * DAY
         if (is_old or (most is not None and left > most)) and _deleted(store):
             left -= store.nbytes
-    print(f"{readable(left)} left in {_home(options)}.")
+    print(f"{readable(left)} are kept in {_home(options)}.")
 
 
 def _delete(options: argparse.Namespace) -> None:
