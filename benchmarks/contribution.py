@@ -157,9 +157,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=names)
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
     parser.add_argument("--parts", nargs="*", choices=["depth", "single"], default=["depth", "single"])
-    parser.add_argument(
-        "--also", nargs="+", default=[], help="more methods: FILE.py:Class"
-    )
+    parser.add_argument("--also", nargs="+", default=[], help="more methods: FILE.py:Class")
     parser.add_argument("--depths", nargs="+", type=int, help="default: every depth")
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--large", action="store_true", help="about 4,000 rows to train on")
