@@ -84,7 +84,7 @@ class Setting:
 TASKS = {
     "trec6": Setting("minilm", "text", "label", 480, 128, 32, (2e-3, 1e-3)),
     "sst2": Setting("minilm", "sentence", "label", 480, 128, 32, (2e-3, 1e-3)),
-    "e2e_nlg": Setting("smollm2", "mr", "ref", 160, 32, 8, (5e-4, 2e-4)),
+    "e2e_nlg": Setting("smollm2", "mr", "ref", 64, 16, 8, (5e-4, 2e-4)),
 }
 RANKS = (8, 16)
 DTYPES = (None, "bfloat16", "float8_e4m3fn", "int8")
