@@ -13,8 +13,8 @@ FLOPs of training (with measuring and all that the cache computes) and of evalua
 and divided by those of plain LoRA on the same batches. Calls of the blocks of the lower half are counted in their own
 forward, in training and in evaluation. A run that is in the output file already is not repeated.
 
-``--time``: counting takes time, so plain, the first run and a later one are timed without it, in turn, several rounds;
-medians of the process's CPU seconds and of the ratios within a round.
+``--time``: counting takes time, so plain, the first run, one that fills its store ahead (``fill="before"``), and a
+later one are timed without it, in turn, several rounds; medians of the ratios of CPU seconds within a round.
 
 ``--dtypes``: what each ``cache_dtype`` changes. Runs on stores filled ahead, so that every training step and every
 evaluation reads rounded states: held-out loss and score less those of the run on exact states with the same seed, and
@@ -276,8 +276,13 @@ def timed(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[dict[s
     for task, epochs in itertools.product(options.tasks, options.epochs):
         rounds = found.setdefault("time", {}).setdefault(f"{task} {epochs}", [])
         while len(rounds) < options.rounds:
-            with tempfile.TemporaryDirectory() as store:
-                arms: dict[str, Path | None] = {"plain": None, "first": Path(store), "later": Path(store)}
+            with tempfile.TemporaryDirectory() as store, tempfile.TemporaryDirectory() as other:
+                arms: dict[str, tuple[Path | None, dict[str, Any]]] = {
+                    "plain": (None, {}),
+                    "first": (Path(store), {}),
+                    "filled": (Path(other), {"fill": "before"}),
+                    "later": (Path(store), {}),
+                }
                 rounds.append(
                     {
                         arm: run(
@@ -289,8 +294,9 @@ def timed(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[dict[s
                             rank=RANKS[0],
                             store=folder,
                             counts=False,
+                            **safe,
                         )["seconds"]
-                        for arm, folder in arms.items()
+                        for arm, (folder, safe) in arms.items()
                     }
                 )
             yield found
@@ -344,7 +350,9 @@ def show(options: argparse.Namespace, found: dict[str, Any]) -> None:
                 table.add_row(task, str(epochs), label, *numbers, *calls, spread)
     Console(width=120).print(table)
     for name, rounds in found.get("time", {}).items():
-        ratios = {arm: statistics.median(one[arm] / one["plain"] for one in rounds) for arm in ("first", "later")}
+        ratios = {
+            arm: statistics.median(one[arm] / one["plain"] for one in rounds) for arm in ("first", "filled", "later")
+        }
         print(
             f"{name}: CPU time against plain, median of {len(rounds)}: "
             + ", ".join(f"{k} {v:.2f}" for k, v in ratios.items())
