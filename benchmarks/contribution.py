@@ -33,6 +33,7 @@ from weights import fetch
 
 from adafreeze.cli.compare import main as compare
 from adafreeze.errors import AdafreezeError
+from adafreeze.journal import read_history
 
 METHODS = Path(__file__).with_name("contribution_methods.py")
 KEPT = ("score", "loss", "flops", "peak_saved_bytes", "mean_saved_bytes", "cpu_seconds")
@@ -62,7 +63,9 @@ def collect(cells: Path, tasks: list[str]) -> dict[str, Any]:
             "loss": metrics["loss"],
             **{name: outcome[name] for name in KEPT[2:]},
         }
-        runs = found[outcome["task"]].setdefault(outcome["method"], {name: {} for name in KEPT})
+        runs = found[outcome["task"]].setdefault(outcome["method"], {name: {} for name in (*KEPT, "online")})
+        # The training loss along the run, of each interval of ``logging_steps``.
+        numbers["online"] = [loss for _, loss in read_history(path.parent).logs["loss"]]
         for name, number in numbers.items():
             runs[name][str(outcome["seed"])] = number
     return found

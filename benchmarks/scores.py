@@ -13,6 +13,10 @@ Along the plain run all scores are read at 5, 10, 20, 30 and 50 % of the steps: 
   2019);
 - ``potential``: Σ |∂loss/∂θ|, by which one Adam step of unit length lowers the loss, to first order.
 
+And one that trains: ``look``, two or more depths side by side over the first part of the run, on the same batches: how
+much higher the online training loss is at depth k than at the best smaller depth, over the later half of that part, as
+a share of what training has won there (of the first logged loss). It costs that part of a run at each depth.
+
 A score chooses the deepest prefix whose share of the total (of ablation also: whose nats) is at most a threshold. The
 threshold is fitted on the other tasks: the one with the lowest mean FLOPs at a mean score of at least plain − 0.3. What
 the choice costs and loses on the task left out is looked up in the ground truth, beside fixed depths and beside the
@@ -42,6 +46,7 @@ from adafreeze.errors import AdafreezeError
 
 METHODS = Path(__file__).with_name("scores_methods.py")
 PLAIN_LOSS = 0.3  # points on average that a fitted threshold may cost on the tasks it is fitted on
+LOOK_AT = ("0.1", "0.2", "0.3", "0.5")
 Curve = list[float]  # by depth, 0 to B: the part of the score in the lowest k blocks
 
 
@@ -82,6 +87,19 @@ class Truth:
         """FLOPs against plain."""
         ours, plain = self._run(depth)["flops"], self.runs["plain"]["flops"]
         return mean(ours[seed] / plain[seed] for seed in ours)
+
+    def look(self, share: float, seed: str) -> Curve:
+        """The rise of the online loss with each depth, as a share of what training has won by then."""
+
+        def level(depth: int) -> float:
+            losses = self._run(depth)["online"][seed]
+            end = max(1, round(share * len(losses)))
+            return mean(losses[end // 2 : end])
+
+        levels = {depth: level(depth) for depth in self.depths}
+        won = self.runs["plain"]["online"][seed][0] - min(levels.values())
+        rises = [(levels[depth] - min(levels[less] for less in self.depths if less <= depth)) for depth in self.depths]
+        return [rise / won if won > 0 else 0.0 for rise in rises]
 
     def oracle(self) -> int:
         """The deepest prefix within one standard error of plain."""
@@ -154,18 +172,23 @@ def _averaged(by_task: dict[str, Any]) -> dict[str, Any]:
 
 def judge(found: dict[str, Any], truth: dict[str, Any]) -> dict[str, Any]:
     """All scores at all readings, and fixed depths."""
-    truths = {task: Truth(truth["cells"][task]) for task in found if "plain" in truth["cells"].get(task, {})}
+    truths = {task: Truth(runs) for task, runs in truth["cells"].items() if "depth-1" in runs}
     blocks = max(truths[task].depths[-1] for task in truths) + 1
     result: dict[str, Any] = {"fixed": {"oracle": fixed(truths, Truth.oracle)}, "scores": {}}
     for depth in range(blocks):
         result["fixed"][f"{depth} of {blocks}"] = fixed(truths, lambda truth, depth=depth: min(depth, truth.depths[-1]))
     readings = {share for seeds in found.values() for run in seeds.values() for share in run["readings"]}
+    readings = readings or set(LOOK_AT)
     for share in sorted(readings, key=float):
         by_score: dict[str, dict[str, list[Curve]]] = {}
         for task in truths:
-            for run in found[task].values():
+            for run in found.get(task, {}).values():
                 for name, curve in curves(run["readings"][share], run["units"]).items():
                     by_score.setdefault(name, {}).setdefault(task, []).append(curve)
+        by_score["look"] = {
+            task: [truth.look(float(share), seed) for seed in truth.runs["plain"]["online"]]
+            for task, truth in truths.items()
+        }
         for name, scores in by_score.items():
             result["scores"].setdefault(name, {})[share] = judged(truths, scores)
     return result
