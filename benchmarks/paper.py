@@ -12,8 +12,9 @@ Finished cells stay in ``--work`` and in the table: after an interruption, the s
 at once share the cells. To extend an existing table, name all its tasks and seeds plus the new ones.
 
 ``--grid main``: plain, SAFE as published, SAFE's defaults (with cache), the same number of blocks from the bottom up
-and at random, a static prefix, adapters on the top blocks only, plain at equal FLOPs, GradES. ``--grid share``: SAFE
-with the settings of benchmarks/paper_methods.py. ``--large``: about 4,000 rows to train on, which takes an accelerator.
+and at random, static prefixes, adapters on the top blocks only, plain at equal FLOPs, GradES, AutoFreeze. ``--grid
+share``: SAFE with the settings of benchmarks/paper_methods.py. ``--large``: about 4,000 rows to train on, which takes
+an accelerator.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ from adafreeze.errors import AdafreezeError
 from adafreeze.methods import Outcome
 from tasks import draw
 
-MAIN = ["plain", "safe", "safe-paper", "bottom-up", "random", "static-prefix", "top-blocks", "equal-flops", "grades"]
+MAIN = [
+    *("plain", "safe", "safe-paper", "bottom-up", "random", "static-third", "static-half", "static-two-thirds"),
+    *("top-blocks", "equal-flops", "grades", "autofreeze"),
+]
 EVALUATE = 2000  # two runs differ on about 6 % of answers: one standard error is then half a point
 PLACES = ("model_name_or_path", "train_file", "validation_file")
 BERT = ["query", "key", "value", "intermediate.dense", "output.dense"]

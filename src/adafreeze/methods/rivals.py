@@ -6,7 +6,7 @@ import importlib.util
 import math
 import statistics
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
@@ -14,12 +14,11 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..config import AS_PUBLISHED, SafeConfig
-from ..costs import expected_ratios
 from ..decide.policy import PolicyInput
-from ..errors import ConfigError, note
+from ..errors import note
 from .method import Method, Setup
 
-__all__ = ["AutoFreeze", "BottomUp", "GradES", "RandomFreezing", "StaticPrefix"]
+__all__ = ["AutoFreeze", "BottomUp", "GradES", "RandomFreezing", "StaticHalf", "StaticThird", "StaticTwoThirds"]
 
 # The warm-up lasts its full share of the run; settled scores would end it sooner.
 NEVER_SETTLED: dict[str, Any] = {"settle_patience": 10**9}
@@ -143,30 +142,35 @@ class BottomUp(Method):
 
 
 class StaticPrefix(Method):
-    """The lowest blocks frozen from step 0, with the prefix cache: no score, no warm-up, no scaled learning rates.
+    """The lowest blocks frozen from step 0, with the prefix cache: no score, no later freeze, no scaled learning rates.
 
-    The number of blocks whose expected FLOPs (``costs.expected_ratios``) are closest to SAFE's.
+    Attributes:
+        share: of the blocks with adapters, rounded down.
     """
 
-    name = "static-prefix"
-    after = ("safe",)
+    share: ClassVar[float]
 
     def configure(self, setup: Setup) -> None:
         """Freeze the lowest blocks at the start."""
-        safe = setup.outcome("safe")
-        if (theory := safe.theory()) is None or len(safe.units) != safe.blocks:
-            raise ConfigError(
-                f"A static prefix needs one unit per block; SAFE's run had {len(safe.units)} units in {safe.blocks} "
-                "blocks.",
-                fix="--granularity block, and adapters in every block",
-            )
-        epoch = safe.steps / safe.epochs if safe.cached and safe.epochs else None
+        setup.freeze(**NO_SCORE | {"freeze_at_start": self.share}, policy=_nothing)
 
-        def distance(depth: int) -> float:
-            return abs(expected_ratios(safe.blocks, [depth] * safe.steps, epoch)[1] - theory[1])
 
-        depth = min(range(safe.blocks), key=distance)
-        setup.freeze(**NO_SCORE, policy=_nothing, freeze=safe.units[:depth])
+class StaticThird(StaticPrefix):
+    """A third of the blocks."""
+
+    name, share = "static-third", 1 / 3
+
+
+class StaticHalf(StaticPrefix):
+    """Half of the blocks."""
+
+    name, share = "static-half", 1 / 2
+
+
+class StaticTwoThirds(StaticPrefix):
+    """Two thirds of the blocks."""
+
+    name, share = "static-two-thirds", 2 / 3
 
 
 def _nothing(inputs: PolicyInput) -> list[str]:
