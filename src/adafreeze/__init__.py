@@ -8,6 +8,7 @@ from .integrations.export import Export, export_config
 from .integrations.transformers import SafeCallback
 from .journal import Journal, read_journal
 from .loop.safe import Safe
+from .memory.lean import lean
 from .memory.plan import Plan, plan
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     # Before a run: what it will hold and compute.
     "Plan",
     "plan",
+    # Fewer saved bytes in each LoRA layer.
+    "lean",
     # What a run leaves.
     "Journal",
     "read_journal",

@@ -1,0 +1,186 @@
+"""Lean LoRA layers: they save only what their gradients need, and compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ..errors import ModelError
+from ..model.patches import patched_forward
+
+__all__ = ["lean", "lean_layers"]
+
+
+class _Branch(torch.autograd.Function):
+    """y = s · (B · A · D(x)), which saves x as it came instead of what is computed from it.
+
+    With n tokens, d inputs, o outputs and rank r: x is (n, d), A (r, d), B (o, r). PEFT's layer saves x in the
+    adapter's data type (again for each of q, k and v), the dropped x, and the dropout's noise. Here x is saved by
+    reference, so that layers which get the same x share it, and of the noise one bit per element. The backward pass
+    computes A·D(x) again, which takes r of every d + o FLOPs of the layer. Operations, their order and data types are
+    those of PEFT's forward and autograd's backward, so results are the same to the bit where kernels are deterministic.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, noise: Tensor | None, options: _Options
+    ) -> Tensor:
+        ctx.options = options
+        ctx.save_for_backward(x, a, b, None if noise is None else _packed(noise != 0))
+        ctx.has_bias = bias is not None
+        with torch.autocast(x.device.type, enabled=False):
+            hidden = F.linear(options.dropped(x, noise), a.to(options.computes))
+            bias = None if bias is None else bias.to(options.computes)
+            return F.linear(hidden, b.to(options.computes), bias) * options.scaling
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, bits = ctx.saved_tensors
+        options: _Options = ctx.options
+        needs_x, needs_a, needs_b, needs_bias, *_ = ctx.needs_input_grad
+        with torch.autocast(x.device.type, enabled=False):
+            noise = None if bits is None else options.noise(_unpacked(bits, x.shape))
+            dropped = options.dropped(x, noise).flatten(0, -2)
+            low_a, low_b = a.to(options.computes), b.to(options.computes)
+            outer = (gradient * options.scaling).flatten(0, -2)
+            inner = outer.mm(low_b) if needs_x or needs_a else None
+            found: list[Tensor | None] = [None] * 6
+            if needs_b:
+                found[2] = outer.t().mm(F.linear(dropped, low_a)).to(b.dtype)
+            if needs_bias:
+                found[3] = outer.sum(0).to(b.dtype)
+            if inner is not None and needs_a:
+                found[1] = inner.t().mm(dropped).to(a.dtype)
+            if inner is not None and needs_x:
+                of_x = inner.mm(low_a).view(x.shape).to(options.casts)
+                found[0] = (of_x if noise is None else of_x * noise).to(x.dtype)
+            return tuple(found)
+
+
+class _Options:
+    """What a branch computes with.
+
+    Args:
+        scaling: s.
+        casts: data type to which the layer casts x.
+        computes: that of the products: of autocast, or the same.
+        probability: of the dropout.
+    """
+
+    def __init__(self, scaling: float, casts: torch.dtype, computes: torch.dtype, probability: float) -> None:
+        self.scaling, self.casts, self.computes, self.probability = scaling, casts, computes, probability
+
+    def dropped(self, x: Tensor, noise: Tensor | None) -> Tensor:
+        """D(x), in the data type of the products."""
+        x = x.to(self.casts)
+        return (x if noise is None else x * noise).to(self.computes)
+
+    def noise(self, kept: Tensor) -> Tensor:
+        """The factors of the dropout: 0 or 1 / (1 − p)."""
+        return kept.to(self.casts).div_(1 - self.probability)
+
+
+def _packed(mask: Tensor) -> Tensor:
+    """Eight booleans per byte, the last byte filled up with zeros."""
+    columns = F.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-1, 8).to(torch.uint8).unbind(1)
+    packed = columns[0].clone()
+    for place, column in enumerate(columns[1:], start=1):
+        packed |= column << place
+    return packed
+
+
+def _unpacked(bits: Tensor, shape: torch.Size) -> Tensor:
+    """The booleans, of this shape."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[:, None] >> places) & 1).bool().flatten()[: shape.numel()].view(shape)
+
+
+def _forward(layer: Linear) -> Callable[..., Any]:
+    original = layer.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_grad_enabled() or not (name := _fitting(layer, x, kwargs)):
+            return original(x, *args, **kwargs)
+        a: Any = layer.lora_A[name]
+        b, dropout = layer.lora_B[name], layer.lora_dropout[name]
+        result: Tensor = layer.base_layer(x, *args, **kwargs)
+        casts: torch.dtype = a.weight.dtype if getattr(layer, "cast_input_dtype_enabled", True) else x.dtype
+        ambient = torch.is_autocast_enabled(x.device.type) and casts != torch.float64  # which autocast leaves alone
+        computes = torch.get_autocast_dtype(x.device.type) if ambient else casts
+        probability = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        # The same random numbers as F.dropout(x): it multiplies by such factors.
+        noise = F.dropout(torch.ones_like(x, dtype=casts), probability) if probability else None
+        options = _Options(layer.scaling[name], casts, computes, probability)
+        branch = _Branch.apply(x, a.weight, b.weight, b.bias, noise, options)
+        return (result + branch).to(result.dtype)
+
+    return forward
+
+
+def _fitting(layer: Linear, x: Tensor, kwargs: dict[str, Any]) -> str | None:
+    """The name of the adapter whose branch can be lean in this call; None if PEFT's forward is to run."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(names) != 1 or layer.disable_adapters or layer.merged or kwargs.get("adapter_names") is not None:
+        return None
+    name = names[0]
+    if name in layer.lora_variant or not isinstance(x, Tensor) or x.ndim < 2 or not x.numel():
+        return None
+    if not x.is_floating_point() or type(layer.scaling[name]) not in (float, int):
+        return None
+    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    if not all(_is_plain(one, nn.Linear) for one in (a, b)) or a.bias is not None:
+        return None
+    if not (_is_plain(dropout, nn.Identity) or (_is_plain(dropout, nn.Dropout) and not dropout.inplace)):
+        return None
+    if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p >= 1:
+        return None
+    weights = (a.weight, b.weight)
+    if not any(weight.requires_grad for weight in weights) or a.weight.dtype != b.weight.dtype:
+        return None
+    if any(type(weight) not in (nn.Parameter, Tensor) or weight.ndim != 2 for weight in weights):
+        return None  # a shard (ZeRO-3, a DTensor), or a weight of a library's own type
+    if torch._C._functorch.peek_interpreter_stack() is not None or nn.modules.module._has_any_global_hook():
+        return None
+    return name
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling ``module`` is nothing but its class's own forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and "forward" not in module.__dict__ and not any(hooks)
+
+
+def lean_layers(modules: Iterable[nn.Module]) -> list[Linear]:
+    """The LoRA layers among ``modules`` with PEFT's own forward."""
+    return [
+        module
+        for module in modules
+        if isinstance(module, Linear) and type(module) is Linear and "forward" not in module.__dict__
+    ]
+
+
+@contextmanager
+def lean(model: nn.Module) -> Iterator[list[Linear]]:
+    """Within the block, LoRA layers of ``model`` save only what their gradients need; yields these layers.
+
+    Raises:
+        ModelError: there are none.
+    """
+    layers = lean_layers(model.modules())
+    if not layers:
+        raise ModelError(
+            f"{type(model).__name__} has no LoRA layer with PEFT's own forward.",
+            fix='get_peft_model(model, LoraConfig(target_modules="all-linear"))',
+        )
+    with ExitStack() as undo:
+        for layer in layers:
+            undo.enter_context(patched_forward(layer, _forward(layer)))
+        yield layers

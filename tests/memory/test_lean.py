@@ -1,0 +1,233 @@
+"""Lean LoRA layers: bit-identical to PEFT's, with fewer saved bytes, and gone without a trace."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import adafreeze
+from adafreeze import ModelError
+from adafreeze.costs import SavedBytes
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+
+
+def base(family: str) -> nn.Module:
+    torch.manual_seed(0)
+    if family == "llama":
+        return LlamaForCausalLM(LlamaConfig(**SHAPE, intermediate_size=224, num_key_value_heads=2))
+    if family == "gpt2":
+        drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=100, **drops))
+    return BertForSequenceClassification(BertConfig(**SHAPE, intermediate_size=256, **NO_DROPOUT))
+
+
+def adapted(family: str = "llama", dtype: torch.dtype = torch.float32, **lora: object) -> PeftModel:
+    """With adapters that do something."""
+    kind = "SEQ_CLS" if family == "bert" else "CAUSAL_LM"
+    settings = {"r": 8, "target_modules": "all-linear", "task_type": kind, **lora}
+    model = get_peft_model(base(family).to(dtype), LoraConfig(**settings))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return model.train()
+
+
+def step(model: nn.Module, *, autocast: bool = False, call: nn.Module | None = None) -> tuple[list[torch.Tensor], int]:
+    """Loss and gradients of one step, and its saved bytes."""
+    ids = torch.arange(64).view(4, 16) % 100
+    labels = torch.tensor([0, 1, 0, 1]) if isinstance(model.get_base_model(), BertForSequenceClassification) else ids
+    model.zero_grad()
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), SavedBytes(model) as saved:
+        loss = (model if call is None else call)(input_ids=ids, labels=labels).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)], saved.total
+
+
+def is_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_loss_and_gradients_are_those_of_peft_to_the_bit(family, dtype, dropout, autocast):
+    model = adapted(family, dtype, lora_dropout=dropout)
+    (theirs, more), (again, _) = step(model, autocast=autocast), step(model, autocast=autocast)
+    assert is_equal(theirs, again)
+    with adafreeze.lean(model):
+        ours, saved = step(model, autocast=autocast)
+    assert is_equal(ours, theirs)
+    assert saved < more
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"lora_bias": True},
+        {"use_rslora": True, "r": 3},
+        {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {"q_proj": 7}},
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"lora_dropout": 0.999},
+    ],
+    ids=str,
+)
+def test_other_kinds_of_lora_compute_the_same(lora):
+    model = adapted(**lora)
+    theirs, _ = step(model)
+    with adafreeze.lean(model):
+        assert is_equal(step(model)[0], theirs)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_activation_checkpointing_recomputes_the_same(reentrant, dropout):
+    model = adapted(lora_dropout=dropout)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    theirs, _ = step(model)
+    with adafreeze.lean(model):
+        assert is_equal(step(model)[0], theirs)
+
+
+def test_the_same_input_is_saved_once_for_all_layers_that_get_it():
+    model = adapted(dtype=torch.bfloat16)
+    attention = model.get_base_model().model.layers[0].self_attn
+    x = torch.randn(2, 16, 64, dtype=torch.bfloat16, requires_grad=True)
+    with adafreeze.lean(model), SavedBytes(model) as saved:
+        outputs = [attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)]
+    assert saved.total == x.nbytes
+    assert len(outputs) == 3
+
+
+def test_of_the_dropout_one_bit_per_element_is_saved():
+    model = adapted(lora_dropout=0.1)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    x = torch.randn(3, 5, 64, requires_grad=True)  # 120 bytes of bits
+    with adafreeze.lean(model), SavedBytes(model) as saved:
+        layer(x)
+    assert saved.total == x.nbytes + x.numel() // 8
+
+
+@pytest.mark.parametrize("change", ["merged", "off", "two", "hook", "global hook", "frozen", "eval", "no grad in x"])
+def test_peft_s_own_forward_runs_where_another_formula_applies(change):
+    model = adapted()
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    seen: list[object] = []
+    undo = None
+    if change == "two":
+        model.add_adapter("second", model.peft_config["default"])
+        model.base_model.set_adapter(["default", "second"])
+    elif change == "hook":
+        layer.lora_A["default"].register_forward_hook(lambda *_: seen.append(1))
+    elif change == "global hook":
+        inner = layer.lora_A["default"]
+        undo = register_module_forward_hook(lambda module, *_: seen.append(1) if module is inner else None)
+    elif change == "frozen":
+        for parameter in layer.parameters():
+            parameter.requires_grad_(False)
+    elif change == "merged":
+        layer.merge()
+    elif change == "off":
+        layer.enable_adapters(False)
+    elif change == "eval":
+        model.eval()
+    x = torch.randn(2, 16, 64, requires_grad=change != "no grad in x")
+    try:
+        theirs = layer(x)
+        count = len(seen)
+        with adafreeze.lean(model):
+            ours = layer(x=x)
+        assert torch.equal(ours, theirs)
+        assert len(seen) == 2 * count
+        assert count == int("hook" in change)
+    finally:
+        if undo is not None:
+            undo.remove()
+
+
+def test_an_empty_batch_and_a_single_row():
+    model = adapted()
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    with adafreeze.lean(model):
+        assert layer(torch.randn(0, 16, 64)).shape == (0, 16, 64)
+        assert layer(torch.randn(64)).shape == (64,)
+        assert layer(torch.randn(1, 64)).requires_grad
+
+
+def test_only_peft_s_own_layers_are_lean():
+    class Own(Linear):
+        pass
+
+    model = adapted()
+    attention = model.get_base_model().model.layers[0].self_attn
+    attention.q_proj.__class__ = Own
+    attention.k_proj.forward = attention.k_proj.forward
+    with adafreeze.lean(model) as layers:
+        assert attention.v_proj in layers
+        assert attention.q_proj not in layers and attention.k_proj not in layers
+
+
+def test_nothing_is_left_and_copies_are_clean():
+    model = adapted()
+    before = [set(vars(module)) for module in model.modules()]
+    with adafreeze.lean(model):
+        twin = copy.deepcopy(model)
+        assert any("forward" in vars(module) for module in model.modules())
+    assert [set(vars(module)) for module in model.modules()] == before
+    assert [set(vars(module)) for module in twin.modules()] == before
+    assert is_equal(step(twin)[0], step(model)[0])
+
+
+def test_differentiating_twice_is_refused():
+    model = adapted()
+    ids = torch.arange(16)[None]
+    with adafreeze.lean(model):
+        loss = model(input_ids=ids, labels=ids).loss
+        first = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            sum(gradient.pow(2).sum() for gradient in first).backward()
+
+
+def test_functional_transforms_run_peft_s_forward():
+    model = adapted()
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    x = torch.randn(4, 64)
+    with adafreeze.lean(model):
+        assert torch.equal(torch.func.vmap(layer)(x), torch.func.vmap(layer)(x))
+        assert torch.func.jacrev(lambda one: layer(one).sum())(x).shape == x.shape
+
+
+@pytest.mark.slow
+def test_compiled_it_has_no_graph_break():
+    model = adapted()
+    theirs, _ = step(model)
+    with adafreeze.lean(model):
+        torch._dynamo.reset()
+        ours, _ = step(model, call=torch.compile(model, fullgraph=True))
+    torch._dynamo.reset()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_model_without_such_layers_is_named():
+    with pytest.raises(ModelError, match="has no LoRA layer"), adafreeze.lean(base("llama")):
+        pass
