@@ -173,6 +173,24 @@ def test_an_empty_batch_and_a_single_row():
         assert layer(torch.randn(1, 64)).requires_grad
 
 
+def test_rows_with_different_adapters_run_peft_s_forward():
+    model = adapted()
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    x, names = torch.randn(2, 16, 64), ["default", "__base__"]
+    with adafreeze.lean(model):
+        mixed = layer(x, adapter_names=names)
+        assert torch.equal(mixed[1], layer.base_layer(x)[1]) and not torch.equal(mixed[0], layer.base_layer(x)[0])
+
+
+def test_on_the_meta_device():
+    model = adapted().to("meta")
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    x = torch.empty(2, 16, 64, device="meta", requires_grad=True)
+    with adafreeze.lean(model):
+        layer(x).sum().backward()
+    assert x.grad.shape == x.shape and layer.lora_B["default"].weight.grad.shape == (64, 8)
+
+
 def test_only_peft_s_own_layers_are_lean():
     class Own(Linear):
         pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class _Branch(torch.autograd.Function):
         ctx.options = options
         ctx.save_for_backward(x, a, b, None if noise is None else _packed(noise != 0))
         ctx.has_bias = bias is not None
-        with torch.autocast(x.device.type, enabled=False):
+        with _as_given(x.device):
             hidden = F.linear(options.dropped(x, noise), a.to(options.computes))
             bias = None if bias is None else bias.to(options.computes)
             return F.linear(hidden, b.to(options.computes), bias) * options.scaling
@@ -46,7 +46,7 @@ class _Branch(torch.autograd.Function):
         x, a, b, bits = ctx.saved_tensors
         options: _Options = ctx.options
         needs_x, needs_a, needs_b, needs_bias, *_ = ctx.needs_input_grad
-        with torch.autocast(x.device.type, enabled=False):
+        with _as_given(x.device):
             noise = None if bits is None else options.noise(_unpacked(bits, x.shape))
             dropped = options.dropped(x, noise).flatten(0, -2)
             low_a, low_b = a.to(options.computes), b.to(options.computes)
@@ -88,6 +88,15 @@ class _Options:
         return kept.to(self.casts).div_(1 - self.probability)
 
 
+def _autocasts(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _as_given(device: torch.device) -> AbstractContextManager[Any]:
+    """Products in the data types of their factors."""
+    return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
+
+
 def _packed(mask: Tensor) -> Tensor:
     """Eight booleans per byte, the last byte filled up with zeros."""
     columns = F.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-1, 8).to(torch.uint8).unbind(1)
@@ -107,13 +116,14 @@ def _forward(layer: Linear) -> Callable[..., Any]:
     original = layer.forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not torch.is_grad_enabled() or not (name := _fitting(layer, x, kwargs)):
+        name = _fitting(layer, x) if torch.is_grad_enabled() and not args and not kwargs else None
+        if name is None:
             return original(x, *args, **kwargs)
         a: Any = layer.lora_A[name]
         b, dropout = layer.lora_B[name], layer.lora_dropout[name]
-        result: Tensor = layer.base_layer(x, *args, **kwargs)
+        result: Tensor = layer.base_layer(x)
         casts: torch.dtype = a.weight.dtype if getattr(layer, "cast_input_dtype_enabled", True) else x.dtype
-        ambient = torch.is_autocast_enabled(x.device.type) and casts != torch.float64  # which autocast leaves alone
+        ambient = _autocasts(x.device) and casts != torch.float64  # which autocast leaves alone
         computes = torch.get_autocast_dtype(x.device.type) if ambient else casts
         probability = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         # The same random numbers as F.dropout(x): it multiplies by such factors.
@@ -125,13 +135,13 @@ def _forward(layer: Linear) -> Callable[..., Any]:
     return forward
 
 
-def _fitting(layer: Linear, x: Tensor, kwargs: dict[str, Any]) -> str | None:
+def _fitting(layer: Linear, x: Tensor) -> str | None:
     """The name of the adapter whose branch can be lean in this call; None if PEFT's forward is to run."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(names) != 1 or layer.disable_adapters or layer.merged or kwargs.get("adapter_names") is not None:
+    if len(names) != 1 or layer.disable_adapters or layer.merged:
         return None
     name = names[0]
-    if name in layer.lora_variant or not isinstance(x, Tensor) or x.ndim < 2 or not x.numel():
+    if name in layer.lora_variant or not isinstance(x, Tensor) or x.is_nested or x.ndim < 2 or not x.numel():
         return None
     if not x.is_floating_point() or type(layer.scaling[name]) not in (float, int):
         return None

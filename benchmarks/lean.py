@@ -1,0 +1,147 @@
+"""What lean LoRA layers save, compared with PEFT's own.
+
+    python benchmarks/lean.py [--rounds 5] [-o benchmarks/results/lean.json]
+
+Eight blocks with random weights, LoRA r = 8 on all linear layers, 2 × 256 tokens; adapters in fp32. Saved bytes of one
+forward pass (each storage once, no parameters) per hidden unit, token and block; FLOPs of a step; whether the loss and
+all gradients are PEFT's to the bit; and the CPU time of a step against PEFT's: median over rounds, in turn.
+
+The floor is what the gradients need at all of x: each different input of the adapted layers once, in the base's data
+type, and one bit per element and layer for the dropout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+
+import adafreeze
+from adafreeze.costs import CountFlops, SavedBytes
+from adafreeze.env import environment
+
+HIDDEN, BLOCKS, ROWS, TOKENS = 512, 8, 2, 256
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model. ``inputs``: widths of the different inputs of adapted layers, ``targets``: of all adapted layers."""
+
+    family: str
+    dtype: torch.dtype
+    dropout: float
+    inputs: tuple[int, ...]
+    targets: tuple[int, ...]
+
+    @property
+    def floor(self) -> float:
+        """Bytes per hidden unit, token and block."""
+        bits = sum(self.targets) / 8 if self.dropout else 0.0
+        return (sum(self.inputs) * self.dtype.itemsize + bits) / HIDDEN
+
+
+GATED, WIDE = 1792, 2048
+LLAMA = (HIDDEN, HIDDEN, HIDDEN, GATED), (*[HIDDEN] * 6, GATED)
+BERT = (HIDDEN, HIDDEN, HIDDEN, WIDE), (*[HIDDEN] * 5, WIDE)
+SHAPES = {
+    "Llama shape, bf16": Shape("llama", torch.bfloat16, 0.0, *LLAMA),
+    "Llama shape, fp32, LoRA dropout 0.1": Shape("llama", torch.float32, 0.1, *LLAMA),
+    "BERT shape, bf16": Shape("bert", torch.bfloat16, 0.0, *BERT),
+}
+
+
+def make(shape: Shape) -> PeftModel:
+    """The model, with adapters that do something."""
+    torch.manual_seed(0)
+    size: dict[str, Any] = {"hidden_size": HIDDEN, "num_hidden_layers": BLOCKS, "num_attention_heads": 8}
+    if shape.family == "llama":
+        base: nn.Module = LlamaModel(
+            LlamaConfig(**size, intermediate_size=GATED, num_key_value_heads=2, vocab_size=100, use_cache=False)
+        )
+    else:
+        drops = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        config = BertConfig(**size, intermediate_size=WIDE, vocab_size=100, **drops)
+        base = BertModel(config, add_pooling_layer=False)
+    lora = LoraConfig(r=8, target_modules="all-linear", lora_dropout=shape.dropout)
+    model = get_peft_model(base.to(shape.dtype), lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return model.train()
+
+
+def step(model: PeftModel) -> list[torch.Tensor]:
+    """Loss and gradients."""
+    model.zero_grad()
+    torch.manual_seed(1)
+    ids = torch.arange(ROWS * TOKENS).view(ROWS, TOKENS) % 100
+    loss = model(input_ids=ids).last_hidden_state.float().pow(2).mean()
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def measure(model: PeftModel, context: AbstractContextManager[Any]) -> dict[str, Any]:
+    """Saved bytes and FLOPs of a step, and its results."""
+    with context:
+        with SavedBytes(model) as saved:
+            results = step(model)
+        with CountFlops() as count:
+            step(model)
+    return {"results": results, "flops": count.total, "saved": saved.total / (ROWS * TOKENS * HIDDEN * BLOCKS)}
+
+
+def timed(model: PeftModel, rounds: int) -> float:
+    """CPU time of a lean step against PEFT's, median of the ratios within a round."""
+
+    def seconds(context: AbstractContextManager[Any]) -> float:
+        with context:
+            began = time.process_time()
+            step(model)
+            return time.process_time() - began
+
+    seconds(nullcontext())
+    return statistics.median(seconds(adafreeze.lean(model)) / seconds(nullcontext()) for _ in range(rounds))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/lean.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    table = Table("", "PEFT", "lean", "lean / PEFT", "floor", "FLOPs", "time", "equal to the bit")
+    for name, shape in SHAPES.items():
+        model = make(shape)
+        theirs, ours = measure(model, nullcontext()), measure(model, adafreeze.lean(model))
+        same = all(map(torch.equal, theirs["results"], ours["results"]))
+        row = {
+            "peft": theirs["saved"],
+            "lean": ours["saved"],
+            "ratio": ours["saved"] / theirs["saved"],
+            "floor": shape.floor,
+            "flops": ours["flops"] / theirs["flops"],
+            "time": timed(model, options.rounds),
+            "equal": same and len(theirs["results"]) == len(ours["results"]),
+        }
+        found[name] = row
+        numbers = [f"{row[key]:.1f}" for key in ("peft", "lean")] + [f"{row['ratio']:.3f}", f"{row['floor']:.1f}"]
+        table.add_row(name, *numbers, f"{row['flops']:.3f}", f"{row['time']:.2f}", "yes" if row["equal"] else "no")
+    options.output.write_text(json.dumps({**found, "environment": environment()}, indent=1) + "\n")
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
