@@ -99,6 +99,7 @@ class SafeConfig:
             first step on: bytes, a text such as ``"6GiB"``, a share of the device such as 0.5, or ``"auto"`` for what
             is free. As many blocks above the prefix as needed use activation checkpointing. None (default): the first
             steps have the peak of the run.
+        lean: LoRA layers save only what their gradients need, with the same results (``adafreeze.lean``).
         lr_scale: **Expert.** Factor on the learning rates once units have frozen. ``"sqrt"`` (default): √(units / live
             units), at most 3, which keeps the length of an Adam step. A number; 1 disables it. Units frozen before step
             0 do not count.
@@ -144,6 +145,7 @@ class SafeConfig:
     prefix_dropout: bool = False
     lr_scale: float | str = "sqrt"
     memory_budget: int | float | str | None = None
+    lean: bool = False
     dry_run: bool = False
     freeze_at_start: float | None = None
     freeze: tuple[str, ...] = ()
@@ -188,7 +190,7 @@ class SafeConfig:
                 f"SafeConfig.cache_dir is given, but cache is {self.cache!r}, which writes nothing to it.",
                 fix='SafeConfig(cache="disk", cache_dir=...), or cache="auto" for memory first',
             )
-        for name in ("wait_for_loss", "normalize_rows", "prefix_dropout", "dry_run"):
+        for name in ("wait_for_loss", "normalize_rows", "prefix_dropout", "lean", "dry_run"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(
                     f"SafeConfig.{name} is {getattr(self, name)!r}, but must be True or False.",

@@ -249,3 +249,33 @@ def test_compiled_it_has_no_graph_break():
 def test_a_model_without_such_layers_is_named():
     with pytest.raises(ModelError, match="has no LoRA layer"), adafreeze.lean(base("llama")):
         pass
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_run_of_safe_that_is_lean_has_the_same_losses(dropout):
+    found = []
+    for lean in (False, True):
+        model = adapted("bert", lora_dropout=dropout)
+        before = [set(vars(module)) for module in model.modules()]
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+        ids, labels = torch.arange(128).view(8, 16) % 100, torch.tensor([0, 1] * 4)
+        batches = [{"input_ids": ids[i : i + 4], "labels": labels[i : i + 4]} for i in (0, 4)] * 6
+        config = adafreeze.SafeConfig(freeze_at_start=0.5, lean=lean)
+        safe = adafreeze.Safe(model, config, optimizer=optimizer, probe=batches[:2], total_steps=len(batches))
+        torch.manual_seed(1)
+        losses, saved = [], 0
+        for batch in batches:
+            with SavedBytes(model) as counted:
+                loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            safe.step()
+            losses.append(float(loss))
+            saved += counted.total
+        safe.close()
+        assert [set(vars(module)) for module in model.modules()] == before
+        found.append((losses, saved))
+    (theirs, more), (ours, less) = found
+    assert ours == theirs
+    assert less < more or not dropout

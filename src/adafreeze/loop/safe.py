@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from ..journal import Journal
 from ..measure import Scorer
 from ..measure.draw import batch_size_of, samples_of
 from ..memory.budget import Budget
+from ..memory.lean import lean_forward, lean_layers
 from ..model import find_stacks, find_units
 from ..model.backends import find_backend
 from ..model.blocks import unwrap
@@ -146,6 +148,7 @@ class Safe:
             self.parallel.release()
             raise
         claim(self, self._claimed)
+        self._lean = ExitStack()
         self.prefix = Prefix(self.model, self.stacks, flows, keep_dropout=self.config.prefix_dropout)
         given = self._journal if self.ranks.is_main else None
         self.journal = journal or (given if isinstance(given, Journal) else Journal(given))
@@ -186,6 +189,8 @@ class Safe:
         if self.length.samples_per_step is not None:
             self._announce()
         try:
+            for layer in lean_layers(self.model.modules()) if self.config.lean else ():
+                self._lean.enter_context(lean_forward(layer))
             self.freezing.start(probe)
             if self.frozen:
                 self._watch.after_freeze()
@@ -419,6 +424,7 @@ class Safe:
     def _take_down(self) -> None:
         self._watch.remove()
         self.freezing.close()
+        self._lean.close()
         release(self, self._claimed)
 
     @property

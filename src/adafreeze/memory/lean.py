@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..errors import ModelError
-from ..model.patches import patched_forward
+from ..model.patches import patched, patched_forward
 
-__all__ = ["lean", "lean_layers"]
+__all__ = ["lean", "lean_forward", "lean_layers"]
 
 
 class _Branch(torch.autograd.Function):
@@ -155,8 +155,8 @@ def _fitting(layer: Linear, x: Tensor) -> str | None:
     weights = (a.weight, b.weight)
     if not any(weight.requires_grad for weight in weights) or a.weight.dtype != b.weight.dtype:
         return None
-    if any(type(weight) not in (nn.Parameter, Tensor) or weight.ndim != 2 for weight in weights):
-        return None  # a shard (ZeRO-3, a DTensor), or a weight of a library's own type
+    if any(weight.ndim != 2 or hasattr(weight, "placements") for weight in weights):
+        return None  # a shard, of ZeRO-3 or a DTensor
     if torch._C._functorch.peek_interpreter_stack() is not None or nn.modules.module._has_any_global_hook():
         return None
     return name
@@ -166,6 +166,11 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling ``module`` is nothing but its class's own forward."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return type(module) is kind and "forward" not in module.__dict__ and not any(hooks)
+
+
+def lean_forward(layer: Linear) -> patched:
+    """``layer`` is lean within the block; such patches may come off in any order."""
+    return patched_forward(layer, _forward(layer))
 
 
 def lean_layers(modules: Iterable[nn.Module]) -> list[Linear]:
@@ -192,5 +197,5 @@ def lean(model: nn.Module) -> Iterator[list[Linear]]:
         )
     with ExitStack() as undo:
         for layer in layers:
-            undo.enter_context(patched_forward(layer, _forward(layer)))
+            undo.enter_context(lean_forward(layer))
         yield layers
