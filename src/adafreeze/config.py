@@ -99,6 +99,9 @@ class SafeConfig:
             first step on: bytes, a text such as ``"6GiB"``, a share of the device such as 0.5, or ``"auto"`` for what
             is free. As many blocks above the prefix as needed use activation checkpointing. None (default): the first
             steps have the peak of the run.
+        checkpointing: ``"selective"``: activation checkpointing of every live block that keeps the results of matrix
+            products and attention and recomputes what lies between, for about 1 % of the FLOPs. It replaces the
+            model's own checkpointing, and cannot be combined with a budget, which chooses blocks by itself.
         lean: LoRA layers save only what their gradients need, with the same results (``adafreeze.lean``).
         lr_scale: **Expert.** Factor on the learning rates once units have frozen. ``"sqrt"`` (default): √(units / live
             units), at most 3, which keeps the length of an Adam step. A number; 1 disables it. Units frozen before step
@@ -145,6 +148,7 @@ class SafeConfig:
     prefix_dropout: bool = False
     lr_scale: float | str = "sqrt"
     memory_budget: int | float | str | None = None
+    checkpointing: str | None = None
     lean: bool = False
     dry_run: bool = False
     freeze_at_start: float | None = None
@@ -171,6 +175,12 @@ class SafeConfig:
             _within("lr_scale", self.lr_scale, 0.1, 10, also=', or "sqrt"')
         _named("cache", self.cache, ("auto", "ram", "disk", "off"))
         _named("fill", self.fill, (None, "before"))
+        _named("checkpointing", self.checkpointing, (None, "selective"))
+        if self.checkpointing is not None and self.memory_budget is not None:
+            raise ConfigError(
+                "SafeConfig.checkpointing and memory_budget are given, but a budget chooses the checkpointed blocks.",
+                fix="Leave one of them out.",
+            )
         _named("cache_dtype", self.cache_dtype, (None, "bfloat16", "float8_e4m3fn", "int8"))
         parse_size("SafeConfig.cache_budget", self.cache_budget)
         if self.memory_budget is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["SavedBytes", "StorageTracker", "bytes_of", "uncounted"]
+__all__ = ["SavedBytes", "StorageTracker", "bytes_of", "count_saved", "uncounted"]
 
 # autograd calls only the innermost hooks, so these count for every open block.
 _counting: list[SavedBytes] = []
@@ -62,6 +62,14 @@ class SavedBytes:
         if storage._cdata not in self._known and storage._cdata not in self._storages:
             self._storages[storage._cdata] = storage
             self.total += storage.nbytes()
+
+
+def count_saved(value: Any) -> None:
+    """Count the tensors in ``value``, which are kept for the backward pass in another way than by autograd."""
+    for leaf in tree_leaves(value):
+        for counter in _counting if isinstance(leaf, Tensor) else ():
+            for storage in _storages(leaf):
+                counter._count(storage)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from ..journal import Journal
 from ..measure import Scorer
 from ..measure.draw import batch_size_of, samples_of
 from ..memory.budget import Budget
+from ..memory.checkpointing import Checkpointing
 from ..memory.lean import lean_forward, lean_layers
 from ..model import find_stacks, find_units
 from ..model.backends import find_backend
@@ -148,7 +149,7 @@ class Safe:
             self.parallel.release()
             raise
         claim(self, self._claimed)
-        self._lean = ExitStack()
+        self._lighter = ExitStack()
         self.prefix = Prefix(self.model, self.stacks, flows, keep_dropout=self.config.prefix_dropout)
         given = self._journal if self.ranks.is_main else None
         self.journal = journal or (given if isinstance(given, Journal) else Journal(given))
@@ -190,7 +191,12 @@ class Safe:
             self._announce()
         try:
             for layer in lean_layers(self.model.modules()) if self.config.lean else ():
-                self._lean.enter_context(lean_forward(layer))
+                self._lighter.enter_context(lean_forward(layer))
+            if self.config.checkpointing is not None:
+                selective = Checkpointing(self.model, self.stacks, selective=True)
+                selective.chosen = frozenset(selective.blocks)
+                selective.install()
+                self._lighter.callback(selective.restore)
             self.freezing.start(probe)
             if self.frozen:
                 self._watch.after_freeze()
@@ -424,7 +430,7 @@ class Safe:
     def _take_down(self) -> None:
         self._watch.remove()
         self.freezing.close()
-        self._lean.close()
+        self._lighter.close()
         release(self, self._claimed)
 
     @property
