@@ -75,6 +75,11 @@ class Truth:
         self.runs = runs
         self.depths = [0, *sorted(int(run.split("-")[1]) for run in runs if run.startswith("depth-"))]
 
+    @property
+    def seeds(self) -> list[str]:
+        """Those that have been run at every depth."""
+        return sorted(set.intersection(*(set(self._run(depth)["online"]) for depth in self.depths)))
+
     def _run(self, depth: int) -> dict[str, Any]:
         return self.runs[f"depth-{depth}" if depth else "plain"]
 
@@ -186,8 +191,7 @@ def judge(found: dict[str, Any], truth: dict[str, Any]) -> dict[str, Any]:
                 for name, curve in curves(run["readings"][share], run["units"]).items():
                     by_score.setdefault(name, {}).setdefault(task, []).append(curve)
         by_score["look"] = {
-            task: [truth.look(float(share), seed) for seed in truth.runs["plain"]["online"]]
-            for task, truth in truths.items()
+            task: [truth.look(float(share), seed) for seed in truth.seeds] for task, truth in truths.items()
         }
         for name, scores in by_score.items():
             result["scores"].setdefault(name, {})[share] = judged(truths, scores)
