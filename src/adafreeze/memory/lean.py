@@ -34,7 +34,6 @@ class _Branch(torch.autograd.Function):
     ) -> Tensor:
         ctx.options = options
         ctx.save_for_backward(x, a, b, None if noise is None else _packed(noise != 0))
-        ctx.has_bias = bias is not None
         with _as_given(x.device):
             hidden = F.linear(options.dropped(x, noise), a.to(options.computes))
             bias = None if bias is None else bias.to(options.computes)
@@ -122,7 +121,7 @@ def _forward(layer: Linear) -> Callable[..., Any]:
         a: Any = layer.lora_A[name]
         b, dropout = layer.lora_B[name], layer.lora_dropout[name]
         result: Tensor = layer.base_layer(x)
-        casts: torch.dtype = a.weight.dtype if getattr(layer, "cast_input_dtype_enabled", True) else x.dtype
+        casts: torch.dtype = a.weight.dtype
         ambient = _autocasts(x.device) and casts != torch.float64  # which autocast leaves alone
         computes = torch.get_autocast_dtype(x.device.type) if ambient else casts
         probability = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
@@ -155,6 +154,8 @@ def _fitting(layer: Linear, x: Tensor) -> str | None:
     weights = (a.weight, b.weight)
     if not any(weight.requires_grad for weight in weights) or a.weight.dtype != b.weight.dtype:
         return None
+    if x.dtype != a.weight.dtype and not getattr(layer, "cast_input_dtype_enabled", True):
+        return None  # peft.helpers.disable_input_dtype_casting
     if any(weight.ndim != 2 or hasattr(weight, "placements") for weight in weights):
         return None  # a shard, of ZeRO-3 or a DTensor
     if torch._C._functorch.peek_interpreter_stack() is not None or nn.modules.module._has_any_global_hook():
