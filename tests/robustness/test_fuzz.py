@@ -31,7 +31,7 @@ VALID = {
     "probe_tokens": st.integers(2),
     "min_measurements": st.integers(1),
     "seed": st.integers(0, 2**32 - 1),
-    **dict.fromkeys(["wait_for_loss", "normalize_rows", "prefix_dropout", "dry_run"], st.booleans()),
+    **dict.fromkeys(["wait_for_loss", "normalize_rows", "prefix_dropout", "lean", "dry_run"], st.booleans()),
     "cache_budget": sizes,
     "lr_scale": st.just("sqrt") | st.floats(0.1, 10),
     "fill": st.sampled_from([None, "before"]),
@@ -39,7 +39,8 @@ VALID = {
     "memory_budget": st.none() | st.just("auto") | st.floats(0, 1, exclude_min=True) | sizes,
     "freeze": st.lists(st.text()).map(tuple),
 }
-ALONE = {"warmup", "ramp_end", "cache", "cache_dir", "keep_cache"}  # their ranges depend on each other
+# Their ranges depend on each other.
+ALONE = {"warmup", "ramp_end", "cache", "cache_dir", "keep_cache", "checkpointing"}
 VALUES = (
     st.none()
     | st.booleans()
