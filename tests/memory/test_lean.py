@@ -279,3 +279,12 @@ def test_a_run_of_safe_that_is_lean_has_the_same_losses(dropout):
     (theirs, more), (ours, less) = found
     assert ours == theirs
     assert less < more or not dropout
+
+
+@pytest.mark.parametrize("lora", [{"use_dora": True}, {}], ids=str)
+def test_a_run_that_cannot_be_lean_says_so(lora, caplog):
+    model = adapted("bert", **lora)
+    batch = {"input_ids": torch.arange(64).view(4, 16) % 100, "labels": torch.tensor([0, 1, 0, 1])}
+    caplog.set_level("INFO")
+    adafreeze.Safe(model, adafreeze.SafeConfig(lean=True), probe=batch, total_steps=10).close()
+    assert ("lean=True changes nothing" in caplog.text) == bool(lora)

@@ -190,13 +190,7 @@ class Safe:
         if self.length.samples_per_step is not None:
             self._announce()
         try:
-            for layer in lean_layers(self.model.modules()) if self.config.lean else ():
-                self._lighter.enter_context(lean_forward(layer))
-            if self.config.checkpointing is not None:
-                selective = Checkpointing(self.model, self.stacks, selective=True)
-                selective.chosen = frozenset(selective.blocks)
-                selective.install()
-                self._lighter.callback(selective.restore)
+            self._lighten()
             self.freezing.start(probe)
             if self.frozen:
                 self._watch.after_freeze()
@@ -426,6 +420,19 @@ class Safe:
         except BaseException:
             self._at_close = self._at_close or (frozenset(), {})
             raise
+
+    def _lighten(self) -> None:
+        """Let live blocks save less."""
+        layers = lean_layers(self.model.modules()) if self.config.lean else []
+        for layer in layers:
+            self._lighter.enter_context(lean_forward(layer))
+        if self.config.lean and all(layer.lora_variant for layer in layers):
+            note("lean=True changes nothing: no layer is plain LoRA with PEFT's own forward.")
+        if self.config.checkpointing is not None:
+            selective = Checkpointing(self.model, self.stacks, selective=True)
+            selective.chosen = frozenset(selective.blocks)
+            selective.install()
+            self._lighter.callback(selective.restore)
 
     def _take_down(self) -> None:
         self._watch.remove()
