@@ -57,7 +57,7 @@ def fill(cache: PrefixCache, source: Any, *, rank: int = 0, ranks: int = 1, stri
                 stored, new = cache.fill(Call.of(model, (), inputs))
                 found, computed = found + stored, computed + new
             bar.update(len(indices))
-            if strict and not cache.store.keeps:
+            if strict and cache.off is None and not cache.store.keeps:
                 raise RunError(
                     f"The states of this model cannot be kept: {cache.store.not_kept}.", fix="Train without filling."
                 )
