@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, ClassVar
 
-import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from scores_methods import ablated, drawn
 from transformers import TrainerCallback
 
 from adafreeze.decide import prefix_only
 from adafreeze.decide.policy import PolicyInput
-from adafreeze.measure.draw import collect
 from adafreeze.methods import Setup
 from adafreeze.methods.safe import Safe
 from adafreeze.model import find_stacks, find_units
 from adafreeze.model.backends import find_backend
-from adafreeze.model.blocks import device_of, quiet
 from adafreeze.model.restore import keep_random_state
-
-CHUNKS = 16  # of 8 samples
 
 
 class Ablation(Safe):
@@ -82,12 +76,6 @@ class Ablation(Safe):
         return ablation
 
 
-class AblationFifth(Ablation):
-    """A fifth of what was won."""
-
-    name, fraction = "ablation-fifth", 0.2
-
-
 class _Watch(TrainerCallback):
     def __init__(self, seed: int) -> None:
         self.seed, self.total = seed, 0
@@ -98,9 +86,8 @@ class _Watch(TrainerCallback):
         self.model, self.total = kwargs["model"], state.max_steps
         stacks, self.backend = find_stacks(self.model), find_backend(self.model)
         self.units = find_units(self.model, stacks, self.backend)
-        pad = getattr(self.model.config, "pad_token_id", None)
         with keep_random_state():
-            self.chunks = collect(kwargs["train_dataloader"], 10**6, self.seed, pad)[:CHUNKS]
+            self.chunks = drawn(self.model, kwargs["train_dataloader"], self.seed)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write what was measured."""
@@ -110,18 +97,5 @@ class _Watch(TrainerCallback):
         """By number of units off from the bottom, by chunk; the last is all units."""
         modules = [self.units[name].module for name in names]
         with keep_random_state():
-            base = self._losses([])
-            lowest = [self._losses(modules[:count]) for count in range(1, len(modules) + 1)]
+            base, *lowest = ablated(self.model, self.backend, modules, self.chunks)
         return [[off - on for off, on in zip(losses, base, strict=True)] for losses in lowest]
-
-    def _losses(self, off: list[nn.Module]) -> list[float]:
-        device, losses = device_of(self.model), []
-        with ExitStack() as undo:
-            undo.enter_context(torch.no_grad())
-            undo.enter_context(quiet(self.model))
-            for module in off:
-                undo.enter_context(self.backend.adapters_off(module))
-            for chunk in self.chunks:
-                moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in chunk.items()}
-                losses.append(float(self.model(**moved).loss))
-        return losses

@@ -6,24 +6,18 @@ from typing import ClassVar
 
 from adafreeze.methods import Method, Setup
 from adafreeze.methods.plain import Plain
-from adafreeze.methods.safe import Safe
+from adafreeze.methods.rivals import StaticPrefix
 
 
-def nothing(_: object) -> list[str]:
-    """Policy: no freeze after step 0."""
-    return []
-
-
-class Depth(Safe):
-    """The lowest ``blocks`` frozen from step 0 at rest: no score, no later freeze, no scaled learning rates."""
+class Depth(StaticPrefix):
+    """The lowest ``blocks`` frozen from step 0 at rest."""
 
     blocks: ClassVar[int]
 
     def configure(self, setup: Setup) -> None:
         """Freeze at the start."""
-        share = self.blocks / setup.base.config.num_hidden_layers
-        rule = {"score": "random", "wait_for_loss": False, "lr_scale": 1.0}
-        setup.freeze(**rule, policy=nothing, freeze_at_start=share)
+        self.share = self.blocks / setup.base.config.num_hidden_layers
+        super().configure(setup)
 
 
 class Without(Plain):
@@ -49,15 +43,15 @@ class Alone(Without):
         return [self.block]
 
 
-def _variant(kind: type[Method], field: str, number: int) -> type[Method]:
-    return type(f"{kind.__name__}{number}", (kind,), {"name": f"{kind.__name__.lower()}-{number}", field: number})
-
-
-# Depth1 ... as attributes, because `compare` takes FILE.py:Class.
-globals().update(
-    {
-        made.__name__: made
-        for kind, field in ((Depth, "blocks"), (Without, "block"), (Alone, "block"))
-        for made in (_variant(kind, field, number) for number in range(32))
+def variants(field: str, *kinds: type[Method]) -> dict[str, type[Method]]:
+    """Depth1 ... by name: ``compare`` takes FILE.py:Class."""
+    return {
+        f"{kind.__name__}{number}": type(
+            f"{kind.__name__}{number}", (kind,), {"name": f"{kind.__name__.lower()}-{number}", field: number}
+        )
+        for kind in kinds
+        for number in range(32)
     }
-)
+
+
+globals().update(variants("blocks", Depth) | variants("block", Without, Alone))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contribution_methods import Depth
+from contribution_methods import Depth, variants
 
 from adafreeze.methods import Setup
 
@@ -13,29 +13,18 @@ class Rank(Depth):
     def configure(self, setup: Setup) -> None:
         """Freeze, with higher ranks."""
         super().configure(setup)
-        lora, factor = setup.lora(self.name), self._factor(setup)
-        lora.r, lora.lora_alpha = round(lora.r * factor), lora.lora_alpha * round(lora.r * factor) / lora.r
-
-    def _factor(self, setup: Setup) -> float:
-        blocks: int = setup.base.config.num_hidden_layers
-        return blocks / (blocks - self.blocks)
+        lora = setup.lora(self.name)
+        rank = round(lora.r / (1 - self.share))
+        lora.r, lora.lora_alpha = rank, lora.lora_alpha * rank / lora.r
 
 
-class Warm(Rank):
+class Warm(Depth):
     """The learning rate times √(blocks / live blocks), the length of an Adam step with all blocks."""
 
     def configure(self, setup: Setup) -> None:
         """Freeze, with a higher rate."""
-        Depth.configure(self, setup)
-        setup.training.learning_rate *= self._factor(setup) ** 0.5
+        super().configure(setup)
+        setup.training.learning_rate /= (1 - self.share) ** 0.5
 
 
-globals().update(
-    {
-        f"{kind.__name__}{depth}": type(
-            f"{kind.__name__}{depth}", (kind,), {"name": f"{kind.__name__.lower()}-{depth}", "blocks": depth}
-        )
-        for kind in (Rank, Warm)
-        for depth in range(1, 32)
-    }
-)
+globals().update(variants("blocks", Rank, Warm))

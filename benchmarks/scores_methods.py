@@ -1,4 +1,4 @@
-"""The runs of benchmarks/scores.py: plain LoRA, or a static prefix, with all scores read on the way."""
+"""The runs of benchmarks/scores.py: plain LoRA, with all scores read on the way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contribution_methods import nothing
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -19,9 +18,8 @@ from adafreeze.measure import Probe, Scorer
 from adafreeze.measure.draw import collect
 from adafreeze.methods import Setup
 from adafreeze.methods.plain import Plain
-from adafreeze.methods.safe import Safe
 from adafreeze.model import find_stacks, find_units
-from adafreeze.model.backends import find_backend
+from adafreeze.model.backends import Backend, find_backend
 from adafreeze.model.blocks import device_of, quiet
 from adafreeze.model.restore import keep_random_state
 
@@ -42,23 +40,36 @@ class Scored(Plain):
         setup.callbacks.append(_Read(setup.training.seed))
 
 
-class ScoredDeep(Safe):
-    """All blocks but one frozen from step 0; gradients of the others cannot be read, losses can."""
+def drawn(model: nn.Module, loader: Any, seed: int) -> list[dict[str, Any]]:
+    """Samples to ablate on, in chunks."""
+    return collect(loader, 10**6, seed, getattr(model.config, "pad_token_id", None))[:ABLATION_CHUNKS]
 
-    name = "scored-deep"
 
-    def configure(self, setup: Setup) -> None:
-        """Freeze at the start."""
-        setup.freeze(score="random", wait_for_loss=False, lr_scale=1.0, policy=nothing, freeze_at_start=0.999)
+def ablated(
+    model: nn.Module, backend: Backend, modules: list[nn.Module], chunks: list[dict[str, Any]]
+) -> list[list[float]]:
+    """Losses by chunk with the adapters of the lowest k modules off (k = 0, 1, ...)."""
+    device = device_of(model)
 
-    prepare = Scored.prepare
+    def losses(off: list[nn.Module]) -> list[float]:
+        found = []
+        with ExitStack() as undo:
+            undo.enter_context(torch.no_grad())
+            undo.enter_context(quiet(model))
+            for module in off:
+                undo.enter_context(backend.adapters_off(module))
+            for chunk in chunks:
+                moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in chunk.items()}
+                found.append(float(model(**moved).loss))
+        return found
+
+    return [losses(modules[:count]) for count in range(len(modules) + 1)]
 
 
 class _Read(TrainerCallback):
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.readings: dict[str, Any] = {}
-        self.losses: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw the probes, and take the references of the packaged scores."""
@@ -69,7 +80,7 @@ class _Read(TrainerCallback):
         pad = getattr(model.config, "pad_token_id", None)
         with keep_random_state():
             probe = Probe.draw(kwargs["train_dataloader"], PROBE_TOKENS, self.seed, pad)
-            self.probes = {"train": self._drawn(kwargs["train_dataloader"])}
+            self.probes = {"train": drawn(model, kwargs["train_dataloader"], self.seed)}
             self.scorers = {}
             for name in PACKAGED:
                 config = SafeConfig(score=name, overhead=1.0, seed=self.seed)
@@ -107,9 +118,11 @@ class _Read(TrainerCallback):
             return
         with keep_random_state():
             if "held_out" not in self.probes:
-                self.probes["held_out"] = self._drawn(kwargs["eval_dataloader"])
+                self.probes["held_out"] = drawn(self.model, kwargs["eval_dataloader"], self.seed)
             found: dict[str, Any] = {name: scorer.measure({}) for name, scorer in self.scorers.items()}
-            found |= {f"ablation_{name}": self._ablation(chunks) for name, chunks in self.probes.items()}
+            modules = [unit.module for unit in self.units.values()]
+            for name, chunks in self.probes.items():
+                found[f"ablation_{name}"] = ablated(self.model, self.backend, modules, chunks)
         found |= {name: dict(sums) for name, sums in self.sums.items()}
         for sums in self.sums.values():
             sums.clear()
@@ -117,29 +130,5 @@ class _Read(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write them."""
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        Path(args.output_dir, "scores.json").write_text(
-            json.dumps({"units": list(self.units), "readings": self.readings, "losses": losses}) + "\n"
-        )
-
-    def _drawn(self, loader: Any) -> list[dict[str, Any]]:
-        pad = getattr(self.model.config, "pad_token_id", None)
-        return collect(loader, 10**6, self.seed, pad)[:ABLATION_CHUNKS]
-
-    def _ablation(self, chunks: list[dict[str, Any]]) -> list[list[float]]:
-        """Losses by chunk with the adapters of the lowest k units off (k = 0, 1, ...)."""
-        modules = [unit.module for unit in self.units.values()]
-        return [self._losses(chunks, modules[:count]) for count in range(len(modules) + 1)]
-
-    def _losses(self, chunks: list[dict[str, Any]], off: list[nn.Module]) -> list[float]:
-        device = device_of(self.model)
-        losses = []
-        with ExitStack() as undo:
-            undo.enter_context(torch.no_grad())
-            undo.enter_context(quiet(self.model))
-            for module in off:
-                undo.enter_context(self.backend.adapters_off(module))
-            for chunk in chunks:
-                moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in chunk.items()}
-                losses.append(float(self.model(**moved).loss))
-        return losses
+        found = {"units": list(self.units), "readings": self.readings}
+        Path(args.output_dir, "scores.json").write_text(json.dumps(found) + "\n")

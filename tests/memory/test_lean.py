@@ -22,6 +22,7 @@ from transformers import (
 import adafreeze
 from adafreeze import ModelError
 from adafreeze.costs import SavedBytes
+from cached_run import train
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
@@ -257,25 +258,12 @@ def test_a_run_of_safe_that_is_lean_has_the_same_losses(dropout):
     for lean in (False, True):
         model = adapted("bert", lora_dropout=dropout)
         before = [set(vars(module)) for module in model.modules()]
-        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
         ids, labels = torch.arange(128).view(8, 16) % 100, torch.tensor([0, 1] * 4)
         batches = [{"input_ids": ids[i : i + 4], "labels": labels[i : i + 4]} for i in (0, 4)] * 6
-        config = adafreeze.SafeConfig(freeze_at_start=0.5, lean=lean)
-        safe = adafreeze.Safe(model, config, optimizer=optimizer, probe=batches[:2], total_steps=len(batches))
-        torch.manual_seed(1)
-        losses, saved = [], 0
-        for batch in batches:
-            with SavedBytes(model) as counted:
-                loss = model(**batch).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            safe.step()
-            losses.append(float(loss))
-            saved += counted.total
-        safe.close()
+        with SavedBytes(model) as counted:
+            losses, *_ = train("bert", adafreeze.SafeConfig(freeze_at_start=0.5, lean=lean), batches, model, count=8)
         assert [set(vars(module)) for module in model.modules()] == before
-        found.append((losses, saved))
+        found.append((losses, counted.total))
     (theirs, more), (ours, less) = found
     assert ours == theirs
     assert less < more or not dropout

@@ -14,10 +14,11 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 import adafreeze
 import cases
-from adafreeze import ConfigError, Safe, SafeConfig
+from adafreeze import ConfigError, SafeConfig
 from adafreeze.costs import CountFlops, SavedBytes, StorageTracker
 from adafreeze.memory.checkpointing import Checkpointing
 from adafreeze.model import find_stacks
+from cached_run import epochs, train
 
 HIDDEN, BLOCKS, ROWS, TOKENS = 128, 3, 2, 64
 
@@ -117,7 +118,6 @@ def test_what_is_kept_is_counted(lean):
 def test_attention_scores_are_computed_again():
     model = model_of("bert")
     model.get_base_model().set_attn_implementation("eager")
-    kept: list[int] = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -137,26 +137,17 @@ def test_attention_scores_are_computed_again():
 
 
 def test_a_run_of_safe_trains_the_same_and_leaves_no_trace():
-    found = []
+    found, twins = [], []
+
+    def after(_, model):
+        twins.append(copy.deepcopy(model))
+
     for fields in ({}, {"checkpointing": "selective", "lean": True}):
         model = cases.lora_model("bert", dropout=0.0).train()
         before = [set(vars(module)) for module in model.modules()]
-        loader = cases.loader("bert", 16, length=12)
-        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-        safe = Safe(model, SafeConfig(**fields), optimizer=optimizer, probe=loader, total_steps=12)
-        losses = []
-        for _ in range(3):
-            for batch in loader:
-                loss = model(**batch).loss
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                safe.step()
-                losses.append(float(loss))
-        twin = copy.deepcopy(model)
-        safe.close()
+        losses, *_ = train("bert", SafeConfig(**fields), epochs("bert"), model, after=after)
         assert [set(vars(module)) for module in model.modules()] == before
-        assert not any("forward" in vars(module) for module in twin.modules())
+        assert not any("forward" in vars(module) for module in twins[-1].modules())
         found.append(losses)
     assert found[0] == pytest.approx(found[1], abs=1e-5)
 

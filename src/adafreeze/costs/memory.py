@@ -53,9 +53,7 @@ class SavedBytes:
     def _pack(tensor: Tensor) -> Tensor:
         if torch._C._current_graph_task_id() != -1:
             return tensor  # in a backward pass: reentrant checkpointing recomputes under these hooks
-        for counter in _counting:
-            for storage in _storages(tensor):
-                counter._count(storage)
+        count_saved(tensor)
         return tensor
 
     def _count(self, storage: torch.UntypedStorage) -> None:

@@ -176,11 +176,7 @@ def lean_forward(layer: Linear) -> patched:
 
 def lean_layers(modules: Iterable[nn.Module]) -> list[Linear]:
     """The LoRA layers among ``modules`` with PEFT's own forward."""
-    return [
-        module
-        for module in modules
-        if isinstance(module, Linear) and type(module) is Linear and "forward" not in module.__dict__
-    ]
+    return [module for module in modules if type(module) is Linear and "forward" not in module.__dict__]
 
 
 @contextmanager

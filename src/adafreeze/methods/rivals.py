@@ -6,7 +6,7 @@ import importlib.util
 import math
 import statistics
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -18,7 +18,10 @@ from ..decide.policy import PolicyInput
 from ..errors import note
 from .method import Method, Setup
 
-__all__ = ["AutoFreeze", "BottomUp", "GradES", "RandomFreezing", "StaticHalf", "StaticThird", "StaticTwoThirds"]
+__all__ = [
+    *("AutoFreeze", "BottomUp", "GradES", "RandomFreezing"),
+    *("StaticPrefix", "StaticHalf", "StaticThird", "StaticTwoThirds"),
+]
 
 # The warm-up lasts its full share of the run; settled scores would end it sooner.
 NEVER_SETTLED: dict[str, Any] = {"settle_patience": 10**9}
@@ -148,7 +151,7 @@ class StaticPrefix(Method):
         share: of the blocks with adapters, rounded down.
     """
 
-    share: ClassVar[float]
+    share: float
 
     def configure(self, setup: Setup) -> None:
         """Freeze the lowest blocks at the start."""
