@@ -110,8 +110,8 @@ def measure(model: PeftModel, context: AbstractContextManager[Any]) -> dict[str,
 @contextmanager
 def selective(model: PeftModel) -> Iterator[None]:
     """Lean layers, and selective checkpointing of every block."""
-    checkpointing = Checkpointing(model, find_stacks(model), selective=True)
-    checkpointing.chosen = frozenset(checkpointing.blocks)
+    checkpointing = Checkpointing(model, find_stacks(model))
+    checkpointing.recomputed = checkpointing.all_selective
     checkpointing.install()
     with adafreeze.lean(model):
         yield

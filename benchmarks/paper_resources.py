@@ -36,7 +36,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, PretrainedConfig, 
 from transformers.utils import logging
 
 from adafreeze.env import environment
-from adafreeze.memory._planner import PlannedStep, StepPlanner
+from adafreeze.memory._planner import PlannedStep, StepPlanner, Way
 from adafreeze.sizes import readable
 from adafreeze.tasks.weightless import adapted, build, example_inputs
 
@@ -137,7 +137,7 @@ def steps_at(
             found[depth] = planner.step(case.rows)
             assert found[depth].prefix == depth
             if depth in starts:
-                recomputed[depth] = planner.step(case.rows, checkpointed=True)
+                recomputed[depth] = planner.step(case.rows, Way(False, "full"))
     return found, recomputed
 
 

@@ -88,7 +88,11 @@ def fetch(name: str) -> Path:
         made = work / "made"
         made.mkdir()
         RECIPES[name].convert(archives, work, made)
-        made.rename(folder)  # atomic
+        try:
+            made.rename(folder)  # atomic
+        except OSError:
+            if not folder.is_dir():  # another process was first
+                raise
     return folder
 
 

@@ -181,16 +181,16 @@ def decide(model, optimizer, family="llama", **config):
     )  # fmt: skip
 
 
-def safely(stage, family="llama", stop=None, inside=False, **config):
+def safely(stage, family="llama", stop=None, inside=False, lora_dropout=0.0, **config):
     """A whole run by scores in a plain loop; after ``stop`` steps it continues in a new engine.
 
-    ``inside``: Safe gets the module inside the engine.
+    ``inside``: Safe gets the module inside the engine. ``lora_dropout``: so that layers are lean.
     """
     found, history = {}, worker.History(gathered_lists)
     folder = f"{sys.argv[1]}/safely{stage}{family}"
     data = worker.Batches(family)
     for part in ("first", "second") if stop else ("whole",):
-        model = cases.lora_model(family, dropout=0.0)
+        model = cases.lora_model(family, dropout=0.0, lora_dropout=lora_dropout)
         parameters = [p for p in model.parameters() if p.requires_grad]
         engine, optimizer, *_ = deepspeed.initialize(
             model=model, optimizer=torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1),

@@ -58,6 +58,11 @@ RUNS = {
     "resumed bf16": {"do": "resumed", "stage": 1, "precision": "bf16"},
     "released": {"do": "released"},
     **{name: {"do": "safely", **settings} for name, settings in SAFE.items()},
+    **{
+        f"{'lean' if lean else 'not lean'} {stage}": {"do": "safely", "stage": stage, "lora_dropout": 0.1, "lean": lean}
+        for stage in STAGES
+        for lean in (True, False)
+    },
     **{f"safe stopped {stage}": {"do": "safely", "stage": stage, "stop": 10} for stage in (0, 2)},
 }
 
@@ -228,6 +233,14 @@ def test_safe_decides_and_trains_as_without_deepspeed(ranks, alone, name):
         assert torch.equal(value, second["weights"][key])
         # Gradients are added in another order: 1e-7, amplified by 24 steps of AdamW.
         torch.testing.assert_close(value.flatten(), torch.tensor(plain["weights"][key]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_lean_layers_change_nothing_but_what_is_saved(ranks, stage):
+    for lean, other in zip(results(ranks, f"lean {stage}"), results(ranks, f"not lean {stage}"), strict=True):
+        assert lean["weights"] == other["weights"] and lean["history"] == other["history"]
+        saved, more = (run["logs"]["safe/saved_mib"] for run in (lean, other))
+        assert saved == more if stage == 3 else saved < more  # ZeRO-3 has hooks on A and B, so PEFT's forward runs
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -11,7 +11,8 @@ EXACT = ["ddp", "bert", "t5", "find_unused", "static_graph", "bucket_view", "sma
 BY_HAND = ["by_hand", "hidden_by_hand"]
 OTHER = ["accumulate", "bytes", "budget", "grad_norm", "fp16_hook", "power_sgd", "own_minds", "wander"]
 FSDP = ["fsdp2", "fsdp2_bert", "fsdp2_t5", "fsdp2_local"]
-ALL = [*EXACT, *BY_HAND, *OTHER, *FSDP]
+LEAN = ["autocast", "fsdp2_autocast"]
+ALL = [*EXACT, *BY_HAND, *OTHER, *FSDP, *LEAN]
 FAMILY = {"bert": "bert", "t5": "t5", "fsdp2_bert": "bert", "fsdp2_t5": "t5"}
 
 
@@ -109,6 +110,17 @@ def test_ranks_share_a_cache_on_disk(two):
         cache = found(two, "wander", rank)["cache"]
         # Of 24 samples each rank computes the 12 of its first epoch; the next five epochs find all.
         assert cache["misses"] == 12 and cache["hits"] + cache["advanced"] == 5 * 12
+
+
+@pytest.mark.parametrize("name", LEAN)
+def test_lean_layers_train_like_one_process_whose_layers_are_not(two, alone, name):
+    one, many = alone(autocast=True, config={"lean": False}), found(two, name)
+    assert many["history"] == one["history"]
+    assert many["logs"]["safe/saved_mib"] < one["logs"]["safe/saved_mib"]
+    if name == "autocast":
+        assert many["weights"] == one["weights"]
+    else:
+        assert largest_difference(many, one) < 1e-4
 
 
 @pytest.mark.parametrize("name", FSDP)

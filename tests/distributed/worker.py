@@ -78,12 +78,12 @@ class History:
 
 def train(
     family: str, wrap, rank: int, ranks: int, *, config=None, accumulate: int = 1, optimizer=None, spy=None, virtual=1,
-    hide=False, wander=False,
+    hide=False, wander=False, autocast=False,
 ):  # fmt: skip
     """A whole run; ``virtual`` ranks in one process process their rows one after the other.
 
     ``hide``: Safe gets the module inside the wrapper, as in Trainer. ``wander``: in each epoch a rank takes the rows
-    that another one had in the last.
+    that another one had in the last. ``autocast``: to bfloat16, so that layers are lean.
     """
     model = cases.lora_model(family, dropout=0.0)
     data = Batches(family)
@@ -106,7 +106,8 @@ def train(
                     place = rank if virtual == 1 else one
                     if wander:
                         place = (place + step // 4) % ranks
-                    loss = wrapped(**data.batch(step * accumulate + part, place, max(ranks, virtual))).loss
+                    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                        loss = wrapped(**data.batch(step * accumulate + part, place, max(ranks, virtual))).loss
                     (loss / virtual / accumulate).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -213,6 +214,8 @@ SCENARIOS = {
     "budget": lambda rank, ranks: train("llama", ddp(), rank, ranks, config={"memory_budget": BUDGET}),
     "own_minds": lambda rank, ranks: train("llama", ddp(), rank, ranks, config={"policy": own_mind(rank)}),
     "grad_norm": lambda rank, ranks: train("llama", ddp(), rank, ranks, config={"score": "grad_norm"}),
+    "autocast": lambda rank, ranks: train("llama", ddp(), rank, ranks, autocast=True),
+    "fsdp2_autocast": lambda rank, ranks: train("llama", fsdp2, rank, ranks, autocast=True),
     "fsdp2": lambda rank, ranks: train("llama", fsdp2, rank, ranks),
     "fsdp2_bert": lambda rank, ranks: train("bert", fsdp2, rank, ranks),
     "fsdp2_t5": lambda rank, ranks: train("t5", fsdp2, rank, ranks),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import cases
 from adafreeze.costs import SavedBytes
-from adafreeze.memory.checkpointing import Checkpointing, fewest_checkpointed
+from adafreeze.memory.checkpointing import Checkpointing, Recomputed, fewest_checkpointed, least_recomputed
 from adafreeze.model import find_stacks
 
 LIKE = {("layers", index): (10, 5) for index in range(6)}
@@ -73,6 +73,35 @@ def test_it_fits_if_possible_and_no_chosen_block_is_unnecessary(blocks, excess):
     assert sum(flops[name] for name in chosen) <= 2 * best + max(flops.values())  # greedy, and not far off
 
 
+BETWEEN = {name: (4, 1) for name in LIKE}
+
+
+def held(recomputed):
+    return 60 - 10 * len(recomputed.full) - 4 * len(recomputed.selective)
+
+
+def test_blocks_are_selective_before_any_is_recomputed_whole():
+    chosen = least_recomputed(LIKE, BETWEEN, held, 49)
+    assert not chosen.full and sorted(index for _, index in chosen.selective) == [0, 1, 2]
+
+
+def test_as_few_whole_blocks_as_possible_and_no_more_selective_ones_than_needed():
+    chosen = least_recomputed(LIKE, BETWEEN, held, 36)
+    assert not chosen.full and len(chosen.selective) == 6
+    chosen = least_recomputed(LIKE, BETWEEN, held, 30)
+    assert sorted(index for _, index in chosen.full) == [0] and len(chosen.selective) == 5
+    chosen = least_recomputed(LIKE, BETWEEN, held, 34)
+    assert len(chosen.full) == 1 and len(chosen.selective) == 4
+    assert len(least_recomputed(LIKE, BETWEEN, held, 0).full) == 6
+    assert least_recomputed(LIKE, BETWEEN, held, -1) is None
+
+
+@pytest.mark.parametrize("between", [{}, {name: (4, 3) for name in LIKE}], ids=["impossible", "costly"])
+def test_without_selective_checkpointing_whole_blocks_are_recomputed(between):
+    chosen = least_recomputed(LIKE, between, held, 45)
+    assert not chosen.selective and len(chosen.full) == 2
+
+
 def set_up(family, checkpointed=(), dropout=0.1):
     model = cases.lora_model(family, blocks=4, dropout=dropout, lora_dropout=dropout)
     stacks = find_stacks(model)
@@ -90,7 +119,7 @@ def test_every_choice_gives_the_same_loss_and_gradients(family, dropout):
     model, recompute = set_up(family, dropout=dropout)
     names = list(recompute.blocks)
     for chosen in ([], names, names[:2], names[1::2], names[-1:]):
-        recompute.chosen = frozenset(chosen)
+        recompute.recomputed = Recomputed(full=frozenset(chosen))
         model.zero_grad(set_to_none=True)
         torch.manual_seed(5)
         with SavedBytes(model) as saved:
@@ -116,7 +145,7 @@ def test_it_replaces_the_models_own_checkpointing_until_restored():
 
 def test_evaluation_keeps_the_cache_for_generation():
     model, recompute = set_up("gpt2")
-    recompute.chosen = frozenset(recompute.blocks)
+    recompute.recomputed = recompute.all_full
     batch = {name: value for name, value in cases.batch("gpt2").items() if name != "labels"}
     with torch.no_grad():
         model.eval()

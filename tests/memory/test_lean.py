@@ -20,8 +20,8 @@ from transformers import (
 )
 
 import adafreeze
-from adafreeze import ModelError
-from adafreeze.costs import SavedBytes
+from adafreeze import ModelError, RunError
+from adafreeze.costs import SavedBytes, StorageTracker
 from cached_run import train
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -38,8 +38,8 @@ def base(family: str) -> nn.Module:
     return BertForSequenceClassification(BertConfig(**SHAPE, intermediate_size=256, **NO_DROPOUT))
 
 
-def adapted(family: str = "llama", dtype: torch.dtype = torch.float32, **lora: object) -> PeftModel:
-    """With adapters that do something."""
+def adapted(family: str = "llama", dtype: torch.dtype = torch.bfloat16, **lora: object) -> PeftModel:
+    """With fp32 adapters that do something."""
     kind = "SEQ_CLS" if family == "bert" else "CAUSAL_LM"
     settings = {"r": 8, "target_modules": "all-linear", "task_type": kind, **lora}
     model = get_peft_model(base(family).to(dtype), LoraConfig(**settings))
@@ -76,7 +76,8 @@ def test_loss_and_gradients_are_those_of_peft_to_the_bit(family, dtype, dropout,
     with adafreeze.lean(model):
         ours, saved = step(model, autocast=autocast)
     assert is_equal(ours, theirs)
-    assert saved < more
+    gains = dropout or dtype == torch.bfloat16 or (autocast and dtype == torch.float32)
+    assert saved < more if gains else saved == more  # PEFT saves x by reference, too
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_activation_checkpointing_recomputes_the_same(reentrant, dropout):
 
 
 def test_the_same_input_is_saved_once_for_all_layers_that_get_it():
-    model = adapted(dtype=torch.bfloat16)
+    model = adapted()
     attention = model.get_base_model().model.layers[0].self_attn
     x = torch.randn(2, 16, 64, dtype=torch.bfloat16, requires_grad=True)
     with adafreeze.lean(model), SavedBytes(model) as saved:
@@ -119,8 +120,65 @@ def test_the_same_input_is_saved_once_for_all_layers_that_get_it():
     assert len(outputs) == 3
 
 
+def test_under_autocast_one_narrow_copy_is_saved_for_all_layers_that_get_the_same_input():
+    model = adapted(dtype=torch.float32)
+    attention = model.get_base_model().model.layers[0].self_attn
+    x = torch.randn(2, 16, 64)
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    with torch.autocast("cpu", torch.bfloat16), adafreeze.lean(model):
+        with SavedBytes(model) as saved:
+            outputs = [layer(x) for layer in layers]
+        with torch.no_grad():
+            x.add_(1)  # another input now
+        changed = attention.q_proj(x)
+    assert saved.total == x.nbytes // 2
+    assert len(outputs) == 3 and not torch.equal(changed, outputs[0])
+
+
+def test_nothing_keeps_the_narrow_copy_once_the_graph_is_gone():
+    model = adapted(dtype=torch.float32)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    x = torch.randn(2, 16, 64)
+    with torch.autocast("cpu", torch.bfloat16), adafreeze.lean(model), StorageTracker() as tracker:
+        layer(x).sum().backward()
+        held = tracker.now
+        output = layer(x)
+        assert tracker.now == held + x.nbytes // 2 + output.nbytes
+        del output
+        assert tracker.now == held
+
+
+def test_an_input_that_is_a_small_part_of_a_tensor_does_not_keep_the_tensor():
+    model = adapted()
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    hidden = torch.randn(2, 16, 64, dtype=torch.bfloat16, requires_grad=True) * 1
+    with adafreeze.lean(model), SavedBytes(model) as saved:
+        layer(hidden[:, 0])
+    assert saved.total < hidden.nbytes
+
+
+def test_an_input_that_is_changed_in_place_afterwards_is_an_error_that_names_the_fix():
+    model = adapted()
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    with adafreeze.lean(model):
+        x = torch.randn(2, 16, 64, dtype=torch.bfloat16, requires_grad=True) * 1
+        loss = layer(x).sum()
+        x.add_(1)
+        with pytest.raises(RunError, match=r"in place.*\n.*lean=False"):
+            loss.backward()
+
+
+def test_an_input_made_in_inference_mode():
+    model = adapted()
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    with torch.inference_mode():
+        x = torch.randn(2, 16, 64, dtype=torch.bfloat16)
+    with adafreeze.lean(model):
+        layer(x).sum().backward()
+
+
 def test_of_the_dropout_one_bit_per_element_is_saved():
-    model = adapted(lora_dropout=0.1)
+    model = adapted(dtype=torch.float32, lora_dropout=0.1)
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     x = torch.randn(3, 5, 64, requires_grad=True)  # 120 bytes of bits
     with adafreeze.lean(model), SavedBytes(model) as saved:
@@ -151,7 +209,7 @@ def test_peft_s_own_forward_runs_where_another_formula_applies(change):
         layer.enable_adapters(False)
     elif change == "eval":
         model.eval()
-    x = torch.randn(2, 16, 64, requires_grad=change != "no grad in x")
+    x = torch.randn(2, 16, 64, dtype=torch.bfloat16, requires_grad=change != "no grad in x")
     try:
         theirs = layer(x)
         count = len(seen)
@@ -169,15 +227,15 @@ def test_an_empty_batch_and_a_single_row():
     model = adapted()
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     with adafreeze.lean(model):
-        assert layer(torch.randn(0, 16, 64)).shape == (0, 16, 64)
-        assert layer(torch.randn(64)).shape == (64,)
-        assert layer(torch.randn(1, 64)).requires_grad
+        assert layer(torch.randn(0, 16, 64, dtype=torch.bfloat16)).shape == (0, 16, 64)
+        assert layer(torch.randn(64, dtype=torch.bfloat16)).shape == (64,)
+        assert layer(torch.randn(1, 64, dtype=torch.bfloat16)).requires_grad
 
 
 def test_rows_with_different_adapters_run_peft_s_forward():
     model = adapted()
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
-    x, names = torch.randn(2, 16, 64), ["default", "__base__"]
+    x, names = torch.randn(2, 16, 64, dtype=torch.bfloat16), ["default", "__base__"]
     with adafreeze.lean(model):
         mixed = layer(x, adapter_names=names)
         assert torch.equal(mixed[1], layer.base_layer(x)[1]) and not torch.equal(mixed[0], layer.base_layer(x)[0])
@@ -186,7 +244,7 @@ def test_rows_with_different_adapters_run_peft_s_forward():
 def test_on_the_meta_device():
     model = adapted().to("meta")
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
-    x = torch.empty(2, 16, 64, device="meta", requires_grad=True)
+    x = torch.empty(2, 16, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
     with adafreeze.lean(model):
         layer(x).sum().backward()
     assert x.grad.shape == x.shape and layer.lora_B["default"].weight.grad.shape == (64, 8)
@@ -229,7 +287,7 @@ def test_differentiating_twice_is_refused():
 def test_functional_transforms_run_peft_s_forward():
     model = adapted()
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
-    x = torch.randn(4, 64)
+    x = torch.randn(4, 64, dtype=torch.bfloat16)
     with adafreeze.lean(model):
         assert torch.equal(torch.func.vmap(layer)(x), torch.func.vmap(layer)(x))
         assert torch.func.jacrev(lambda one: layer(one).sum())(x).shape == x.shape

@@ -53,7 +53,7 @@ def batch_of(family, dtype):
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
 
 
-def measured(family, depths, kind="lora", dropout=0.0, dtype=torch.float32, checkpointing=False):
+def measured(family, depths, kind="lora", dropout=0.0, dtype=torch.float32, checkpointing=False, config=None):
     """Saved bytes, peak and FLOPs at each depth, of the second step with a real model and optimizer."""
     model = get_peft_model(
         cases.base_model(family, dropout=dropout).to(dtype), cases.adapter(family, kind, dropout)
@@ -62,8 +62,8 @@ def measured(family, depths, kind="lora", dropout=0.0, dtype=torch.float32, chec
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     batch = batch_of(family, dtype)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    config = SafeConfig(cache="off", freeze_at_start=0)
-    safe = Safe(model, config, optimizer=optimizer, probe=batch, total_steps=1000, samples_per_step=ROWS)
+    settings = SafeConfig(cache="off", freeze_at_start=0, **config or {})
+    safe = Safe(model, settings, optimizer=optimizer, probe=batch, total_steps=1000, samples_per_step=ROWS)
     found = []
     for depth in depths:
         names = [name for name in list(safe.units)[:depth] if name not in safe.frozen]
@@ -189,26 +189,54 @@ def test_micro_batches_that_fit():
     for rows, fits in ((some.micro_batches["plain"], True), (some.micro_batches["plain"] + 1, False)):
         assert (planned("bert", batch_size=rows).plain.peak <= limit) == fits
     nothing = planned("bert", device_memory=held)
-    assert nothing.micro_batches == {"plain": 0, "safe": 0, "checkpointed": 0}
+    assert nothing.micro_batches == {"plain": 0, "safe": 0, "selective": 0, "checkpointed": 0}
     assert any("per_device_train_batch_size 1" in line for line in nothing.advice)
+
+
+@pytest.mark.parametrize("family", ["bert", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_selective_checkpointing_is_predicted_at_every_depth(family, dtype):
+    way = {"dtype": dtype, "dropout": 0.1}
+    made = planned(family, **way)
+    assert [step.prefix for step in made.selective] == [step.prefix for step in made.steps]
+    real = measured(family, [step.prefix for step in made.selective], **way, config={"checkpointing": "selective"})
+    for step, (saved, peak, forward, backward) in zip(made.selective, real, strict=True):
+        assert step.saved == saved, step.prefix
+        assert step.peak == pytest.approx(peak, rel=0.03), step.prefix
+        assert (step.forward_flops, step.backward_flops) == (forward, backward), step.prefix
+
+
+def test_a_model_that_changes_a_product_in_place_has_no_selective_plan(monkeypatch):
+    from transformers.models.bert.modeling_bert import BertIntermediate
+
+    monkeypatch.setattr(BertIntermediate, "forward", lambda self, x: self.dense(x).mul_(1.0))
+    made = planned("bert")
+    assert not made.selective
+    assert any("No selective checkpointing" in cause for cause in made.causes)
 
 
 # Causes.
 
 
-def test_float32_adapters_on_a_half_precision_base():
-    assert any("float32 on a bfloat16 base" in cause for cause in planned("llama", dtype="bfloat16").causes)
-    lean = planned("llama", dtype="bfloat16", autocast_adapter_dtype=False)
-    assert not any("float32" in cause for cause in lean.causes)
-    assert lean.plain.saved < planned("llama", dtype="bfloat16").plain.saved
+def test_float32_adapters_on_a_half_precision_base_that_cannot_be_lean():
+    assert any("float32 on a bfloat16 base" in cause for cause in planned("llama", "dora", dtype="bfloat16").causes)
+    narrow = planned("llama", "dora", dtype="bfloat16", autocast_adapter_dtype=False)
+    assert not any("float32" in cause for cause in narrow.causes)
+    assert narrow.plain.saved < planned("llama", "dora", dtype="bfloat16").plain.saved
+
+
+def test_lean_adapters_need_neither_other_dtypes_nor_other_dropout():
+    made = planned("llama", dtype="bfloat16", dropout=0.1)
+    assert not made.causes
+    assert made.steps[0].saved < made.plain.saved and made.steps[0].peak < made.plain.peak
 
 
 @pytest.mark.slow
 def test_adapter_dropout_on_seven_targets():
     made, without = (
         plan(
-            high_stack(), LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout), batch_size=4,
-            max_length=24, target="cpu",
+            high_stack(), LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout, use_dora=True),
+            batch_size=4, max_length=24, target="cpu",
         )
         for dropout in (0.05, 0.0)
     )  # fmt: skip

@@ -51,10 +51,10 @@ class selective:
     """Every block of ``model`` within the block."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.checkpointing = Checkpointing(model, find_stacks(model), selective=True)
+        self.checkpointing = Checkpointing(model, find_stacks(model))
 
     def __enter__(self) -> None:
-        self.checkpointing.chosen = frozenset(self.checkpointing.blocks)
+        self.checkpointing.recomputed = self.checkpointing.all_selective
         self.checkpointing.install()
 
     def __exit__(self, *_: object) -> None:

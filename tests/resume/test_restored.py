@@ -12,6 +12,7 @@ import torch
 import cases
 from adafreeze import AdafreezeWarning, RunError, Safe, SafeConfig
 from adafreeze.loop.state import sealed
+from adafreeze.memory.checkpointing import NOTHING
 
 STEPS = 30
 
@@ -114,13 +115,13 @@ def pressed():
 
 def test_the_recompute_choice_is_taken_up_and_not_made_again(pressed):
     limit, model, safe = pressed
-    chosen = safe.budget.checkpointing.chosen
-    assert chosen
+    chosen = safe.budget.checkpointing.recomputed
+    assert chosen != NOTHING
     again = start(copied(model), memory_budget=limit)
     again.load_state_dict(kept(safe))
     written = len(again.journal.events)
     again.model(**cases.batch("llama"))
-    assert again.budget.checkpointing.chosen == chosen
+    assert again.budget.checkpointing.recomputed == chosen
     assert "recompute" not in [event["event"] for event in again.journal.events[written:]]
 
 
@@ -129,7 +130,7 @@ def test_a_larger_budget_than_before_makes_its_own_choice(pressed):
     again = start(copied(model), memory_budget="1GiB")
     again.load_state_dict(kept(safe))
     again.model(**cases.batch("llama"))
-    assert not again.budget.checkpointing.chosen
+    assert again.budget.checkpointing.recomputed == NOTHING
 
 
 def test_what_is_free_is_not_more_than_it_was(pressed):
@@ -223,7 +224,7 @@ def flipped(text):
         (lambda state: {k: v for k, v in state.items() if k != "deciding"}, "does not match its checksum"),
         (lambda state: {k: v for k, v in state.items() if k != "checksum"}, "does not match its checksum"),
         (lambda state: {**state, "length": {**state["length"], "steps": 99}}, "does not match its checksum"),
-        (lambda state: {**state, "version": 2}, "has version 2, and this version of adafreeze reads 4"),
+        (lambda state: {**state, "version": 2}, "has version 2, and this version of adafreeze reads 5"),
         (lambda state: {**state, "version": [2]}, r"has version \[2\]"),
         (lambda state: {k: v for k, v in state.items() if k != "version"}, "without a version"),
         (lambda state: None, "is None, without a version"),

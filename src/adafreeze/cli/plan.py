@@ -87,32 +87,39 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _show(plan: Plan) -> None:
+    selective = dict(zip(plan.steps, plan.selective, strict=False))  # empty where the model does not allow it
     rows: list[tuple[str, PlannedStep]] = [(f"{step.prefix} of {plan.blocks}", step) for step in plan.steps]
     rows.append(("all checkpointed", plan.checkpointed))
     if plan.steps[0] != plan.plain:
-        rows.insert(0, ("none checkpointed", plan.plain))
+        rows.insert(0, ("plain PEFT", plan.plain))
     settings = plan.settings
     tokens = "" if settings["task"] == "image-classification" else f" of {settings['max_length']} tokens"
     title = f"{plan.model}, micro-batches of {settings['batch_size']} samples{tokens}, {settings['target'].upper()}"
-    console = Console(width=max(128, Console().width))
+    console = Console(width=max(138, Console().width))
     parts = ("weights", "adapters", "gradients", "optimizer", "saved", "transient", "peak")
-    ratios = ("of plain", "of check-\npointed")
-    memory = number_table(f"Memory of a training step: {title}", "frozen prefix", *parts, *ratios)
-    columns = ("forward", "backward", "both", *ratios, "with the cache", "of plain")
+    also = ("selective", "of plain")
+    memory = number_table(f"Memory of a training step: {title}", "frozen prefix", *parts, "of plain", *also)
+    columns = ("forward", "backward", "both", "of plain", "with the cache", "of plain", *also)
     flops = number_table("FLOPs of a micro-batch", "frozen prefix", *columns)
     for name, step in rows:
-        of_peaks = (step.peak / plan.plain.peak, step.peak / plan.checkpointed.peak)
-        memory.add_row(name, *(readable(getattr(step, part)) for part in parts), *map("{:.2f}".format, of_peaks))
+        light = selective.get(step)
+        memory.add_row(
+            name,
+            *(readable(getattr(step, part)) for part in parts),
+            f"{step.peak / plan.plain.peak:.2f}",
+            *(() if light is None else (readable(light.peak), f"{light.peak / plan.plain.peak:.2f}")),
+        )
         flops.add_row(
             name,
             *map(_flops, (step.forward_flops, step.backward_flops, step.flops)),
             f"{step.flops / plan.plain.flops:.2f}",
-            f"{step.flops / plan.checkpointed.flops:.2f}",
             _flops(step.cached_flops),
             f"{step.cached_flops / plan.plain.flops:.2f}",
+            *(() if light is None else (_flops(light.flops), f"{light.flops / plan.plain.flops:.2f}")),
         )
     console.print(memory)
     console.print("peak = weights + adapters + optimizer + saved + transient; gradients are part of transient.")
+    console.print('selective: the peak with SafeConfig(checkpointing="selective").', highlight=False)
     console.print(flops)
     for line in _conclusions(plan):
         console.print(line, markup=False, highlight=False)
@@ -121,13 +128,14 @@ def _show(plan: Plan) -> None:
 def _conclusions(plan: Plan) -> list[str]:
     lines = []
     if plan.limit is not None:
-        plain, safe, leanest = (plan.micro_batches[name] for name in ("plain", "safe", "checkpointed"))
+        fits = plan.micro_batches
+        selective = f', {fits["selective"]} with checkpointing="selective"' if "selective" in fits else ""
         lines.append(
-            f"Of {plan.settings['device_memory']}, {readable(plan.limit)} can be used. Micro-batches that fit: {plain} "
-            f'plain, {safe} with SafeConfig(), up to {leanest} with SafeConfig(memory_budget="auto"), which '
-            "checkpoints blocks as needed."
+            f"Of {plan.settings['device_memory']}, {readable(plan.limit)} can be used. Micro-batches that fit: "
+            f"{fits['plain']} plain, {fits['safe']} with SafeConfig(){selective}, up to {fits['checkpointed']} with "
+            'memory_budget="auto", which recomputes as needed.'
         )
-        if not leanest:
+        if not fits["checkpointed"]:
             lines.append("Nothing fits. " + "; ".join(plan.advice) + ".")
     if len(plan.steps) > 1 and not plan.steps[-1].prefix:
         lines.append("No block can join a frozen prefix, see below.")

@@ -40,8 +40,8 @@ class History:
     # in a dry run, (step, all units that would be frozen)
     would_freeze: list[tuple[int, list[str]]] = field(default_factory=list)
     logs: dict[str, Series] = field(default_factory=dict)  # (step, value) by log key
-    # (step, names of the blocks with activation checkpointing) per choice
-    checkpointed: list[tuple[int, list[str]]] = field(default_factory=list)
+    # (step, names of the blocks with activation checkpointing, of those with selective) per choice
+    checkpointed: list[tuple[int, list[str], list[str]]] = field(default_factory=list)
     cache: dict[str, Any] | None = None  # counts of the prefix cache; None if it was not used
     cache_off: tuple[int, str] | None = None  # (step, reason) if the cache was switched off
     closed: bool = False  # Safe was closed
@@ -152,7 +152,7 @@ def _add(history: History, event: Mapping[str, Any]) -> None:
             if name != "step":
                 history.logs.setdefault(name, []).append((step, value))
     elif kind == "recompute":
-        history.checkpointed.append((history.steps, list(event["blocks"])))
+        history.checkpointed.append((history.steps, list(event["blocks"]), list(event.get("selective", ()))))
     elif kind == "cache":
         history.cache = dict(event)
     elif kind == "cache_off":

@@ -426,13 +426,13 @@ class Safe:
         layers = lean_layers(self.model.modules()) if self.config.lean else []
         for layer in layers:
             self._lighter.enter_context(lean_forward(layer))
-        if self.config.lean and all(layer.lora_variant for layer in layers):
+        if self.config.lean and "lean" in self.config.given and all(layer.lora_variant for layer in layers):
             note("lean=True changes nothing: no layer is plain LoRA with PEFT's own forward.")
         if self.config.checkpointing is not None:
-            selective = Checkpointing(self.model, self.stacks, selective=True)
-            selective.chosen = frozenset(selective.blocks)
-            selective.install()
-            self._lighter.callback(selective.restore)
+            checkpointing = Checkpointing(self.model, self.stacks)
+            checkpointing.recomputed = checkpointing.all_selective
+            checkpointing.install()
+            self._lighter.callback(checkpointing.restore)
 
     def _take_down(self) -> None:
         self._watch.remove()

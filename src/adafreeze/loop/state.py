@@ -30,7 +30,7 @@ __all__ = [
     "settings_after",
 ]
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 
 
 def sealed(state: Mapping[str, Any]) -> dict[str, Any]:

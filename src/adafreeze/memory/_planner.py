@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,11 @@ from ..model.obstacles import find_obstacles, remedies, units_below
 from ..model.patches import patched_forward, replaced_child
 from ..model.units import some, units_along
 from .checkpointing import Checkpointing
+from .lean import lean_forward, lean_layers
 from .optimizer import optimizer_bytes
 from .rehearsal import Rehearsal, faked, rehearse
 
-__all__ = ["QUANTIZED", "PlannedStep", "StepPlanner"]
+__all__ = ["PEFT", "QUANTIZED", "PlannedStep", "StepPlanner", "Way"]
 
 # Bytes per element of a quantized weight, scales included: nf4 with double quantization, int8 with one scale per row.
 QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
@@ -71,6 +72,16 @@ class PlannedStep:
     def flops(self) -> int:
         """Of both passes, without the prefix cache."""
         return self.forward_flops + self.backward_flops
+
+
+class Way(NamedTuple):
+    """How the blocks above the prefix train: ``checkpointing`` is None, ``"selective"`` or ``"full"``."""
+
+    lean: bool
+    checkpointing: str | None
+
+
+PEFT = Way(lean=False, checkpointing=None)
 
 
 @dataclass(eq=False)
@@ -135,7 +146,7 @@ class StepPlanner:
         undo.callback(self.freezer.restore)
         undo.callback(self.prefix.restore)
         self._alike = self.fake and len(self.stacks) == 1 and all(tensors) and all_alike(self.stacks[0])
-        self._few: dict[tuple[int, int, bool, int], Rehearsal] = {}
+        self._few: dict[tuple[int, int, Way, int], Rehearsal] = {}
         self.adapters = bytes_of(self._trained())
         self.quantized, self.dequantized = self._quantized_bytes()
 
@@ -160,9 +171,9 @@ class StepPlanner:
         self.freezer.freeze(name for name in names if name not in self.freezer.frozen)
         self.prefix.update()
 
-    def step(self, rows: int, *, checkpointed: bool = False) -> PlannedStep:
-        """A step on ``rows`` samples at the present depth, with or without activation checkpointing."""
-        step = self._rehearse(rows, checkpointed)
+    def step(self, rows: int, way: Way = PEFT) -> PlannedStep:
+        """A step on ``rows`` samples at the present depth."""
+        step = self._rehearse(rows, way)
         state, temporary = optimizer_bytes(self.optimizer, self._trained())
         weights = step.resident - self.adapters - self.quantized
         passes = max(step.peak, step.resident + step.gradients + temporary)
@@ -183,22 +194,22 @@ class StepPlanner:
             cached_flops=step.flops - skipped,
         )
 
-    def _rehearse(self, rows: int, checkpointed: bool = False) -> Rehearsal:
+    def _rehearse(self, rows: int, way: Way = PEFT) -> Rehearsal:
         depth = sum(self.prefix.depths.values())
         live = len(self.blocks) - depth
-        step = self._extrapolated(rows, checkpointed, depth, live) if self._alike and live > max(FEW) else None
+        step = self._extrapolated(rows, way, depth, live) if self._alike and live > max(FEW) else None
         if step is None:
-            step = self._run(rows, checkpointed)
+            step = self._run(rows, way)
         return dataclasses.replace(step, gradients=bytes_of(self._trained()))
 
-    def _extrapolated(self, rows: int, checkpointed: bool, depth: int, live: int) -> Rehearsal | None:
+    def _extrapolated(self, rows: int, way: Way, depth: int, live: int) -> Rehearsal | None:
         """From FEW live blocks to ``live``; None if the peak moves to another moment, so costs are not linear."""
         kept = min(depth, 2)
         points = []
         for count in FEW:
-            key = (kept, rows, checkpointed, count)
+            key = (kept, rows, way, count)
             if key not in self._few:
-                self._few[key] = self._run(rows, checkpointed, live=count)
+                self._few[key] = self._run(rows, way, live=count)
             points.append(self._few[key])
         costs = {}
         for name in ("saved", "peak", "forward_flops", "backward_flops"):
@@ -210,7 +221,7 @@ class StepPlanner:
         costs["forward_flops"] += (depth - kept) * of_one
         return dataclasses.replace(points[0], **costs, parts=tuple((0, of_one) for _ in points[0].parts))
 
-    def _run(self, rows: int, checkpointed: bool, live: int | None = None) -> Rehearsal:
+    def _run(self, rows: int, way: Way, live: int | None = None) -> Rehearsal:
         """Rehearse with all blocks, or with the first and last of the prefix and ``live`` blocks above it."""
 
         def forward(**inputs: Any) -> Any:
@@ -218,7 +229,9 @@ class StepPlanner:
                 return self.prefix.rehearse(**inputs)
 
         with ExitStack() as undo:
-            undo.enter_context(self._checkpointing(checkpointed))
+            undo.enter_context(self._checkpointing(way.checkpointing))
+            for layer in lean_layers(self.module.modules()) if way.lean else ():
+                undo.enter_context(lean_forward(layer))
             if live is not None:
                 (stack,) = self.stacks
                 depth = self.prefix.depths[stack.path]
@@ -237,8 +250,8 @@ class StepPlanner:
             )
 
     @contextmanager
-    def _checkpointing(self, on: bool) -> Iterator[None]:
-        """Activation checkpointing as transformers switches it on or off, or ours if the model does not support it."""
+    def _checkpointing(self, kind: str | None) -> Iterator[None]:
+        """Full checkpointing as transformers switches it on, or ours if the model does not support it; or ours."""
         # Not always ours: transformers' saves other inputs, and the plan is exact to the byte.
         modules = list(self.module.modules())
         self.prefix.restore()
@@ -247,15 +260,18 @@ class StepPlanner:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
-                if not on:
+                if kind != "full":
                     for module in modules:
                         if "gradient_checkpointing" in vars(module):
                             module.gradient_checkpointing = False  # type: ignore[assignment]
-                elif not self.was_checkpointed:
+                if kind == "selective":
+                    own.recomputed = own.all_selective
+                    own.install()
+                elif kind == "full" and not self.was_checkpointed:
                     try:
                         self.module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
                     except (AttributeError, ValueError):
-                        own.chosen = frozenset(own.blocks)
+                        own.recomputed = own.all_full
                         own.install()
                 self.prefix.update()  # after checkpointing, as in a run
                 yield
@@ -279,16 +295,17 @@ class StepPlanner:
         return saved, max((w.nbytes for w in weights), default=0)
 
     def causes(self, rows: int) -> Iterator[str]:
-        """What costs avoidable memory, each with its fix; to be called before anything freezes."""
+        """What costs avoidable memory in lean layers, too, each with its fix; to be called before anything freezes."""
+        is_lean = self._rehearse(rows, Way(True, None)).saved < self._rehearse(rows).saved
         frozen = {p.dtype for p in self.module.parameters() if not p.requires_grad}
         half = next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in frozen), None)
-        if half is not None and any(p.dtype == torch.float32 for p in self._trained()):
+        if half is not None and not is_lean and any(p.dtype == torch.float32 for p in self._trained()):
             yield (
                 f"The adapters are float32 on a {str(half).removeprefix('torch.')} base, the default of PEFT: each "
                 "adapted layer also keeps its input in float32. get_peft_model(..., autocast_adapter_dtype=False) "
                 "keeps one copy (bf16 adapters train less precisely)."
             )
-        if without := self._saved_without_adapter_dropout(rows):
+        if not is_lean and (without := self._saved_without_adapter_dropout(rows)):
             yield (
                 "Adapter dropout keeps a dropped copy of the input of every target: "
                 f"{self._rehearse(rows).saved / without - 1:+.0%} saved bytes. LoraConfig(lora_dropout=0.0) avoids it; "

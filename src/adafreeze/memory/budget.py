@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..model.blocks import device_of
 from ..model.flow import tensors_in
 from ..model.patches import forward_pre_hook
 from ..sizes import readable
-from .checkpointing import Block, Checkpointing, fewest_checkpointed
+from .checkpointing import CAN_BE_SELECTIVE, NOTHING, Block, Checkpointing, Recomputed, least_recomputed
 from .optimizer import optimizer_bytes
 from .rehearsal import Rehearsal, failing_module, largest_that_fits, rehearse
 
@@ -29,22 +29,26 @@ __all__ = ["Budget"]
 # Round lengths up to 8 buckets per octave, so that few kinds of batches are rehearsed.
 LENGTHS_PER_OCTAVE = 8
 
+# Selective checkpointing is left out where it frees less of what the blocks keep: each choice takes more rehearsals.
+LEAST_FREED = 0.1
+
 
 @dataclass(frozen=True)
 class Choice:
-    """The checkpointed blocks for one kind of batch; bytes of the step with them, with none, and at least."""
+    """What one kind of batch recomputes; bytes of the step with that, with nothing recomputed, and at least."""
 
-    chosen: frozenset[Block]
+    recomputed: Recomputed
     peak: int
     plain_peak: int
     held: int
 
 
 class Budget:
-    """Keeps every training step of a model under a number of bytes, by checkpointing as few blocks as possible.
+    """Keeps every training step of a model under a number of bytes, by recomputing as little as possible.
 
     Each kind of batch (its shapes, lengths rounded up) is rehearsed on fake tensors before its first step, at the
-    present prefix. The checkpointed blocks are chosen by counting weights, buffers, optimizer state, gradients, saved
+    present prefix. For each block it is chosen what is kept: all, results of products and attention, or the input. The
+    choice is made by counting weights, buffers, optimizer state, gradients, saved
     bytes, transients and ``beside``, so the choice is the same in every run. A deeper prefix needs fewer of them.
 
     On CUDA the allocator's peak shows what counting cannot see, such as workspaces of kernels: the most that a step
@@ -94,6 +98,7 @@ class Budget:
         self._current: Choice | None = None
         self._undisturbed = False
         self._failed = False
+        self._shares: dict[Block, tuple[float, float]] | None = None if CAN_BE_SELECTIVE else {}
         self._warned = False
         self.checkpointing.install()
         # Before all other hooks, so that none of them counts the rehearsal as part of the step.
@@ -105,15 +110,22 @@ class Budget:
         return self.excess, 64 * self.beside // self.limit
 
     def logs(self) -> dict[str, float]:
-        """Blocks that the last step checkpointed, and its planned peak."""
-        logs: dict[str, float] = {"safe/recomputed_blocks": len(self.checkpointing.chosen)}
+        """Blocks that the last step recomputed, whole and selectively, and its planned peak."""
+        now = self.checkpointing.recomputed
+        logs: dict[str, float] = {
+            "safe/recomputed_blocks": len(now.full),
+            "safe/selective_blocks": len(now.selective),
+        }
         if self._current is not None:
             logs["safe/planned_peak_mib"] = round(self._current.peak / 2**20, 3)
         return logs
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs of it, as plain JSON values."""
-        choices = [[k, sorted(c.chosen), c.peak, c.plain_peak, c.held] for k, c in self._choices.items()]
+        choices = [
+            [kind, sorted(one.recomputed.full), sorted(one.recomputed.selective), one.peak, one.plain_peak, one.held]
+            for kind, one in self._choices.items()
+        ]
         return {"limit": self.limit, "excess": self.excess, "choices": choices}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -122,9 +134,10 @@ class Budget:
         if self._auto:
             self.limit = min(self.limit, limit)
         self._choices.clear()
-        for kind, chosen, peak, *others in state["choices"]:
+        for kind, full, selective, peak, *others in state["choices"]:
             if limit == self.limit or peak <= self.limit < limit:  # with more room fewer blocks would be chosen
-                self._choices[_tupled(kind)] = Choice(frozenset(map(tuple, chosen)), peak, *others)
+                recomputed = Recomputed(*(frozenset(map(tuple, blocks)) for blocks in (full, selective)))
+                self._choices[_tupled(kind)] = Choice(recomputed, peak, *others)
 
     def close(self) -> None:
         """Leave the model as it was."""
@@ -142,16 +155,18 @@ class Budget:
         if choice is None:
             return
         if choice.peak <= self.limit:
-            blocks = len(self.checkpointing.every)
+            full, selective = len(choice.recomputed.full), len(choice.recomputed.selective)
             note(
                 f"Memory budget {readable(self.limit)}: a step on {rows} samples holds {readable(choice.peak)} with "
-                f"{len(choice.chosen)} of {blocks} blocks checkpointed ({readable(choice.plain_peak)} with none)."
+                f"{full} of {len(self.checkpointing.every)} blocks checkpointed"
+                + (f", {selective} selectively" if selective else "")
+                + f" ({readable(choice.plain_peak)} with none)."
             )
             return
 
         def peak(fewer: int) -> int:
             batch = self._rounded((), self.probe.micro_batch(fewer, self.device))
-            return self._total(self._rehearse(choice.chosen, *batch))
+            return self._total(self._rehearse(choice.recomputed, *batch))
 
         fits = largest_that_fits(peak, rows, choice.peak, choice.held, self.limit, most=rows)
         part = max((n for n in range(1, fits + 1) if rows % n == 0), default=0)  # keeps the effective batch size
@@ -184,7 +199,7 @@ class Budget:
             self._warn_above("A step", measured)
         self._undisturbed = True
         self._current = self._choice(args, kwargs)
-        self.checkpointing.chosen = self._current.chosen if self._current else frozenset(self.checkpointing.blocks)
+        self.checkpointing.recomputed = self._current.recomputed if self._current else self.checkpointing.all_full
 
     def _choice(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Choice | None:
         """The choice for batches of this kind; None if they cannot be rehearsed."""
@@ -194,9 +209,9 @@ class Budget:
         shapes = _shapes((args, kwargs))
         kind = shapes, tuple(self.prefix.depths.values()), self.beside
         if kind not in self._choices:
-            # A larger step that fits without checkpointing decides this one.
+            # A larger step that fits with nothing recomputed decides this one.
             for other, choice in self._choices.items():
-                if not choice.chosen and choice.peak <= self.limit and _holds_more(other, kind):
+                if choice.recomputed == NOTHING and choice.peak <= self.limit and _holds_more(other, kind):
                     return choice
             try:
                 self._choices[kind] = self._choose(args, kwargs)
@@ -209,7 +224,8 @@ class Budget:
                 limit=self.limit,
                 shapes=[shape for shape, _ in shapes],
                 prefixes=dict(self.prefix.depths),
-                blocks=sorted(f"{path}.{index}" for path, index in choice.chosen),
+                blocks=_names(choice.recomputed.full),
+                selective=_names(choice.recomputed.selective),
                 peak=choice.peak,
                 plain_peak=choice.plain_peak,
             )
@@ -221,24 +237,59 @@ class Budget:
     def _choose(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Choice:
         kind = _shapes((args, kwargs)), tuple(self.prefix.depths.values())
 
-        def rehearsed(chosen: frozenset[Block]) -> Rehearsal:
-            if (kind, chosen) not in self._rehearsed:
-                self._rehearsed[kind, chosen] = self._rehearse(chosen, args, kwargs)
-            return self._rehearsed[kind, chosen]
+        def rehearsed(recomputed: Recomputed) -> Rehearsal:
+            if (kind, recomputed) not in self._rehearsed:
+                self._rehearsed[kind, recomputed] = self._rehearse(recomputed, args, kwargs)
+            return self._rehearsed[kind, recomputed]
 
-        plain = rehearsed(frozenset())
-        parts = dict(zip(self.checkpointing.every, plain.parts, strict=True))
-        costs = {name: parts[name] for name in self.checkpointing.blocks}
-        chosen = fewest_checkpointed(costs, lambda chosen: self._total(rehearsed(chosen)), self.limit)
-        if chosen is None:  # not even with all of them
-            useful = frozenset(name for name, (saved, _) in costs.items() if saved > 0)
-            chosen = min((frozenset(), useful), key=lambda chosen: rehearsed(chosen).peak)
+        plain, chosen = rehearsed(NOTHING), NOTHING
+        if self._total(plain) > self.limit:
+            whole = self._parts(plain)
+            between = self._freed_selectively(whole, plain, rehearsed)
+            found = least_recomputed(whole, between, lambda one: self._total(rehearsed(one)), self.limit)
+            useful = Recomputed(full=frozenset(name for name, (saved, _) in whole.items() if saved > 0))
+            # If not even all of them suffice, what holds the least.
+            chosen = found or min((NOTHING, useful), key=lambda chosen: rehearsed(chosen).peak)
         state, _ = self._optimizer_bytes()
         held = plain.resident + plain.gradients + state + self.beside
         return Choice(chosen, self._total(rehearsed(chosen)), self._total(plain), held)
 
-    def _rehearse(self, chosen: frozenset[Block], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Rehearsal:
-        before, self.checkpointing.chosen = self.checkpointing.chosen, chosen
+    def _parts(self, step: Rehearsal) -> dict[Block, tuple[int, int]]:
+        """Saved bytes and FLOPs of the forward pass of each candidate."""
+        parts = dict(zip(self.checkpointing.every, step.parts, strict=True))
+        return {name: parts[name] for name in self.checkpointing.blocks}
+
+    def _freed_selectively(
+        self, whole: Mapping[Block, tuple[int, int]], plain: Rehearsal, rehearsed: Callable[[Recomputed], Rehearsal]
+    ) -> dict[Block, tuple[int, int]]:
+        """Bytes that selective checkpointing of each candidate frees, and FLOPs; empty if it is not worth its while.
+
+        Both as shares of the block's, known from the first kind of batch that needs them.
+        """
+        if self._shares is None:
+            try:
+                step = rehearsed(self.checkpointing.all_selective)
+            except Exception as error:  # such as a product that the model's own code changes in place
+                self._shares = {}
+                self.journal.write("budget_full_only", error=f"{type(error).__name__}: {error}")
+                note(
+                    f"The memory budget recomputes whole blocks only: {failing_module(error)} does not run under "
+                    f"selective checkpointing ({error_line(error)})."
+                )
+                return {}
+            saved, flops = (sum(one[index] for one in whole.values()) for index in (0, 1))
+            freed = {name: whole[name][0] - kept for name, (kept, _) in self._parts(step).items()}
+            worth = sum(freed.values()) > LEAST_FREED * saved
+            again = (step.flops - plain.flops) / max(1, flops)
+            self._shares = {name: (freed[name] / max(1, whole[name][0]), again) for name in freed if worth}
+        return {
+            name: (round(self._shares[name][0] * saved), round(self._shares[name][1] * flops))
+            for name, (saved, flops) in whole.items()
+            if name in self._shares
+        }
+
+    def _rehearse(self, recomputed: Recomputed, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Rehearsal:
+        before, self.checkpointing.recomputed = self.checkpointing.recomputed, recomputed
         places = {f"_{index}": value for index, value in enumerate(args)}
         try:
             return rehearse(
@@ -249,7 +300,7 @@ class Budget:
                 parts=[*self.checkpointing.every.values()],
             )
         finally:
-            self.checkpointing.chosen = before
+            self.checkpointing.recomputed = before
 
     def _optimizer_bytes(self) -> tuple[int, int]:
         return optimizer_bytes(self.optimizer, [p for p in self.model.parameters() if p.requires_grad])
@@ -312,6 +363,10 @@ class Budget:
             self.excess += beyond
             self._choices.clear()
             self.journal.write("budget_corrected", excess=self.excess, measured=measured, planned=choice.peak)
+
+
+def _names(blocks: Iterable[Block]) -> list[str]:
+    return sorted(f"{path}.{index}" for path, index in blocks)
 
 
 def _shapes(value: Any) -> tuple[tuple[tuple[int, ...], str], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from inspect import signature
 from itertools import accumulate
 from typing import Any
@@ -22,15 +23,35 @@ from ..errors import ConfigError
 from ..model.blocks import Stack, without_cache
 from ..model.patches import held_attribute, patched_forward
 
-__all__ = ["Checkpointing", "fewest_checkpointed"]
+__all__ = ["NOTHING", "Block", "Checkpointing", "Recomputed", "fewest_checkpointed", "least_recomputed"]
 
 Block = tuple[str, int]
 """A block: path of its stack, and its index."""
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """What the backward pass computes again.
+
+    Attributes:
+        full: blocks of which only the input is kept.
+        selective: blocks of which the results of matrix products and attention are kept, too. What lies between (norms,
+            activations, rotary embeddings, masks, casts, LoRA's branches) takes about 1 % of the FLOPs.
+    """
+
+    full: frozenset[Block] = frozenset()
+    selective: frozenset[Block] = frozenset()
+
+
+NOTHING = Recomputed()
 
 # Blocks whose FLOPs differ by less count as equal. The lowest block frees fewer bytes per FLOP, since its input needs
 # no gradient: up to ALIKE_GAIN the lower block comes first all the same.
 ALIKE = 0.02
 ALIKE_GAIN = 0.25
+
+# Whether torch shows a policy the result that it decides on, which is counted.
+CAN_BE_SELECTIVE = "op_output" in signature(SelectiveCheckpointContext).parameters
 
 # A product over at least this many numbers is kept: LoRA's B, over r of them, costs less to compute again.
 LEAST_INNER = 64
@@ -49,33 +70,41 @@ class Checkpointing:
     Args:
         model: as the host calls it; blocks are checkpointed in training mode only.
         stacks: of the model.
-        selective: keep the results of matrix products and attention, and recompute what lies between (norms,
-            activations, rotary embeddings, masks, casts, LoRA's branches), for about 1 % of the FLOPs.
-
-    Raises:
-        ConfigError: ``selective``, and torch is too old.
 
     Attributes:
         every: the blocks of all stacks, bottom to top.
         blocks: those that can be checkpointed.
-        chosen: those that are checkpointed, from the next forward pass on.
+        recomputed: those that are, and how, from the next forward pass on.
     """
 
-    def __init__(self, model: nn.Module, stacks: list[Stack], *, selective: bool = False) -> None:
+    def __init__(self, model: nn.Module, stacks: list[Stack]) -> None:
         self.model = model
-        self._context: dict[str, Any] = {"context_fn": _selective_contexts} if selective else {}
-        if selective and "op_output" not in signature(SelectiveCheckpointContext).parameters:
-            raise ConfigError(
-                f"Selective checkpointing needs a newer torch: {torch.__version__} does not show what it keeps.",
-                fix='pip install -U torch, or model.gradient_checkpointing_enable() without checkpointing="selective"',
-            )
         self.every = {(stack.path, index): block for stack in stacks for index, block in enumerate(stack.blocks)}
         switched_on = {
             name: block for name, block in self.every.items() if getattr(block, "gradient_checkpointing", False)
         }
         self.blocks: dict[Block, nn.Module] = switched_on or self.every
-        self.chosen: frozenset[Block] = frozenset()
+        self.recomputed = NOTHING
         self._undo = ExitStack()
+
+    @property
+    def all_full(self) -> Recomputed:
+        """Every block that can be."""
+        return Recomputed(full=frozenset(self.blocks))
+
+    @property
+    def all_selective(self) -> Recomputed:
+        """Every block that can be.
+
+        Raises:
+            ConfigError: torch is too old.
+        """
+        if not CAN_BE_SELECTIVE:
+            raise ConfigError(
+                f"Selective checkpointing needs a newer torch: {torch.__version__} does not show what it keeps.",
+                fix='pip install -U torch, or model.gradient_checkpointing_enable() without checkpointing="selective"',
+            )
+        return Recomputed(selective=frozenset(self.blocks))
 
     def install(self) -> None:
         """Replace the model's own checkpointing, until ``restore``."""
@@ -92,11 +121,13 @@ class Checkpointing:
         original = block.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if name not in self.chosen or not self.model.training or not torch.is_grad_enabled():
+            full, selective = name in self.recomputed.full, name in self.recomputed.selective
+            if not (full or selective) or not self.model.training or not torch.is_grad_enabled():
                 return original(*args, **kwargs)
             # Without the key-value cache: the second forward pass would append the same entries again.
             args, kwargs = without_cache(args, kwargs)
-            return checkpoint(original, *args, use_reentrant=False, **self._context, **kwargs)
+            context: dict[str, Any] = {"context_fn": _selective_contexts} if selective else {}
+            return checkpoint(original, *args, use_reentrant=False, **context, **kwargs)
 
         return forward
 
@@ -151,6 +182,8 @@ def fewest_checkpointed(
     if (excess := peak(frozenset()) - limit) <= 0:
         return frozenset()
     freed = {name: nbytes for name, (nbytes, _) in costs.items() if nbytes > 0}
+    if not freed:
+        return None
     flops = {name: costs[name][1] for name in freed}
     gains = {name: freed[name] / max(1, flops[name]) for name in freed}
     order: list[Block] = []
@@ -176,3 +209,48 @@ def fewest_checkpointed(
             if peak(frozenset(fewer)) <= limit:
                 chosen = fewer
     return frozenset(chosen)
+
+
+def least_recomputed(
+    whole: Mapping[Block, tuple[int, int]],
+    between: Mapping[Block, tuple[int, int]],
+    peak: Callable[[Recomputed], int],
+    limit: int,
+) -> Recomputed | None:
+    """What to recompute so that ``peak`` is at most ``limit``, for the fewest FLOPs.
+
+    Selective checkpointing frees more bytes per FLOP, so whole blocks are recomputed only where that of all blocks does
+    not suffice; then as few as possible, and no more of the others selectively than needed. If it frees fewer bytes per
+    FLOP (a model whose costly operators are not known), it is not used.
+
+    Args:
+        whole: of each candidate, bottom to top: bytes that recomputing it frees, and FLOPs.
+        between: the same of selective checkpointing; empty if the model does not allow it.
+        peak: bytes of a step; called a few times.
+        limit: bytes.
+
+    Returns:
+        None if even recomputing all of them does not suffice.
+
+    >>> whole = {("layers", index): (10, 50) for index in range(4)}
+    >>> between = {name: (4, 1) for name in whole}
+    >>> peak = lambda recomputed: 60 - 10 * len(recomputed.full) - 4 * len(recomputed.selective)
+    >>> chosen = least_recomputed(whole, between, peak, limit=40)
+    >>> sorted(chosen.full), sorted(chosen.selective)
+    ([('layers', 0)], [('layers', 1), ('layers', 2), ('layers', 3)])
+    """
+    saved, flops = (sum(costs[index] for costs in whole.values()) for index in (0, 1))
+    freed, again = (sum(costs[index] for costs in between.values()) for index in (0, 1))
+    every = frozenset(between) if freed * flops > saved * again else frozenset()
+    some = fewest_checkpointed(
+        {name: between[name] for name in whole if name in every}, lambda some: peak(Recomputed(selective=some)), limit
+    )
+    if some is not None:
+        return Recomputed(selective=some)
+    rest = {name: (nbytes - between[name][0] if name in every else nbytes, n) for name, (nbytes, n) in whole.items()}
+    full = fewest_checkpointed(rest, lambda full: peak(Recomputed(full, every - full)), limit)
+    if full is None:
+        return None
+    others = {name: costs for name, costs in between.items() if name in every - full}
+    some = fewest_checkpointed(others, lambda some: peak(Recomputed(full, some)), limit)
+    return Recomputed(full, every - full if some is None else some)

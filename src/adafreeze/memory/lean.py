@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -11,11 +11,17 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from ..errors import ModelError
+from ..costs.memory import bytes_of
+from ..errors import ModelError, RunError
 from ..model.patches import patched, patched_forward
 
 __all__ = ["lean", "lean_forward", "lean_layers"]
+
+# By x: its version, and its copy in a narrower data type. A strong reference would keep the copy alive with x, although
+# checkpointing has dropped it.
+_narrowed: MutableMapping[Tensor, tuple[int, TensorWeakRef]] = WeakTensorKeyDictionary()
 
 
 class _Branch(torch.autograd.Function):
@@ -23,44 +29,62 @@ class _Branch(torch.autograd.Function):
 
     With n tokens, d inputs, o outputs and rank r: x is (n, d), A (r, d), B (o, r). PEFT's layer saves x in the
     adapter's data type (again for each of q, k and v), the dropped x, and the dropout's noise. Here x is saved by
-    reference, so that layers which get the same x share it, and of the noise one bit per element. The backward pass
-    computes A·D(x) again, which takes r of every d + o FLOPs of the layer. Operations, their order and data types are
-    those of PEFT's forward and autograd's backward, so results are the same to the bit where kernels are deterministic.
+    reference, or ``narrow`` if the products take fewer bytes per number: either way once for all layers that get the
+    same x. Of the noise, one bit per element is saved. The backward pass computes A·D(x) again, which takes r of every
+    d + o FLOPs of the layer. Operations, their order and data types are those of PEFT's forward and autograd's
+    backward, so results are the same to the bit where kernels are deterministic.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, noise: Tensor | None, options: _Options
+        ctx: Any,
+        x: Tensor,
+        narrow: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        noise: Tensor | None,
+        options: _Options,
     ) -> Tensor:
-        ctx.options = options
-        ctx.save_for_backward(x, a, b, None if noise is None else _packed(noise != 0))
+        ctx.options, ctx.given = options, x.dtype
+        kept = x if narrow is None else narrow
+        ctx.save_for_backward(kept, a, b, None if noise is None else _packed(noise != 0))
         with _as_given(x.device):
-            hidden = F.linear(options.dropped(x, noise), a.to(options.computes))
+            hidden = F.linear(options.dropped(kept, noise), a.to(options.computes))
             bias = None if bias is None else bias.to(options.computes)
             return F.linear(hidden, b.to(options.computes), bias) * options.scaling
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, bits = ctx.saved_tensors
+        try:
+            kept, a, b, bits = ctx.saved_tensors
+        except RuntimeError as error:
+            if "inplace" not in str(error):
+                raise
+            raise RunError(
+                "The model changes the input of a LoRA layer in place after the layer has used it, and lean layers "
+                "keep no copy of their own.",
+                fix="SafeConfig(lean=False), or leave out adafreeze.lean(model).",
+            ) from error
         options: _Options = ctx.options
-        needs_x, needs_a, needs_b, needs_bias, *_ = ctx.needs_input_grad
-        with _as_given(x.device):
-            noise = None if bits is None else options.noise(_unpacked(bits, x.shape))
-            dropped = options.dropped(x, noise).flatten(0, -2)
+        needs_x, _, needs_a, needs_b, needs_bias, *_ = ctx.needs_input_grad
+        with _as_given(kept.device):
+            noise = None if bits is None else options.noise(_unpacked(bits, kept.shape))
+            dropped = options.dropped(kept, noise).flatten(0, -2)
             low_a, low_b = a.to(options.computes), b.to(options.computes)
             outer = (gradient * options.scaling).flatten(0, -2)
             inner = outer.mm(low_b) if needs_x or needs_a else None
-            found: list[Tensor | None] = [None] * 6
+            found: list[Tensor | None] = [None] * 7
             if needs_b:
-                found[2] = outer.t().mm(F.linear(dropped, low_a)).to(b.dtype)
+                found[3] = outer.t().mm(F.linear(dropped, low_a)).to(b.dtype)
             if needs_bias:
-                found[3] = outer.sum(0).to(b.dtype)
+                found[4] = outer.sum(0).to(b.dtype)
             if inner is not None and needs_a:
-                found[1] = inner.t().mm(dropped).to(a.dtype)
+                found[2] = inner.t().mm(dropped).to(a.dtype)
             if inner is not None and needs_x:
-                of_x = inner.mm(low_a).view(x.shape).to(options.casts)
-                found[0] = (of_x if noise is None else of_x * noise).to(x.dtype)
+                of_x = inner.mm(low_a).view(kept.shape).to(options.casts)
+                found[0] = (of_x if noise is None else of_x * noise).to(ctx.given)
             return tuple(found)
 
 
@@ -91,9 +115,30 @@ def _autocasts(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
+def _computes(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The data type of a product of factors in ``dtype``: autocast leaves float64 alone."""
+    return torch.get_autocast_dtype(device.type) if _autocasts(device) and dtype != torch.float64 else dtype
+
+
+def _probability(dropout: nn.Module) -> float:
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
 def _as_given(device: torch.device) -> AbstractContextManager[Any]:
     """Products in the data types of their factors."""
     return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
+
+
+def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of x in ``dtype``: the same for every layer that gets this x, for as long as the graph of one holds it."""
+    if torch.compiler.is_compiling():  # which merges equal casts
+        return x.detach().to(dtype)
+    version, held = _narrowed.get(x, (-1, None))
+    copy = held() if held is not None and version == x._version else None
+    if copy is None or copy.dtype != dtype:
+        copy = x.detach().to(dtype)
+        _narrowed[x] = x._version, TensorWeakRef(copy)
+    return copy
 
 
 def _packed(mask: Tensor) -> Tensor:
@@ -122,13 +167,12 @@ def _forward(layer: Linear) -> Callable[..., Any]:
         b, dropout = layer.lora_B[name], layer.lora_dropout[name]
         result: Tensor = layer.base_layer(x)
         casts: torch.dtype = a.weight.dtype
-        ambient = _autocasts(x.device) and casts != torch.float64  # which autocast leaves alone
-        computes = torch.get_autocast_dtype(x.device.type) if ambient else casts
-        probability = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        computes, probability = _computes(x.device, casts), _probability(dropout)
         # The same random numbers as F.dropout(x): it multiplies by such factors.
         noise = F.dropout(torch.ones_like(x, dtype=casts), probability) if probability else None
         options = _Options(layer.scaling[name], casts, computes, probability)
-        branch = _Branch.apply(x, a.weight, b.weight, b.bias, noise, options)
+        narrow = _narrow(x, computes) if noise is None and computes.itemsize < x.dtype.itemsize else None
+        branch = _Branch.apply(x, narrow, a.weight, b.weight, b.bias, noise, options)
         return (result + branch).to(result.dtype)
 
     return forward
@@ -158,8 +202,12 @@ def _fitting(layer: Linear, x: Tensor) -> str | None:
         return None  # peft.helpers.disable_input_dtype_casting
     if any(weight.ndim != 2 or hasattr(weight, "placements") for weight in weights):
         return None  # a shard, of ZeRO-3 or a DTensor
+    if x.dtype == a.weight.dtype == _computes(x.device, x.dtype) and not _probability(dropout):
+        return None  # PEFT saves x by reference, too
     if torch._C._functorch.peek_interpreter_stack() is not None or nn.modules.module._has_any_global_hook():
         return None
+    if x.is_inference() or (not torch.compiler.is_compiling() and bytes_of([x]) > x.nbytes):
+        return None  # cannot be saved, or is a small part of a tensor that it would keep alive
     return name
 
 

@@ -18,7 +18,8 @@ from ..model.batch import rows_of
 from ..model.blocks import users_class
 from ..sizes import readable
 from ..tasks.weightless import PLANNED_TASKS, adapted, build, configuration, example_inputs
-from ._planner import QUANTIZED, PlannedStep, StepPlanner
+from ._planner import PEFT, QUANTIZED, PlannedStep, StepPlanner, Way
+from .checkpointing import CAN_BE_SELECTIVE
 from .optimizer import optimizer_names
 from .rehearsal import failing_module, largest_that_fits
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GPUS", "Plan", "PlannedStep", "plan"]
 
+SELECTIVE = Way(lean=True, checkpointing="selective")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -36,13 +39,16 @@ class Plan:
     Attributes:
         model: its class.
         blocks: in all stacks.
-        steps: one per prefix depth, ascending: none, that of SafeConfig() at the start, a half, three quarters, the
-            deepest.
-        plain: plain adapter-tuning: nothing frozen, no activation checkpointing.
+        steps: of SafeConfig(), so with lean adapters; one per prefix depth, ascending: none, that of SafeConfig() at
+            the start, a half, three quarters, the deepest.
+        selective: the same steps with ``SafeConfig(checkpointing="selective")``; empty where torch is too old for it,
+            or the model's own code fails under it.
+        plain: plain adapter-tuning: PEFT's layers, nothing frozen, no activation checkpointing.
         checkpointed: the same with activation checkpointing of every block.
         limit: usable bytes of the device; None without a device.
-        micro_batches: samples that fit: ``"plain"``, ``"safe"`` (SafeConfig() at the start), and
-            ``"checkpointed"``, the most that a memory budget can reach. Empty without a device.
+        micro_batches: samples that fit: ``"plain"``, ``"safe"`` (SafeConfig() at the start), ``"selective"`` (the same,
+            selectively checkpointed), and ``"checkpointed"``, the most that a memory budget can reach. Empty without a
+            device.
         causes: what costs avoidable memory, each with its fix.
         advice: what to change if not even one sample fits.
         estimated: parts that are estimated, not counted.
@@ -52,6 +58,7 @@ class Plan:
     model: str
     blocks: int
     steps: tuple[PlannedStep, ...]
+    selective: tuple[PlannedStep, ...]
     plain: PlannedStep
     checkpointed: PlannedStep
     limit: int | None
@@ -191,17 +198,17 @@ def plan(
 def _plan(
     planner: StepPlanner, rows: int, checkpointing: bool, limit: int | None, settings: Mapping[str, Any], *, given: bool
 ) -> Plan:
-    plain, checkpointed = planner.step(rows), planner.step(rows, checkpointed=True)
-    causes = tuple(planner.causes(rows))
-    checkpointing = checkpointing or planner.was_checkpointed
+    plain, checkpointed = planner.step(rows), planner.step(rows, Way(False, "full"))
+    causes = list(planner.causes(rows))
+    own = Way(True, "full" if checkpointing or planner.was_checkpointed else None)
     micro_batches = {}
 
-    def fit(name: str, known: PlannedStep, checkpointed: bool) -> None:
+    def fit(name: str, known: PlannedStep, way: Way) -> None:
         if limit is None:
             return
 
         def peak(count: int) -> int:
-            return planner.step(count, checkpointed=checkpointed).peak
+            return planner.step(count, way).peak
 
         held = known.peak - known.saved - known.transient
         try:
@@ -214,18 +221,28 @@ def _plan(
                 fix="Plan with a batch of the size that the run will use.",
             )
 
-    fit("plain", plain, False)
-    fit("checkpointed", checkpointed, True)
-    steps = [checkpointed if checkpointing else plain]
+    fit("plain", plain, PEFT)
+    least = Way(True, "full")
+    fit("checkpointed", planner.step(rows, least), least)
+    steps, selective = [planner.step(rows, own)], []
+    if CAN_BE_SELECTIVE:
+        try:
+            selective.append(planner.step(rows, SELECTIVE))
+        except Exception as error:  # such as a product that the model's own code changes in place
+            causes.append(f"No selective checkpointing: {failing_module(error)} fails under it ({error_line(error)}).")
     # What SafeConfig() freezes before step 0: nothing if the adapters move ranks, as AdaLoRA does.
     at_start = [] if planner.freezer.backend.moves_ranks else planner.lowest(AT_START)
     choices = [at_start, *map(planner.lowest, (0.5, 0.75, 1))]
     for names in sorted(set(map(frozenset, choices)), key=len):
         if not planner.freezer.frozen.issuperset(names):
             planner.freeze(names)
-            steps.append(planner.step(rows, checkpointed=checkpointing))
+            steps.append(planner.step(rows, own))
+            if selective:
+                selective.append(planner.step(rows, SELECTIVE))
         if names == frozenset(at_start):
-            fit("safe", steps[-1], checkpointing)
+            fit("safe", steps[-1], own)
+            if selective:
+                fit("selective", selective[-1], SELECTIVE)
     estimated = []
     if planner.quantization is not None:
         estimated.append(f"weights in {planner.quantization}, from their bytes per element")
@@ -237,11 +254,12 @@ def _plan(
         model=users_class(planner.module),
         blocks=len(planner.blocks),
         steps=tuple(steps),
+        selective=tuple(selective),
         plain=plain,
         checkpointed=checkpointed,
         limit=limit,
         micro_batches=micro_batches,
-        causes=causes,
+        causes=tuple(causes),
         advice=tuple(_advice(checkpointed, rows, limit, planner.quantization)),
         estimated=tuple(estimated),
         settings=settings,

@@ -12,7 +12,8 @@ from .charts import Caption, Chart, Curve, bands, heat_map, lines, number_text
 
 __all__ = ["COSTS", "analysis_charts", "costs", "curves_of", "headline", "run_charts", "slug"]
 
-TRAINS, CHECKPOINTED, FROZEN, CACHED = "trains", "trains, checkpointed", "frozen, computed", "frozen, cached"
+TRAINS, FROZEN, CACHED = "trains", "frozen, computed", "frozen, cached"
+CHECKPOINTED, SELECTIVE = "trains, checkpointed", "trains, selectively checkpointed"
 # (name in ``History.cost``, title, text of a value).
 COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("mean_saved_bytes", "mean saved bytes", readable),
@@ -129,7 +130,7 @@ def _blocks(history: History) -> Chart:
         text += f"The cache then served {found:,} of {found + history.cache['misses']:,} samples."
     caption = Caption(f"stack-{slug(history.name)}", "State of each block", text.strip())
     labels = [f"{names[path]}{index}" for path, index in blocks]
-    return bands(caption, labels, spans, (TRAINS, FROZEN, CACHED, CHECKPOINTED), end)
+    return bands(caption, labels, spans, (TRAINS, FROZEN, CACHED, CHECKPOINTED, SELECTIVE), end)
 
 
 def _spans(history: History, path: str, index: int, end: int) -> Iterator[tuple[float, float, str]]:
@@ -137,15 +138,16 @@ def _spans(history: History, path: str, index: int, end: int) -> Iterator[tuple[
     cached_until = 0 if history.cache is None else end
     if history.cache_off is not None:
         cached_until = history.cache_off[0]
-    changes = {0, end, cached_until} | {step for step, _ in history.depths} | {s for s, _ in history.checkpointed}
+    changes = {0, end, cached_until, *(step for step, _ in history.depths), *(at for at, *_ in history.checkpointed)}
     begun, before = 0, ""
     for start in sorted(change for change in changes if change < end):
         depth = next((p.get(path, 0) for step, _, p in reversed(history.freezes) if step <= start), 0)
-        chosen: list[str] = next((names for step, names in reversed(history.checkpointed) if step <= start), [])
+        _, full, selective = next((one for one in reversed(history.checkpointed) if one[0] <= start), (0, [], []))
         if index < depth:
             state = CACHED if start < cached_until else FROZEN
         else:
-            state = CHECKPOINTED if f"{path}.{index}" in chosen else TRAINS
+            name = f"{path}.{index}"
+            state = CHECKPOINTED if name in full else SELECTIVE if name in selective else TRAINS
         if before and state != before:
             yield begun, start, before
             begun = start
