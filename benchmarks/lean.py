@@ -7,6 +7,9 @@ forward pass (each storage once, no parameters) per hidden unit, token and block
 all gradients are PEFT's to the bit; and the CPU time of a step against PEFT's: median over rounds, in turn. All of it
 for lean layers, and for lean layers in blocks that keep only results of matrix products and attention.
 
+Then kinds of adapters that no lean layer exists for, under selective checkpointing alone, which recomputes what they
+keep.
+
 The floor is what the gradients need at all of x: each different input of the adapted layers once, in the base's data
 type, and one bit per element and layer for the dropout.
 """
@@ -14,7 +17,6 @@ type, and one bit per element and layer for the dropout.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import time
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -57,6 +59,13 @@ class Shape:
         return (sum(self.inputs) * self.dtype.itemsize + bits) / HIDDEN
 
 
+KINDS: dict[str, PeftConfig] = {
+    "DoRA, all linear layers": LoraConfig(r=8, target_modules="all-linear", use_dora=True),
+    "OFT, all linear layers": OFTConfig(oft_block_size=32, target_modules="all-linear"),
+    "IA3": IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "VeRA, r = 256, attention": VeraConfig(r=256, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
+    "LoHa, query and value": LoHaConfig(r=8, target_modules=["q_proj", "v_proj"]),
+}
 GATED, WIDE = 1792, 2048
 LLAMA = (HIDDEN, HIDDEN, HIDDEN, GATED), (*[HIDDEN] * 6, GATED)
 BERT = (HIDDEN, HIDDEN, HIDDEN, WIDE), (*[HIDDEN] * 5, WIDE)
@@ -67,8 +76,8 @@ SHAPES = {
 }
 
 
-def make(shape: Shape) -> PeftModel:
-    """The model, with adapters that do something."""
+def make(shape: Shape, adapter: PeftConfig | None = None) -> PeftModel:
+    """The model, with adapters that do something; LoRA by default."""
     torch.manual_seed(0)
     size: dict[str, Any] = {"hidden_size": HIDDEN, "num_hidden_layers": BLOCKS, "num_attention_heads": 8}
     if shape.family == "llama":
@@ -80,7 +89,7 @@ def make(shape: Shape) -> PeftModel:
         config = BertConfig(**size, intermediate_size=WIDE, vocab_size=100, **drops)
         base = BertModel(config, add_pooling_layer=False)
     lora = LoraConfig(r=8, target_modules="all-linear", lora_dropout=shape.dropout)
-    model = get_peft_model(base.to(shape.dtype), lora)
+    model = get_peft_model(base.to(shape.dtype), adapter or lora)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
@@ -109,13 +118,19 @@ def measure(model: PeftModel, context: AbstractContextManager[Any]) -> dict[str,
 
 @contextmanager
 def selective(model: PeftModel) -> Iterator[None]:
-    """Lean layers, and selective checkpointing of every block."""
+    """Selective checkpointing of every block."""
     checkpointing = Checkpointing(model, find_stacks(model))
     checkpointing.recomputed = checkpointing.all_selective
     checkpointing.install()
-    with adafreeze.lean(model):
-        yield
+    yield
     checkpointing.restore()
+
+
+@contextmanager
+def both(model: PeftModel) -> Iterator[None]:
+    """Lean layers, and selective checkpointing of every block."""
+    with adafreeze.lean(model), selective(model):
+        yield
 
 
 def timed(model: PeftModel, ours: Callable[[PeftModel], AbstractContextManager[Any]], rounds: int) -> float:
@@ -133,7 +148,7 @@ def timed(model: PeftModel, ours: Callable[[PeftModel], AbstractContextManager[A
 
 OURS: dict[str, Callable[[PeftModel], AbstractContextManager[Any]]] = {
     "lean": adafreeze.lean,
-    "lean, selective": selective,
+    "lean, selective": both,
 }
 
 
@@ -145,21 +160,26 @@ def main() -> None:
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     table = Table("", "", "PEFT", "ours", "ours / PEFT", "floor", "FLOPs", "time", "equal to the bit")
-    for (name, shape), (label, context) in itertools.product(SHAPES.items(), OURS.items()):
-        model = make(shape)
+    arms = [(name, label, shape, None, context) for name, shape in SHAPES.items() for label, context in OURS.items()]
+    base = "Llama shape, bf16"
+    llama = SHAPES[base]
+    arms += [(f"{base}, {kind}", "selective", llama, adapter, selective) for kind, adapter in KINDS.items()]
+    for name, label, shape, adapter, context in arms:
+        model = make(shape, adapter)
         theirs, ours = measure(model, nullcontext()), measure(model, context(model))
         same = all(map(torch.equal, theirs["results"], ours["results"]))
         row = {
             "peft": theirs["saved"],
             "ours": ours["saved"],
             "ratio": ours["saved"] / theirs["saved"],
-            "floor": shape.floor,
+            "floor": None if adapter else shape.floor,
             "flops": ours["flops"] / theirs["flops"],
             "time": timed(model, context, options.rounds),
             "equal": same and len(theirs["results"]) == len(ours["results"]),
         }
         found[f"{name}: {label}"] = row
-        numbers = [f"{row[key]:.1f}" for key in ("peft", "ours")] + [f"{row['ratio']:.3f}", f"{row['floor']:.1f}"]
+        floor = "" if adapter else f"{shape.floor:.1f}"
+        numbers = [f"{row[key]:.1f}" for key in ("peft", "ours")] + [f"{row['ratio']:.3f}", floor]
         table.add_row(
             name, label, *numbers, f"{row['flops']:.3f}", f"{row['time']:.2f}", "yes" if row["equal"] else "no"
         )

@@ -110,6 +110,63 @@ def test_activation_checkpointing_recomputes_the_same(reentrant, dropout):
         assert is_equal(step(model)[0], theirs)
 
 
+def test_scaled_gradients_of_half_precision_are_those_of_peft():
+    model = adapted(dtype=torch.float32, lora_dropout=0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+    def steps() -> list[torch.Tensor]:
+        scaler, ids = torch.amp.GradScaler("cpu", init_scale=2.0**24), torch.arange(64).view(4, 16) % 100
+        found: list[torch.Tensor] = []
+        torch.manual_seed(1)
+        for _ in range(3):  # the first overflows and is skipped
+            with torch.autocast("cpu", torch.float16):
+                loss = model(input_ids=ids, labels=ids).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update(scaler.get_scale() / 2.0**10)
+            optimizer.zero_grad()
+            found += [loss.detach(), *(p.detach().clone() for p in model.parameters() if p.requires_grad)]
+        return found
+
+    state = copy.deepcopy(model.state_dict())
+    theirs = steps()
+    model.load_state_dict(state)
+    with adafreeze.lean(model):
+        assert is_equal(steps(), theirs)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_quantized_bases(bits, dropout, autocast):
+    bnb = pytest.importorskip("bitsandbytes")
+    model = base("llama").to(torch.bfloat16)
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, linear in list(parent.named_children()):
+                if isinstance(linear, nn.Linear):
+                    sizes = linear.in_features, linear.out_features
+                    if bits == 4:
+                        quantized = bnb.nn.Linear4bit(*sizes, False, torch.bfloat16, quant_type="nf4")
+                        quantized.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+                    else:
+                        quantized = bnb.nn.Linear8bitLt(*sizes, False, has_fp16_weights=False)
+                        quantized.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False)
+                    setattr(parent, name, quantized.to("cpu"))
+    setattr(model, f"is_loaded_in_{bits}bit", True)
+    model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", lora_dropout=dropout))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape) * 0.02  # float32
+    model.train()
+    theirs, more = step(model, autocast=autocast)
+    with adafreeze.lean(model) as layers:
+        ours, saved = step(model, autocast=autocast)
+    assert {type(layer).__name__ for layer in layers} == {"Linear4bit" if bits == 4 else "Linear8bitLt"}
+    assert is_equal(ours, theirs)
+    assert saved < more
+
+
 def test_the_same_input_is_saved_once_for_all_layers_that_get_it():
     model = adapted()
     attention = model.get_base_model().model.layers[0].self_attn

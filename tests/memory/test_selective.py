@@ -16,6 +16,7 @@ import adafreeze
 import cases
 from adafreeze import ConfigError, SafeConfig
 from adafreeze.costs import CountFlops, SavedBytes, StorageTracker
+from adafreeze.memory import checkpointing
 from adafreeze.memory.checkpointing import Checkpointing
 from adafreeze.model import find_stacks
 from cached_run import epochs, train
@@ -155,3 +156,16 @@ def test_a_run_of_safe_trains_the_same_and_leaves_no_trace():
 def test_not_beside_a_budget():
     with pytest.raises(ConfigError, match="a budget chooses the checkpointed blocks"):
         SafeConfig(checkpointing="selective", memory_budget="1GiB")
+
+
+def test_a_model_that_changes_a_product_in_place_is_refused(monkeypatch):
+    from transformers.models.bert.modeling_bert import BertIntermediate
+
+    monkeypatch.setattr(BertIntermediate, "forward", lambda self, x: self.dense(x).mul_(1.0))
+    monkeypatch.setattr(checkpointing, "LEAST_INNER", 8)  # so that products of this small model are kept
+    model = cases.lora_model("bert")
+    before = [set(vars(module)) for module in model.modules()]
+    with pytest.raises(ConfigError, match=r"in place.*\n.*Leave it out"):
+        adafreeze.Safe(model, SafeConfig(checkpointing="selective"), probe=cases.batch("bert"), total_steps=9)
+    assert [set(vars(module)) for module in model.modules()] == before
+    assert model(**cases.batch("bert")).loss.requires_grad

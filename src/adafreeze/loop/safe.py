@@ -18,14 +18,14 @@ from ..errors import ProbeError, note, warn
 from ..freeze import Freezer, Prefix
 from ..freeze.optimizer import LRScaler
 from ..journal import Journal
-from ..measure import Scorer
+from ..measure import Probe, Scorer
 from ..measure.draw import batch_size_of, samples_of
 from ..memory.budget import Budget
 from ..memory.checkpointing import Checkpointing
 from ..memory.lean import lean_forward, lean_layers
 from ..model import find_stacks, find_units
 from ..model.backends import find_backend
-from ..model.blocks import unwrap
+from ..model.blocks import device_of, unwrap
 from ..model.flow import chains_of
 from ..model.patches import claim, forwarders, release
 from ..model.units import blocks_below, something_else_trains, units_along
@@ -190,7 +190,7 @@ class Safe:
         if self.length.samples_per_step is not None:
             self._announce()
         try:
-            self._lighten()
+            self._lighten(probe)
             self.freezing.start(probe)
             if self.frozen:
                 self._watch.after_freeze()
@@ -421,8 +421,12 @@ class Safe:
             self._at_close = self._at_close or (frozenset(), {})
             raise
 
-    def _lighten(self) -> None:
-        """Let live blocks save less."""
+    def _lighten(self, probe: Probe) -> None:
+        """Let live blocks save less.
+
+        Raises:
+            ConfigError: the model does not allow selective checkpointing.
+        """
         layers = lean_layers(self.model.modules()) if self.config.lean else []
         for layer in layers:
             self._lighter.enter_context(lean_forward(layer))
@@ -433,6 +437,7 @@ class Safe:
             checkpointing.recomputed = checkpointing.all_selective
             checkpointing.install()
             self._lighter.callback(checkpointing.restore)
+            checkpointing.check(self.prefix.rehearse, probe.micro_batch(1, device_of(self.model)))
 
     def _take_down(self) -> None:
         self._watch.remove()

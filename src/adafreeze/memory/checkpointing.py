@@ -22,6 +22,7 @@ from ..costs.memory import count_saved
 from ..errors import ConfigError
 from ..model.blocks import Stack, without_cache
 from ..model.patches import held_attribute, patched_forward
+from .rehearsal import rehearse
 
 __all__ = ["NOTHING", "Block", "Checkpointing", "Recomputed", "fewest_checkpointed", "least_recomputed"]
 
@@ -111,6 +112,22 @@ class Checkpointing:
         for name, block in self.blocks.items():
             self._undo.enter_context(held_attribute(block, "gradient_checkpointing", False))
             self._undo.enter_context(patched_forward(block, self._forward(name, block)))
+
+    def check(self, forward: Callable[..., Any], inputs: Mapping[str, Any]) -> None:
+        """Rehearse a step with what is recomputed now; a model that cannot be rehearsed passes.
+
+        Raises:
+            ConfigError: the model changes a kept result in place, so that the backward pass would fail.
+        """
+        try:
+            rehearse(self.model, inputs, forward=forward)
+        except Exception as error:
+            if "has been mutated" in str(error):
+                raise ConfigError(
+                    f"SafeConfig.checkpointing is 'selective', but {type(self.model).__name__} changes the result of a "
+                    "matrix product in place, which this kind of checkpointing would keep.",
+                    fix="Leave it out; model.gradient_checkpointing_enable() or memory_budget recompute whole blocks.",
+                ) from error
 
     def restore(self) -> None:
         """Leave every block as it was before."""

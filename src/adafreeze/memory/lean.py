@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -156,8 +156,8 @@ def _unpacked(bits: Tensor, shape: torch.Size) -> Tensor:
     return ((bits[:, None] >> places) & 1).bool().flatten()[: shape.numel()].view(shape)
 
 
-def _forward(layer: Linear) -> Callable[..., Any]:
-    original = layer.forward
+def _forward(layer: Any) -> Callable[..., Any]:
+    original, quantized, cloned = layer.forward, _is_quantized(layer), type(layer).__name__ == "Linear4bit"
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = _fitting(layer, x) if torch.is_grad_enabled() and not args and not kwargs else None
@@ -166,19 +166,23 @@ def _forward(layer: Linear) -> Callable[..., Any]:
         a: Any = layer.lora_A[name]
         b, dropout = layer.lora_B[name], layer.lora_dropout[name]
         result: Tensor = layer.base_layer(x)
-        casts: torch.dtype = a.weight.dtype
+        # PEFT's quantized layers do not cast x under autocast (of CUDA: so they ask), and cast the branch, not the sum.
+        ambient = quantized and torch.is_autocast_enabled()
+        casts: torch.dtype = x.dtype if ambient else a.weight.dtype
         computes, probability = _computes(x.device, casts), _probability(dropout)
         # The same random numbers as F.dropout(x): it multiplies by such factors.
         noise = F.dropout(torch.ones_like(x, dtype=casts), probability) if probability else None
         options = _Options(layer.scaling[name], casts, computes, probability)
         narrow = _narrow(x, computes) if noise is None and computes.itemsize < x.dtype.itemsize else None
         branch = _Branch.apply(x, narrow, a.weight, b.weight, b.bias, noise, options)
+        if quantized:
+            return (result.clone() if cloned else result) + (branch if ambient else branch.to(result.dtype))
         return (result + branch).to(result.dtype)
 
     return forward
 
 
-def _fitting(layer: Linear, x: Tensor) -> str | None:
+def _fitting(layer: Any, x: Tensor) -> str | None:
     """The name of the adapter whose branch can be lean in this call; None if PEFT's forward is to run."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) != 1 or layer.disable_adapters or layer.merged:
@@ -217,18 +221,33 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and "forward" not in module.__dict__ and not any(hooks)
 
 
-def lean_forward(layer: Linear) -> patched:
+def lean_forward(layer: nn.Module) -> patched:
     """``layer`` is lean within the block; such patches may come off in any order."""
     return patched_forward(layer, _forward(layer))
 
 
-def lean_layers(modules: Iterable[nn.Module]) -> list[Linear]:
-    """The LoRA layers among ``modules`` with PEFT's own forward."""
-    return [module for module in modules if type(module) is Linear and "forward" not in module.__dict__]
+def lean_layers(modules: Iterable[nn.Module]) -> list[LoraLayer]:
+    """The LoRA layers among ``modules`` with PEFT's own forward, on a plain or quantized linear layer."""
+    return [
+        module
+        for module in modules
+        if isinstance(module, LoraLayer)
+        and (_is_quantized(module) or (_is_of_peft(module) and type(module).forward is Linear.forward))
+        and "forward" not in module.__dict__
+    ]
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("peft.")
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Whether it is PEFT's layer for bitsandbytes in 4 or 8 bits; by name, since the class imports bitsandbytes."""
+    return type(module).__module__ == "peft.tuners.lora.bnb" and type(module).__name__ in ("Linear4bit", "Linear8bitLt")
 
 
 @contextmanager
-def lean(model: nn.Module) -> Iterator[list[Linear]]:
+def lean(model: nn.Module) -> Iterator[list[LoraLayer]]:
     """Within the block, LoRA layers of ``model`` save only what their gradients need; yields these layers.
 
     Raises:
