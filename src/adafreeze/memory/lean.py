@@ -226,19 +226,15 @@ def lean_forward(layer: nn.Module) -> patched:
     return patched_forward(layer, _forward(layer))
 
 
-def lean_layers(modules: Iterable[nn.Module]) -> list[LoraLayer]:
+def lean_layers(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """The LoRA layers among ``modules`` with PEFT's own forward, on a plain or quantized linear layer."""
-    return [
-        module
-        for module in modules
-        if isinstance(module, LoraLayer)
-        and (_is_quantized(module) or (_is_of_peft(module) and type(module).forward is Linear.forward))
-        and "forward" not in module.__dict__
-    ]
+    return [module for module in modules if _is_own(module) and "forward" not in module.__dict__]
 
 
-def _is_of_peft(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("peft.")
+def _is_own(module: nn.Module) -> bool:
+    """Whether it is PEFT's LoRA layer with a formula that is known here."""
+    of_peft = type(module).__module__.startswith("peft.") and isinstance(module, LoraLayer)
+    return of_peft and (type(module).forward is Linear.forward or _is_quantized(module))
 
 
 def _is_quantized(module: nn.Module) -> bool:
@@ -247,7 +243,7 @@ def _is_quantized(module: nn.Module) -> bool:
 
 
 @contextmanager
-def lean(model: nn.Module) -> Iterator[list[LoraLayer]]:
+def lean(model: nn.Module) -> Iterator[list[nn.Module]]:
     """Within the block, LoRA layers of ``model`` save only what their gradients need; yields these layers.
 
     Raises:
