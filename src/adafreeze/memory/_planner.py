@@ -146,7 +146,9 @@ class StepPlanner:
         undo.callback(self.freezer.restore)
         undo.callback(self.prefix.restore)
         self._alike = self.fake and len(self.stacks) == 1 and all(tensors) and all_alike(self.stacks[0])
-        self._few: dict[tuple[int, int, Way, int], Rehearsal] = {}
+        # By frozen blocks or units, rows, way, and live blocks or None for the whole model.
+        self._known: dict[tuple[int, int, Way, int | None], Rehearsal] = {}
+        self._can_be_lean = bool(lean_layers(module.modules()))
         self.adapters = bytes_of(self._trained())
         self.quantized, self.dequantized = self._quantized_bytes()
 
@@ -195,11 +197,16 @@ class StepPlanner:
         )
 
     def _rehearse(self, rows: int, way: Way = PEFT) -> Rehearsal:
+        if not self._can_be_lean:
+            way = way._replace(lean=False)
         depth = sum(self.prefix.depths.values())
         live = len(self.blocks) - depth
         step = self._extrapolated(rows, way, depth, live) if self._alike and live > max(FEW) else None
         if step is None:
-            step = self._run(rows, way)
+            key = (len(self.freezer.frozen), rows, way, None)
+            if key not in self._known:
+                self._known[key] = self._run(rows, way)
+            step = self._known[key]
         return dataclasses.replace(step, gradients=bytes_of(self._trained()))
 
     def _extrapolated(self, rows: int, way: Way, depth: int, live: int) -> Rehearsal | None:
@@ -208,9 +215,9 @@ class StepPlanner:
         points = []
         for count in FEW:
             key = (kept, rows, way, count)
-            if key not in self._few:
-                self._few[key] = self._run(rows, way, live=count)
-            points.append(self._few[key])
+            if key not in self._known:
+                self._known[key] = self._run(rows, way, live=count)
+            points.append(self._known[key])
         costs = {}
         for name in ("saved", "peak", "forward_flops", "backward_flops"):
             first, second, last = (getattr(point, name) for point in points)
@@ -339,8 +346,8 @@ class StepPlanner:
         with ExitStack() as undo:
             for parent, key in slots:
                 undo.enter_context(replaced_child(parent, key, nn.Identity()))
-            self._few.clear()
-            undo.callback(self._few.clear)
+            self._known.clear()
+            undo.callback(self._known.clear)
             return self._rehearse(rows).saved
 
 

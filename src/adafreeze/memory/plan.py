@@ -222,8 +222,9 @@ def _plan(
             )
 
     fit("plain", plain, PEFT)
-    least = Way(True, "full")
-    fit("checkpointed", planner.step(rows, least), least)
+    if limit is not None:
+        least = Way(True, "full")
+        fit("checkpointed", planner.step(rows, least), least)
     steps, selective = [planner.step(rows, own)], []
     if CAN_BE_SELECTIVE:
         try:
