@@ -9,8 +9,8 @@ Tasks, rows and weights are those of benchmarks/paper.py. Besides plain LoRA:
 - ``depth``: a static prefix of every depth, frozen from step 0 at rest, on kept states (``keep_cache``);
 - ``single``: adapters everywhere but in one block (``without``), and in one block only (``alone``).
 
-Score and held-out loss are those after training. FLOPs and saved bytes are counted. Finished cells stay in ``--work``:
-the same command continues, and two at once share the cells. The table is one line per task and run; the figure shows
+Score and held-out loss are those after training. FLOPs and saved bytes are counted. Finished cells stay in ``--work``
+and in the output: the same command continues, another one extends the table, and two at once share the cells. The table is one line per task and run; the figure shows
 each block's contribution beside its share of the cost.
 """
 
@@ -68,6 +68,16 @@ def collect(cells: Path, tasks: list[str]) -> dict[str, Any]:
         numbers["online"] = [loss for _, loss in read_history(path.parent).logs["loss"]]
         for name, number in numbers.items():
             runs[name][str(outcome["seed"])] = number
+    return found
+
+
+def merged(found: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """``found``, and what an earlier table has beside it."""
+    for task, runs in earlier.items():
+        for run, numbers in runs.items():
+            mine = found.setdefault(task, {}).setdefault(run, {name: {} for name in numbers})
+            for name, by_seed in numbers.items():
+                mine[name] = {**by_seed, **mine[name]}
     return found
 
 
@@ -183,9 +193,11 @@ def main() -> None:
         except AdafreezeError as error:
             print(f"Skipped {name}: {error}")
     found = collect(cells, options.tasks)
+    if options.output.exists():
+        found = merged(found, json.loads(options.output.read_text())["cells"])
     rows = summary(found)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    settings = {name: getattr(options, name) for name in ("tasks", "seeds", "epochs", "large")}
+    settings = {name: getattr(options, name) for name in ("epochs", "large")}
     options.output.write_text(json.dumps({"cells": found, "summary": rows, "settings": settings}, indent=1) + "\n")
     show(rows)
     if options.figure is not None:
