@@ -3,6 +3,7 @@
 import functools
 import itertools
 import re
+import warnings
 
 import psutil
 import pytest
@@ -419,6 +420,46 @@ def test_every_family_under_a_budget(family, dropout):
         for a, b in zip(gradients, others, strict=True):
             # Gradients that meet at a block's input are summed in another order: measured 3e-8.
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_autocast_around_the_step_is_part_of_it(family):
+    """In a loop of one's own; under Trainer the model's forward does it, so the check before step 0 sees it too."""
+    batch = cases.batch(family, rows=2, length=16)
+    limits = {}
+    for share in (None, 0.8):
+        model = make(family, 4)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        budget = "1GiB" if share is None else int(held_before(model) + share * (limits["most"] - held_before(model)))
+        with StorageTracker() as tracker:
+            tracker.hold(*model.parameters(), *model.buffers())
+            settings = SafeConfig(memory_budget=budget, freeze_at_start=0, freeze_share=0, cache="off", probe_tokens=64)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", AdafreezeWarning)
+                safe = Safe(model, settings, optimizer=optimizer, probe=batch, total_steps=5)
+                for _ in range(3):
+                    tracker.reset_peak()
+                    with torch.autocast("cpu", torch.bfloat16):
+                        loss = model(**batch).loss
+                    loss.backward()
+                    del loss
+                    optimizer.step()
+                    optimizer.zero_grad()
+        limits["most"] = max(limits.get("most", 0), tracker.peak)
+        assert share is None or tracker.peak <= budget
+        assert safe.budget._current.peak >= tracker.peak
+        safe.close()
+
+
+def test_what_trains_is_part_of_a_step():
+    model, batch = make("bert", 4), cases.batch("bert", rows=16, length=20)
+    safe = Safe(model, SafeConfig(memory_budget="1GiB", freeze_at_start=0), probe=batch, total_steps=9)
+    model(**batch).loss.backward()
+    before = safe.budget._current.peak
+    for layer in model.get_base_model().bert.encoder.layer:
+        layer.intermediate.dense.weight.requires_grad_(True)
+    model(**batch).loss.backward()
+    assert safe.budget._current.peak > before
 
 
 def test_a_model_that_selective_checkpointing_breaks_recomputes_whole_blocks(monkeypatch, caplog):

@@ -9,7 +9,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -22,6 +24,7 @@ from transformers import (
 import adafreeze
 from adafreeze import ModelError, RunError
 from adafreeze.costs import SavedBytes, StorageTracker
+from adafreeze.memory.lean import lean_layers
 from cached_run import train
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -331,14 +334,136 @@ def test_nothing_is_left_and_copies_are_clean():
     assert is_equal(step(twin)[0], step(model)[0])
 
 
-def test_differentiating_twice_is_refused():
-    model = adapted()
-    ids = torch.arange(16)[None]
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize("lora", [{}, {"dtype": torch.float32, "lora_dropout": 0.1}], ids=str)
+def test_second_derivatives_are_those_of_peft(family, lora):
+    model = adapted(family, **lora)
+    model.get_base_model().set_attn_implementation("eager")
+    ids = torch.arange(64).view(4, 16) % 100
+    labels = torch.tensor([0, 1, 0, 1]) if family == "bert" else ids
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def products() -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        first = torch.autograd.grad(model(input_ids=ids, labels=labels).loss, parameters, create_graph=True)
+        return list(torch.autograd.grad(first, parameters, [torch.ones_like(one) for one in first]))
+
+    theirs = products()
     with adafreeze.lean(model):
-        loss = model(input_ids=ids, labels=ids).loss
-        first = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice"):
-            sum(gradient.pow(2).sum() for gradient in first).backward()
+        ours = products()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * float(other.abs().max()))
+
+
+def test_second_derivatives_under_autocast_are_refused():
+    model = adapted(dtype=torch.float32)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    x = torch.randn(2, 16, 64)
+    weights = [layer.lora_A["default"].weight]
+    with torch.autocast("cpu", torch.bfloat16), adafreeze.lean(model):
+        torch.autograd.grad(layer(x).sum(), weights)
+        with pytest.raises(RunError, match=r"differentiated again.*\n.*lean=False"):
+            torch.autograd.grad(layer(x).pow(2).sum(), weights, create_graph=True)
+
+
+@pytest.mark.parametrize("hooks", ["checkpoint", "save_on_cpu"])
+def test_an_input_that_is_changed_in_place_is_an_error_under_hooks_on_saved_tensors_too(hooks):
+    model = adapted()
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+
+    def block(h: torch.Tensor) -> torch.Tensor:
+        h = h * 1.0
+        q = layer(h)
+        h += torch.tanh(q)
+        return torch.tanh(h)
+
+    x = torch.randn(2, 16, 64, dtype=torch.bfloat16, requires_grad=True)
+    with adafreeze.lean(model):
+        if hooks == "checkpoint":
+            loss = checkpoint(block, x, use_reentrant=False).sum()
+        else:
+            with torch.autograd.graph.save_on_cpu():
+                loss = block(x).sum()
+        with pytest.raises(RunError, match="in place"):
+            loss.backward()
+
+
+def test_peft_s_forward_runs_where_lean_would_save_more_or_round_otherwise():
+    model = adapted(dtype=torch.float32, lora_dropout=0.1)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+
+    def saved(x: torch.Tensor, *, autocast: bool = True) -> int:
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), SavedBytes(model) as counted:
+            layer(x)
+        return counted.total
+
+    x = torch.randn(2, 16, 64)
+    cases = {"dropped, no gradient": x, "leaf": x.clone().requires_grad_()}
+    theirs = {name: saved(given) for name, given in cases.items()}
+    with adafreeze.lean(model):
+        assert {name: saved(given) for name, given in cases.items()} == theirs
+    layer.lora_A["default"].weight.requires_grad_(False)  # LoRA-FA
+    given = (x * 1).requires_grad_() * 1
+    without = saved(given, autocast=False)
+    with adafreeze.lean(model):
+        assert saved(given, autocast=False) == without
+
+
+@pytest.mark.parametrize("adapter", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16])
+def test_three_data_types(adapter, autocast, given):
+    model = adapted(dtype=torch.float32)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    for part in (layer.lora_A, layer.lora_B):
+        part.to(adapter)
+    x = torch.randn(2, 16, 64).to(given) * 3
+
+    def run() -> list[torch.Tensor]:
+        layer.zero_grad()
+        with torch.autocast("cpu", autocast):
+            output = layer(x)
+        output.float().pow(2).sum().backward()
+        return [output.detach(), layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad]
+
+    theirs = run()
+    with adafreeze.lean(model):
+        assert is_equal(run(), theirs)
+
+
+def test_lean_within_lean_and_within_a_run_of_safe():
+    model = adapted("bert")
+    batch = {"input_ids": torch.arange(64).view(4, 16) % 100, "labels": torch.tensor([0, 1, 0, 1])}
+
+    def count() -> int:
+        return sum("forward" in vars(module) for module in lean_layers(model.modules()))
+
+    with adafreeze.lean(model):
+        safe = adafreeze.Safe(model, adafreeze.SafeConfig(lean=True), probe=batch, total_steps=10)
+        with adafreeze.lean(model):
+            assert count()
+    assert count()  # of the run
+    safe.close()
+    assert not count()
+
+
+def test_gradients_in_batches_and_forward_derivatives():
+    model = adapted()
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    x = torch.randn(2, 5, 64, dtype=torch.bfloat16, requires_grad=True)
+    gradients = torch.eye(8, 640).view(8, 2, 5, 64).to(torch.bfloat16)
+
+    def run() -> list[torch.Tensor]:
+        (batched,) = torch.autograd.grad(layer(x), x, gradients, is_grads_batched=True)
+        with forward_ad.dual_level():
+            dual = layer(forward_ad.make_dual(x.detach(), torch.ones_like(x)))
+            return [batched, forward_ad.unpack_dual(dual).tangent]
+
+    theirs = run()
+    with adafreeze.lean(model):
+        for one, other in zip(run(), theirs, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_functional_transforms_run_peft_s_forward():
@@ -351,7 +476,7 @@ def test_functional_transforms_run_peft_s_forward():
 
 
 @pytest.mark.slow
-def test_compiled_it_has_no_graph_break():
+def test_compiled_peft_s_forward_runs_without_a_graph_break():
     model = adapted()
     theirs, _ = step(model)
     with adafreeze.lean(model):

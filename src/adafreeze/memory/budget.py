@@ -198,16 +198,23 @@ class Budget:
         elif self._failed and self._undisturbed and measured > self.limit:
             self._warn_above("A step", measured)
         self._undisturbed = True
-        self._current = self._choice(args, kwargs)
+        self._current = self._choice(args, kwargs, warns=True)
         self.checkpointing.recomputed = self._current.recomputed if self._current else self.checkpointing.all_full
 
-    def _choice(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Choice | None:
+    def _setting(self) -> tuple[str, int]:
+        """What a step depends on beside its inputs and the prefix: autocast's data type, and elements that train."""
+        kind = self.device.type
+        autocasts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        trains = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        return str(torch.get_autocast_dtype(kind)) if autocasts else "", trains
+
+    def _choice(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, warns: bool = False) -> Choice | None:
         """The choice for batches of this kind; None if they cannot be rehearsed."""
         if self._failed:
             return None
         args, kwargs = self._rounded(args, kwargs)
         shapes = _shapes((args, kwargs))
-        kind = shapes, tuple(self.prefix.depths.values()), self.beside
+        kind = shapes, tuple(self.prefix.depths.values()), self.beside, self._setting()
         if kind not in self._choices:
             # A larger step that fits with nothing recomputed decides this one.
             for other, choice in self._choices.items():
@@ -229,13 +236,13 @@ class Budget:
                 peak=choice.peak,
                 plain_peak=choice.plain_peak,
             )
-            if choice.peak > self.limit and self._current is not None:  # before the first step, check() raises
+            if choice.peak > self.limit and warns:  # check() raises
                 what = f"A batch ({', '.join(str(shape) for shape, _ in shapes[:2])}), longer than all probe samples,"
                 self._warn_above(what, choice.peak)
         return self._choices[kind]
 
     def _choose(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Choice:
-        kind = _shapes((args, kwargs)), tuple(self.prefix.depths.values())
+        kind = _shapes((args, kwargs)), tuple(self.prefix.depths.values()), self._setting()
 
         def rehearsed(recomputed: Recomputed) -> Rehearsal:
             if (kind, recomputed) not in self._rehearsed:
@@ -380,13 +387,15 @@ def _tupled(kind: Any) -> Any:
 
 def _holds_more(one: Any, other: Any) -> bool:
     """Whether a step of kind ``one`` holds at least as much as one of kind ``other``."""
-    (shapes, depths, beside), (others, other_depths, other_beside) = one, other
+    (shapes, depths, beside, setting), (others, other_depths, other_beside, other_setting) = one, other
 
     def covers(large: tuple[int, ...], small: tuple[int, ...]) -> bool:
         return len(large) == len(small) and all(map(operator.ge, large, small))
 
     return (
         [dtype for _, dtype in shapes] == [dtype for _, dtype in others]
+        and setting[0] == other_setting[0]
+        and setting[1] >= other_setting[1]
         and beside >= other_beside
         and covers(other_depths, depths)
         and all(covers(shape, smaller) for (shape, _), (smaller, _) in zip(shapes, others, strict=True))

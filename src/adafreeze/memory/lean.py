@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, MutableSet
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
@@ -18,6 +19,9 @@ from ..errors import ModelError, RunError
 from ..model.patches import patched, patched_forward
 
 __all__ = ["lean", "lean_forward", "lean_layers"]
+
+# Forwards that are lean, over which others may be patched.
+_forwards: MutableSet[Any] = WeakSet()
 
 # By x: its version, and its copy in a narrower data type. A strong reference would keep the copy alive with x, although
 # checkpointing has dropped it.
@@ -32,7 +36,8 @@ class _Branch(torch.autograd.Function):
     reference, or ``narrow`` if the products take fewer bytes per number: either way once for all layers that get the
     same x. Of the noise, one bit per element is saved. The backward pass computes A·D(x) again, which takes r of every
     d + o FLOPs of the layer. Operations, their order and data types are those of PEFT's forward and autograd's
-    backward, so results are the same to the bit where kernels are deterministic.
+    backward, so results are the same to the bit where kernels are deterministic. The backward pass is made of
+    differentiable operators on what is saved, so it can be differentiated in turn, unless ``narrow`` is saved.
     """
 
     @staticmethod
@@ -48,6 +53,7 @@ class _Branch(torch.autograd.Function):
     ) -> Tensor:
         ctx.options, ctx.given = options, x.dtype
         kept = x if narrow is None else narrow
+        ctx.is_narrow, ctx.version = narrow is not None, kept._version
         ctx.save_for_backward(kept, a, b, None if noise is None else _packed(noise != 0))
         with _as_given(x.device):
             hidden = F.linear(options.dropped(kept, noise), a.to(options.computes))
@@ -55,25 +61,15 @@ class _Branch(torch.autograd.Function):
             return F.linear(hidden, b.to(options.computes), bias) * options.scaling
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        try:
-            kept, a, b, bits = ctx.saved_tensors
-        except RuntimeError as error:
-            if "inplace" not in str(error):
-                raise
-            raise RunError(
-                "The model changes the input of a LoRA layer in place after the layer has used it, and lean layers "
-                "keep no copy of their own.",
-                fix="SafeConfig(lean=False), or leave out adafreeze.lean(model).",
-            ) from error
+        kept, a, b, bits = _saved(ctx)
         options: _Options = ctx.options
         needs_x, _, needs_a, needs_b, needs_bias, *_ = ctx.needs_input_grad
         with _as_given(kept.device):
             noise = None if bits is None else options.noise(_unpacked(bits, kept.shape))
-            dropped = options.dropped(kept, noise).flatten(0, -2)
+            dropped = options.dropped(kept, noise).reshape(-1, kept.shape[-1])
             low_a, low_b = a.to(options.computes), b.to(options.computes)
-            outer = (gradient * options.scaling).flatten(0, -2)
+            outer = (gradient * options.scaling).reshape(-1, len(b))
             inner = outer.mm(low_b) if needs_x or needs_a else None
             found: list[Tensor | None] = [None] * 7
             if needs_b:
@@ -86,6 +82,37 @@ class _Branch(torch.autograd.Function):
                 of_x = inner.mm(low_a).view(kept.shape).to(options.casts)
                 found[0] = (of_x if noise is None else of_x * noise).to(ctx.given)
             return tuple(found)
+
+
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    """What the forward pass saved, unchanged.
+
+    Raises:
+        RunError: it was changed in place, or is to be differentiated and cannot be.
+    """
+    fix = "SafeConfig(lean=False), or leave out adafreeze.lean(model)."
+    if torch.is_grad_enabled() and ctx.is_narrow:
+        raise RunError(
+            "Under autocast, a lean LoRA layer keeps a narrow copy of its input, through which its gradients cannot be "
+            "differentiated again (create_graph=True).",
+            fix=fix,
+        )
+    try:
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+        problem: Exception | None = error
+    else:
+        # With hooks on saved tensors (activation checkpointing, save_on_cpu) torch itself does not look.
+        if saved[0]._version <= ctx.version:
+            return saved
+        problem = None
+    raise RunError(
+        "After its forward pass, something changed in place what a lean LoRA layer keeps: its input, of which PEFT's "
+        "layer might have kept a copy, or A or B.",
+        fix=fix,
+    ) from problem
 
 
 class _Options:
@@ -103,6 +130,8 @@ class _Options:
 
     def dropped(self, x: Tensor, noise: Tensor | None) -> Tensor:
         """D(x), in the data type of the products."""
+        if noise is None and x.dtype == self.computes:  # a cast to wider numbers and back changes nothing
+            return x
         x = x.to(self.casts)
         return (x if noise is None else x * noise).to(self.computes)
 
@@ -131,8 +160,6 @@ def _as_given(device: torch.device) -> AbstractContextManager[Any]:
 
 def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of x in ``dtype``: the same for every layer that gets this x, for as long as the graph of one holds it."""
-    if torch.compiler.is_compiling():  # which merges equal casts
-        return x.detach().to(dtype)
     version, held = _narrowed.get(x, (-1, None))
     copy = held() if held is not None and version == x._version else None
     if copy is None or copy.dtype != dtype:
@@ -179,11 +206,14 @@ def _forward(layer: Any) -> Callable[..., Any]:
             return (result.clone() if cloned else result) + (branch if ambient else branch.to(result.dtype))
         return (result + branch).to(result.dtype)
 
+    _forwards.add(forward)
     return forward
 
 
 def _fitting(layer: Any, x: Tensor) -> str | None:
     """The name of the adapter whose branch can be lean in this call; None if PEFT's forward is to run."""
+    if torch.compiler.is_compiling():
+        return None  # what a compiled graph saves is chosen by its partitioner, which recomputes casts by itself
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) != 1 or layer.disable_adapters or layer.merged:
         return None
@@ -200,17 +230,25 @@ def _fitting(layer: Any, x: Tensor) -> str | None:
     if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p >= 1:
         return None
     weights = (a.weight, b.weight)
-    if not any(weight.requires_grad for weight in weights) or a.weight.dtype != b.weight.dtype:
-        return None
+    if not a.weight.requires_grad or a.weight.dtype != b.weight.dtype:
+        return None  # the gradient of B alone does not need x
     if x.dtype != a.weight.dtype and not getattr(layer, "cast_input_dtype_enabled", True):
         return None  # peft.helpers.disable_input_dtype_casting
     if any(weight.ndim != 2 or hasattr(weight, "placements") for weight in weights):
         return None  # a shard, of ZeRO-3 or a DTensor
-    if x.dtype == a.weight.dtype == _computes(x.device, x.dtype) and not _probability(dropout):
+    casts, drops = a.weight.dtype, _probability(dropout) > 0
+    computes = _computes(x.device, casts)
+    if casts != x.dtype and casts.itemsize <= x.dtype.itemsize:
+        return None  # x is rounded before the products
+    if x.dtype == casts == computes and not drops:
         return None  # PEFT saves x by reference, too
+    if computes.itemsize < x.dtype.itemsize and (x.is_leaf if x.requires_grad else drops):
+        return None  # gradients of a leaf are summed in autocast's data type, and the dropped x would be narrower
     if torch._C._functorch.peek_interpreter_stack() is not None or nn.modules.module._has_any_global_hook():
         return None
-    if x.is_inference() or (not torch.compiler.is_compiling() and bytes_of([x]) > x.nbytes):
+    if forward_ad._current_level >= 0:
+        return None
+    if x.is_inference() or bytes_of([x]) > x.nbytes:
         return None  # cannot be saved, or is a small part of a tensor that it would keep alive
     return name
 
@@ -228,7 +266,13 @@ def lean_forward(layer: nn.Module) -> patched:
 
 def lean_layers(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """The LoRA layers among ``modules`` with PEFT's own forward, on a plain or quantized linear layer."""
-    return [module for module in modules if _is_own(module) and "forward" not in module.__dict__]
+    return [module for module in modules if _is_own(module) and _is_unpatched(module)]
+
+
+def _is_unpatched(module: nn.Module) -> bool:
+    """But for lean forwards."""
+    forward = module.__dict__.get("forward")
+    return forward is None or forward in _forwards
 
 
 def _is_own(module: nn.Module) -> bool:
