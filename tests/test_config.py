@@ -89,6 +89,7 @@ def test_plain_values_round_trip_and_functions_by_name():
     assert SafeConfig.from_dict(config.to_dict()) == config
     assert SafeConfig(score=max).to_dict()["score"] == "max"
     published = {"freeze_at_start": 0.0, "warmup": 0.3, "ramp_end": 0.5, "lr_scale": 1.0, "wait_for_loss": False}
+    published["lean"] = False
     assert SafeConfig.paper(threshold=0.002) == SafeConfig(policy="threshold", threshold=0.002, **published)
 
 
