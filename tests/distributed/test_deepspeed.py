@@ -238,7 +238,8 @@ def test_safe_decides_and_trains_as_without_deepspeed(ranks, alone, name):
 @pytest.mark.parametrize("stage", STAGES)
 def test_lean_layers_change_nothing_but_what_is_saved(ranks, stage):
     for lean, other in zip(results(ranks, f"lean {stage}"), results(ranks, f"not lean {stage}"), strict=True):
-        assert lean["weights"] == other["weights"] and lean["history"] == other["history"]
+        assert lean["history"] == other["history"]
+        assert all(torch.equal(lean["weights"][name], weight) for name, weight in other["weights"].items())
         saved, more = (run["logs"]["safe/saved_mib"] for run in (lean, other))
         assert saved == more if stage == 3 else saved < more  # ZeRO-3 has hooks on A and B, so PEFT's forward runs
 

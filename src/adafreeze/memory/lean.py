@@ -28,6 +28,11 @@ _forwards: MutableSet[Any] = WeakSet()
 _narrowed: MutableMapping[Tensor, tuple[int, TensorWeakRef]] = WeakTensorKeyDictionary()
 
 
+# Eight bytes of 0 or 1 are one number: times GATHER, its highest byte has bit i from byte i. A byte times REPEAT is
+# eight copies of it, of which SELECT leaves bit i in byte i.
+GATHER, REPEAT, SELECT = 0x0102040810204080, 0x0101010101010101, 0x8040201008040201 - 2**64
+
+
 class _Branch(torch.autograd.Function):
     """y = s · (B · A · D(x)), which saves x as it came instead of what is computed from it.
 
@@ -170,17 +175,15 @@ def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _packed(mask: Tensor) -> Tensor:
     """Eight booleans per byte, the last byte filled up with zeros."""
-    columns = F.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-1, 8).to(torch.uint8).unbind(1)
-    packed = columns[0].clone()
-    for place, column in enumerate(columns[1:], start=1):
-        packed |= column << place
-    return packed
+    flat = mask.flatten()
+    eights = F.pad(flat, (0, -flat.numel() % 8)).view(torch.uint8).view(torch.int64)
+    return ((eights * GATHER >> 56) & 255).to(torch.uint8)
 
 
 def _unpacked(bits: Tensor, shape: torch.Size) -> Tensor:
     """The booleans, of this shape."""
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits[:, None] >> places) & 1).bool().flatten()[: shape.numel()].view(shape)
+    eights = (bits.to(torch.int64) * REPEAT & SELECT).view(torch.uint8)
+    return (eights[: shape.numel()] != 0).view(shape)
 
 
 def _forward(layer: Any) -> Callable[..., Any]:
