@@ -10,8 +10,8 @@ Tasks, rows and weights are those of benchmarks/paper.py. Besides plain LoRA:
 - ``single``: adapters everywhere but in one block (``without``), and in one block only (``alone``).
 
 Score and held-out loss are those after training. FLOPs and saved bytes are counted. Finished cells stay in ``--work``
-and in the output: the same command continues, another one extends the table, and two at once share the cells. The table is one line per task and run; the figure shows
-each block's contribution beside its share of the cost.
+and in the output: the same command continues, another one extends the table, and two at once share the cells. The table
+is one line per task and run; the figure shows each block's contribution beside its share of the cost.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What lean LoRA layers and selective checkpointing save, compared with PEFT's own layers.
 
-    python benchmarks/lean.py [--rounds 5] [-o benchmarks/results/lean.json]
+    python benchmarks/lean.py [--parts blocks plans] [--rounds 5] [-o benchmarks/results/lean.json]
 
 Eight blocks with random weights, LoRA r = 8 on all linear layers, 2 × 256 tokens; adapters in fp32. Saved bytes of one
 forward pass (each storage once, no parameters) per hidden unit, token and block; FLOPs of a step; whether the loss and
@@ -9,6 +9,9 @@ for lean layers, and for lean layers in blocks that keep only results of matrix 
 
 Then kinds of adapters that no lean layer exists for, under selective checkpointing alone, which recomputes what they
 keep.
+
+``plans``: what this makes of a whole step, by ``adafreeze.plan``: peaks (of MiniLM saved bytes) against plain PEFT,
+with nothing frozen and at the default start.
 
 The floor is what the gradients need at all of x: each different input of the adapted layers once, in the base's data
 type, and one bit per element and layer for the dropout.
@@ -152,19 +155,60 @@ OURS: dict[str, Callable[[PeftModel], AbstractContextManager[Any]]] = {
 }
 
 
+EVERY = [*("q_proj", "k_proj", "v_proj", "o_proj"), *("gate_proj", "up_proj", "down_proj")]
+LLAMA_8B = LlamaConfig(
+    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+    vocab_size=128256, max_position_embeddings=8192, architectures=["LlamaForCausalLM"],
+)  # fmt: skip
+MINILM = BertConfig(
+    hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12, num_labels=2,
+    architectures=["BertForSequenceClassification"],
+)  # fmt: skip
+BERT_LAYERS = ["query", "key", "value", "intermediate.dense", "output.dense"]
+
+
+def planned() -> dict[str, dict[str, Any]]:
+    """Ratios of whole steps, without padding for the Llama; ``peft`` in bytes."""
+    large: dict[str, Any] = {"max_length": 1024, "padding": False}
+    small: dict[str, Any] = {"task": "text-classification", "batch_size": 32, "max_length": 64}
+    every, few = (LoraConfig(r=16, target_modules=targets) for targets in (EVERY, ["q_proj", "v_proj"]))
+    bert = LoraConfig(r=8, target_modules=BERT_LAYERS)
+    cases: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
+        "Llama-3.1-8B, 1 × 1,024": (LLAMA_8B, every, "peak", {**large, "batch_size": 1}),
+        "Llama-3.1-8B, 4 × 1,024": (LLAMA_8B, every, "peak", {**large, "batch_size": 4}),
+        "Llama-3.1-8B, 1 × 1,024, query and value": (LLAMA_8B, few, "peak", {**large, "batch_size": 1}),
+        "MiniLM, saved": (MINILM, bert, "saved", small),
+        "MiniLM, saved, CPU": (MINILM, bert, "saved", {**small, "target": "cpu"}),
+    }
+    found = {}
+    for name, (config, lora, part, settings) in cases.items():
+        made = adafreeze.plan(config, lora, dtype="bfloat16", **settings)
+        theirs = getattr(made.plain, part)
+        found[name] = {"peft": theirs}
+        for place, label in enumerate(("nothing frozen", "a third frozen")):
+            found[name][label] = getattr(made.steps[place], part) / theirs
+            found[name][f"{label}, selective"] = getattr(made.selective[place], part) / theirs
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=["blocks", "plans"], default=["blocks", "plans"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/lean.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {}
+    if "plans" in options.parts:
+        found["plans"] = planned()
+        for name, row in found["plans"].items():
+            print(name, *(f"{label}: {value:.3f}" for label, value in row.items() if label != "peft"), sep="; ")
     table = Table("", "", "PEFT", "ours", "ours / PEFT", "floor", "FLOPs", "time", "equal to the bit")
     arms = [(name, label, shape, None, context) for name, shape in SHAPES.items() for label, context in OURS.items()]
     base = "Llama shape, bf16"
     llama = SHAPES[base]
     arms += [(f"{base}, {kind}", "selective", llama, adapter, selective) for kind, adapter in KINDS.items()]
-    for name, label, shape, adapter, context in arms:
+    for name, label, shape, adapter, context in arms if "blocks" in options.parts else ():
         model = make(shape, adapter)
         theirs, ours = measure(model, nullcontext()), measure(model, context(model))
         same = all(map(torch.equal, theirs["results"], ours["results"]))
