@@ -568,8 +568,9 @@ class _Reads(TorchDispatchMode):
 
 
 def autocast_now(device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast on ``device`` here; None where it is off."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    """The dtype of autocast on ``device`` here; None where it is off, or there is none (meta)."""
+    is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if is_on else None
 
 
 def _after_first(output: Any) -> tuple[Any, ...] | None:

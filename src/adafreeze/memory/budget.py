@@ -14,6 +14,7 @@ from ..costs.devices import memory_limit
 from ..costs.memory import bytes_of
 from ..errors import RunError, error_line, note, warn
 from ..freeze import Prefix
+from ..freeze.prefix import autocast_now
 from ..journal import Journal
 from ..measure import Probe
 from ..model.blocks import device_of
@@ -203,10 +204,8 @@ class Budget:
 
     def _setting(self) -> tuple[str, int]:
         """What a step depends on beside its inputs and the prefix: autocast's data type, and elements that train."""
-        kind = self.device.type
-        autocasts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         trains = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        return str(torch.get_autocast_dtype(kind)) if autocasts else "", trains
+        return str(autocast_now(self.device)), trains
 
     def _choice(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, warns: bool = False) -> Choice | None:
         """The choice for batches of this kind; None if they cannot be rehearsed."""

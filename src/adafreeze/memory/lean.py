@@ -16,6 +16,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from ..costs.memory import bytes_of
 from ..errors import ModelError, RunError
+from ..freeze.prefix import autocast_now
 from ..model.patches import patched, patched_forward
 
 __all__ = ["lean", "lean_forward", "lean_layers"]
@@ -145,13 +146,9 @@ class _Options:
         return kept.to(self.casts).div_(1 - self.probability)
 
 
-def _autocasts(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-
-
 def _computes(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The data type of a product of factors in ``dtype``: autocast leaves float64 alone."""
-    return torch.get_autocast_dtype(device.type) if _autocasts(device) and dtype != torch.float64 else dtype
+    return dtype if dtype == torch.float64 else autocast_now(device) or dtype
 
 
 def _probability(dropout: nn.Module) -> float:
@@ -160,7 +157,7 @@ def _probability(dropout: nn.Module) -> float:
 
 def _as_given(device: torch.device) -> AbstractContextManager[Any]:
     """Products in the data types of their factors."""
-    return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocast_now(device) else nullcontext()
 
 
 def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -203,9 +203,10 @@ def _plan(
     own = Way(True, "full" if checkpointing or planner.was_checkpointed else None)
     micro_batches = {}
 
-    def fit(name: str, known: PlannedStep, way: Way) -> None:
+    def fit(name: str, way: Way) -> None:
         if limit is None:
             return
+        known = planner.step(rows, way)
 
         def peak(count: int) -> int:
             return planner.step(count, way).peak
@@ -221,10 +222,8 @@ def _plan(
                 fix="Plan with a batch of the size that the run will use.",
             )
 
-    fit("plain", plain, PEFT)
-    if limit is not None:
-        least = Way(True, "full")
-        fit("checkpointed", planner.step(rows, least), least)
+    fit("plain", PEFT)
+    fit("checkpointed", Way(True, "full"))
     steps, selective = [planner.step(rows, own)], []
     if CAN_BE_SELECTIVE:
         try:
@@ -241,9 +240,9 @@ def _plan(
             if selective:
                 selective.append(planner.step(rows, SELECTIVE))
         if names == frozenset(at_start):
-            fit("safe", steps[-1], own)
+            fit("safe", own)
             if selective:
-                fit("selective", selective[-1], SELECTIVE)
+                fit("selective", SELECTIVE)
     estimated = []
     if planner.quantization is not None:
         estimated.append(f"weights in {planner.quantization}, from their bytes per element")
