@@ -102,6 +102,11 @@ class SafeConfig:
         checkpointing: ``"selective"``: activation checkpointing of every live block that keeps the results of matrix
             products and attention and recomputes what lies between, for about 1 % of the FLOPs. It replaces the
             model's own checkpointing, and cannot be combined with a budget, which chooses blocks by itself.
+        offload: where the weights of the frozen prefix, and of input embeddings, go once the states of all samples are
+            held: ``"cpu"``: to host memory. ``"disk"``: to disk, where weights that came from a safetensors file are
+            read from that file. Training above them goes on as before; what still needs them (an unknown sample,
+            evaluation, generation) brings them back block by block. ``"auto"`` (default): if a memory budget would
+            recompute less without them. ``"off"``: they stay. With ``fill="before"`` they leave before step 0.
         lean: LoRA layers save only what their gradients need, with the same results (``adafreeze.lean``). Live blocks
             save fewer bytes where LoRA has dropout, the base is in half precision, or autocast is on.
         lr_scale: **Expert.** Factor on the learning rates once units have frozen. ``"sqrt"`` (default): √(units / live
@@ -150,6 +155,7 @@ class SafeConfig:
     lr_scale: float | str = "sqrt"
     memory_budget: int | float | str | None = None
     checkpointing: str | None = None
+    offload: str = "auto"
     lean: bool = True
     dry_run: bool = False
     freeze_at_start: float | None = None
@@ -177,6 +183,13 @@ class SafeConfig:
         _named("cache", self.cache, ("auto", "ram", "disk", "off"))
         _named("fill", self.fill, (None, "before"))
         _named("checkpointing", self.checkpointing, (None, "selective"))
+        _named("offload", self.offload, ("auto", "cpu", "disk", "off"))
+        if self.offload in ("cpu", "disk") and (self.cache == "off" or self.prefix_dropout):
+            given = "cache is 'off'" if self.cache == "off" else "prefix_dropout is True, which switches the cache off"
+            raise ConfigError(
+                f"SafeConfig.offload is {self.offload!r}, but {given}: without states every pass needs the weights.",
+                fix=f"SafeConfig(offload={self.offload!r}) with cache='auto' and prefix_dropout=False",
+            )
         if self.checkpointing is not None and self.memory_budget is not None:
             raise ConfigError(
                 "SafeConfig.checkpointing and memory_budget are given, but a budget chooses the checkpointed blocks.",

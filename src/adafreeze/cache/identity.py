@@ -156,6 +156,11 @@ class Identity:
         same = all(torch.equal(old.view(torch.uint8), new.view(torch.uint8)) for old, new in pairs)
         self._changed = self._changed or not same or self._state() != self._seen
 
+    def moved(self) -> None:
+        """Weights have moved to another device, or back, since the last ``before_pass``."""
+        self._sample()
+        self.after_pass()
+
     def after_pass(self) -> None:
         """Ignore what a pass itself does to its weights: PEFT parametrizes experts' weights in each of them."""
         self._seen, self._samples = self._state(), self._read_samples()

@@ -104,6 +104,7 @@ class PrefixCache:
         counts_flops: count the FLOPs of nested passes. The first pass of each shape takes a third longer then.
         flops: of nested passes.
         filled: samples whose states were stored ahead of the run, until a pass finds some.
+        all_filled: they are all samples of the run.
         written: bytes of all states stored so far.
     """
 
@@ -128,6 +129,7 @@ class PrefixCache:
         self.counts_flops = False
         self.flops = 0
         self.filled = self.written = 0
+        self.all_filled = False
         self.repeats = Repeats()
         self.store = Store(tiers, identity, journal, kept)
         self._identity = identity
@@ -205,9 +207,23 @@ class PrefixCache:
         self._modules = [module for block in blocks for module in block.modules()]
         self._forwards = [module.__dict__.get("forward") for module in self._modules]
         self._identity.watch(self._depths)
+        self.all_filled = False
+        self.stats.grown()
         for block in blocks:
             for context in self.backend.merges(block, self._merged):
                 self._undo.enter_context(context)
+
+    @contextmanager
+    def weights_move(self) -> Iterator[None]:
+        """Moving weights of the prefix within the block is no change of them."""
+        self._identity.before_pass()
+        yield
+        self._identity.moved()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the states of all samples are held, as far as can be known: no pass has to run the prefix."""
+        return self.off is None and (self.all_filled or self.stats.repeats(self.length.progress.epoch))
 
     @property
     def _depths(self) -> tuple[int, ...]:

@@ -178,7 +178,7 @@ class RunCache:
         return min(self.config.cache_bytes, free)
 
     def _disk(self, folder: str) -> list[Tier]:
-        home = self._home
+        home = self.home
         try:
             _delete_stale(home)
             return [DiskTier(home / f"prefix-{folder}", self.config.cache_bytes)]
@@ -196,13 +196,14 @@ class RunCache:
         try:
             config: Any = getattr(self.prefix.model, "config", None)
             name = getattr(config, "_name_or_path", "") or users_class(self.prefix.model)
-            return KeptFolder(self._home, self.config.cache_bytes, str(name))
+            return KeptFolder(self.home, self.config.cache_bytes, str(name))
         except OSError as error:
-            warn(f"States cannot be kept in {self._home}: {error}.", fix="Give a folder on a local disk.")
+            warn(f"States cannot be kept in {self.home}: {error}.", fix="Give a folder on a local disk.")
         return None
 
     @property
-    def _home(self) -> Path:
+    def home(self) -> Path:
+        """Folder of everything on disk."""
         given = self.config.cache_dir
         return Path(given).expanduser() if given is not None else default_folder()
 

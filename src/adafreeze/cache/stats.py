@@ -48,6 +48,9 @@ class CacheStats:
         advanced: found at a smaller depth, and run through the new blocks.
         misses: computed from the embeddings.
         since_hit: samples looked up since the last one that was found.
+        asked: samples looked up since the prefix changed, or rows if they are packed.
+        learned: of these, samples that were not found at the full depth.
+        found_in_a_row: samples found at the full depth since the last pass in which one was not.
         skipped_work: positions × blocks that passes did not run.
         largest: samples of the largest batch.
     """
@@ -57,6 +60,9 @@ class CacheStats:
     advanced: int = 0
     misses: int = 0
     since_hit: int = 0
+    asked: int = 0
+    learned: int = 0
+    found_in_a_row: int = 0
     skipped_work: int = 0
     largest: int = 0
     compute: _Clock = field(default_factory=_Clock)
@@ -90,10 +96,27 @@ class CacheStats:
         self.hits += hits
         self.advanced += advanced
         self.misses += misses
+        self.asked += 1 if packed else hits + advanced + misses
+        self.learned += advanced + misses
+        self.found_in_a_row = 0 if advanced or misses else self.found_in_a_row + hits
         # The length of an epoch is that of the dataset, in rows.
         self.since_hit = 0 if hits or advanced else self.since_hit + (1 if packed else misses)
         self.skipped_work += work
         self.largest = max(self.largest, hits + advanced + misses)
+
+    def grown(self) -> None:
+        """The prefix has changed."""
+        self.asked = self.learned = self.found_in_a_row = 0
+
+    def repeats(self, epoch: int | None) -> bool:
+        """Whether every sample has come at this prefix, and now they are all found.
+
+        Args:
+            epoch: samples of one pass over the data; None if not known: as many were found in a row as were new.
+        """
+        if not self.found_in_a_row:
+            return False
+        return self.asked > epoch if epoch is not None else self.found_in_a_row >= self.learned
 
     @property
     def seconds_saved(self) -> float | None:

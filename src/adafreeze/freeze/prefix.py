@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -28,7 +28,7 @@ from ..model.flow import Flow, graph_leaves, tensors_in
 from ..model.patches import Hook, forward_hook, forward_pre_hook, held_attribute, patched, patched_forward
 from ..model.traces import captures_outputs, read_by, without_users_hooks
 
-__all__ = ["Computed", "NoKeys", "Prefix", "Server", "Slot", "Start", "Starts", "autocast_now"]
+__all__ = ["Computed", "NoKeys", "Prefix", "Server", "Slot", "Start", "Starts", "Weights", "autocast_now"]
 
 # Settings under which a model skips whole blocks at random in training.
 LAYER_DROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop", "layer_drop")
@@ -88,6 +88,13 @@ class Server(Protocol):
 
     def bypassed(self) -> None:
         """Training passes begin inside the model, where nothing can be looked up."""
+
+
+class Weights(Protocol):
+    """Brings weights of the prefix that left the device."""
+
+    def at_hand(self, block: nn.Module) -> AbstractContextManager[None]:
+        """A context in which the weights of ``block`` are on the device."""
 
 
 @dataclass
@@ -151,6 +158,7 @@ class Prefix:
 
     Attributes:
         server: asked before each training pass where to start.
+        weights: asked before a block of the prefix runs; None while they are all on the device.
         ended: stacks whose prefix ended because something that trains enters it.
         on_end: called with the path when that happens.
         on_change: called with the paths whose prefix got shorter because a parameter in it became trainable.
@@ -169,6 +177,7 @@ class Prefix:
         self.keep_dropout = keep_dropout
         self.depths: dict[str, int] = {stack.path: 0 for stack in stacks}
         self.server: Server | None = None
+        self.weights: Weights | None = None
         self.ended: set[str] = set()
         self.on_end: Callable[[str], None] | None = None
         self.on_change: Callable[[list[str]], None] | None = None
@@ -209,6 +218,15 @@ class Prefix:
             hook.remove()
         self._hooks, self._parameters, self._embedding_hooks, self.modules = [], [], [], []
         self.depths = {stack.path: 0 for stack in self.stacks}
+
+    def runs_first(self, path: str) -> bool:
+        """Whether block 0 of this stack runs in each pass, since all others use what it computes beside its output."""
+        return isinstance(self._beside.get(path, True), bool)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model."""
+        return device_of(self.model)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -295,8 +313,12 @@ class Prefix:
 
     def rehearse(self, *args: Any, **inputs: Any) -> Any:
         """Run the model's forward pass as in training, with the prefix, invisible to server and user hooks."""
-        with self._nested(_Pass()):
-            return self.model.forward(*args, **inputs)
+        weights, self.weights = self.weights, None  # fake ones have no data to bring
+        try:
+            with self._nested(_Pass()):
+                return self.model.forward(*args, **inputs)
+        finally:
+            self.weights = weights
 
     def _run(self, call: Call, inputs: Mapping[str, Any]) -> Any:
         # Copies, because a model may write into its inputs, as Whisper does to mask them.
@@ -373,10 +395,15 @@ class Prefix:
         return self.model.training and torch.is_grad_enabled()
 
     def _graphless(self, stack: Stack, index: int, block: nn.Module) -> Callable[..., Any]:
-        original = block.forward
+        own = block.forward
         path, depth = stack.path, self.depths[stack.path]
         at_boundary = index + 1 == depth
         above = stack.blocks[depth] if depth < len(stack) else None
+
+        def original(*args: Any, **kwargs: Any) -> Any:
+            if self.weights is None:
+                return own(*args, **kwargs)
+            return self._with_weights(self.weights, block, own, args, kwargs)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             this = self._pass
@@ -425,6 +452,14 @@ class Prefix:
             return output
 
         return forward
+
+    @staticmethod
+    @torch.compiler.disable
+    def _with_weights(
+        weights: Weights, block: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        with weights.at_hand(block):
+            return run(*args, **kwargs)
 
     def _enter(self, slot: Slot, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Report what enters block 0, and remove the start of a call that must run its prefix."""

@@ -17,6 +17,7 @@ from ..freeze.optimizer import LRScaler
 from ..journal import Journal
 from ..measure import Probe
 from ..memory.budget import Budget
+from ..memory.offload import Offload
 from ..model.batch import loss_in
 from ..model.blocks import device_of
 from ..model.flow import tensors_in
@@ -43,6 +44,7 @@ class Freezing:
         ranks: of the run.
         cache: of the prefix's output.
         budget: of a training step; None for none.
+        offload: of the prefix's weights; None if they stay.
         length: where the run stands.
         journal: of the run.
         paying: units that may freeze under prefix policies: the others cannot join a prefix.
@@ -60,6 +62,7 @@ class Freezing:
     ranks: Ranks
     cache: RunCache
     budget: Budget | None
+    offload: Offload | None
     length: RunLength
     journal: Journal
     paying: frozenset[str]
@@ -158,7 +161,8 @@ class Freezing:
         self.follow_prefix()
 
     def follow_prefix(self) -> None:
-        """Let budget and cache follow the prefix as it is."""
+        """Let the weights that left, budget and cache follow the prefix as it is."""
+        self._move_weights()
         self.share_memory()
         # The room takes a rehearsal, so it is not asked for a cache that is off.
         budget = self.budget if self._shares_memory and self.cache.off_because is None else None
@@ -169,7 +173,35 @@ class Freezing:
         """Hand the budget what is on the device beside a training step."""
         if self.budget is not None:
             host = self.measuring_bytes + self.cache.memory if self._shares_memory else 0
-            self.budget.beside = self.parallel.extra_bytes + host
+            streamed = self.offload.largest if self.offload is not None else 0
+            self.budget.beside = self.parallel.extra_bytes + host + streamed
+
+    def offload_what_can_leave(self) -> None:
+        """Between two steps: the prefix's weights leave once all states are held, and return if that was not so."""
+        if self.offload is None or self.offload.ended is not None:
+            return
+        before = self.offload.nbytes
+        self._move_weights(leaves=True)
+        if self.offload.nbytes != before:
+            self.share_memory()
+
+    def _move_weights(self, *, leaves: bool = False) -> None:
+        offload, cache = self.offload, self.cache.prefix_cache
+        if offload is None or cache is None:
+            return
+        with cache.weights_move():
+            offload.follow()
+            if (reason := self.cache.off_because) is not None:
+                offload.end(f"the prefix cache is off ({reason})", self.length.steps)
+            offload.judge(self.length.steps, cache.stats.misses, cache.stats.looked_up)
+            if leaves and offload.ended is None and cache.complete and self._wants_room():
+                offload.leave(self.length.steps)
+
+    def _wants_room(self) -> bool:
+        """With ``offload="auto"`` weights leave where the budget would recompute something otherwise."""
+        if self.config.offload != "auto" or (self.offload is not None and self.offload.nbytes):
+            return True
+        return self.budget is not None and self.budget.recomputes
 
     def training_begins(self) -> None:
         """The first training pass has begun: moments of units that were frozen at the start are of no more use."""
@@ -178,6 +210,8 @@ class Freezing:
     def close(self) -> None:
         """Undo everything, in the opposite order."""
         self.lr_scaler.remove()
+        if self.offload is not None:
+            self.offload.close()
         self.cache.close()
         self.prefix.restore()
         if self.budget is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..config import SafeConfig
@@ -31,6 +32,7 @@ __all__ = [
     "drawn_by_main",
     "flows_of",
     "frozen_at_start",
+    "offload_kind",
     "paying_units",
     "warn_of_units_left_out",
 ]
@@ -92,13 +94,18 @@ def check_parallel(config: SafeConfig, parallel: Parallel) -> SafeConfig:
     """The settings that the parallel host supports.
 
     Raises:
-        RunError: a memory budget is not supported, or the score reads what the host hides.
+        RunError: a memory budget or offload is not supported, or the score reads what the host hides.
     """
     if parallel.no_budget is not None and config.memory_budget is not None:
         raise RunError(
             f"SafeConfig.memory_budget is {config.memory_budget!r}, which {parallel.name} does not support: "
             f"{parallel.no_budget}.",
             fix="SafeConfig(memory_budget=None), with gradient checkpointing if memory is short.",
+        )
+    if parallel.no_offload is not None and config.offload in ("cpu", "disk"):
+        raise RunError(
+            f"SafeConfig.offload is {config.offload!r}, which {parallel.name} does not support: {parallel.no_offload}.",
+            fix='SafeConfig(offload="off")',
         )
     reads = resolve_score(config.score).reads
     if reads in parallel.hidden:
@@ -110,6 +117,22 @@ def check_parallel(config: SafeConfig, parallel: Parallel) -> SafeConfig:
         return config
     note(f"Prefix cache off: {parallel.no_cache}.")
     return config.changed(cache="off")
+
+
+def offload_kind(config: SafeConfig, device: torch.device, parallel: Parallel) -> str | None:
+    """Where the weights of the prefix may go: ``"cpu"``, ``"disk"``, or None: they stay."""
+    if config.offload == "off" or parallel.no_offload is not None or config.cache == "off" or config.dry_run:
+        return None
+    if config.offload == "auto":
+        return None if config.memory_budget is None else "disk" if device.type == "cpu" else "cpu"
+    if config.offload == "cpu" and device.type == "cpu":
+        warn(
+            'SafeConfig.offload is "cpu", and the model is on the CPU already: nothing moves.',
+            fix='SafeConfig(offload="disk") frees host memory.',
+            stacklevel=5,
+        )
+        return None
+    return config.offload
 
 
 def check_names(names: Iterable[str], units: Collection[str]) -> None:

@@ -23,6 +23,7 @@ from ..measure.draw import batch_size_of, samples_of
 from ..memory.budget import Budget
 from ..memory.checkpointing import Checkpointing
 from ..memory.lean import lean_forward, lean_layers
+from ..memory.offload import Offload
 from ..model import find_stacks, find_units
 from ..model.backends import find_backend
 from ..model.blocks import device_of, unwrap
@@ -40,6 +41,7 @@ from .preflight import (
     drawn_by_main,
     flows_of,
     frozen_at_start,
+    offload_kind,
     paying_units,
     warn_of_units_left_out,
 )
@@ -180,6 +182,7 @@ class Safe:
             ranks=self.ranks,
             cache=self.cache,
             budget=self.budget,
+            offload=self._offload(),
             length=self.length,
             journal=self.journal,
             paying=paying,
@@ -198,6 +201,7 @@ class Safe:
                 self.budget.check()
             if self.config.fill == "before":
                 self.cache.fill(self.ranks.rank, self.ranks.size)
+                self.freezing.offload_what_can_leave()
         except BaseException:
             self.close()
             raise
@@ -269,6 +273,9 @@ class Safe:
             logs["safe/saved_mib"] = round(saved / 2**20, 3)
         if (total := sum(self.scores.values())) > 0:
             logs["safe/frozen_score_share"] = round(sum(self.scores.get(n, 0.0) for n in self.frozen) / total, 6)
+        if (offload := self.freezing.offload) is not None:
+            logs["safe/offloaded_mib"] = round(offload.nbytes / 2**20, 3)
+            logs["safe/streamed_mib"] = round(offload.streamed / 2**20, 3)
         return logs | self.cache.logs() | (self.budget.logs() if self.budget is not None else {})
 
     # What a host calls.
@@ -284,6 +291,7 @@ class Safe:
             self._announce()
             self.decider.prepare(self.steps, self.length.step_samples * self.length.rows_per_sample)
             self._measured()
+        self.freezing.offload_what_can_leave()
         if not self.decider.due(self.steps):
             return []
         self.ranks.check_alike("frozen", self.frozen, self.steps)
@@ -438,6 +446,13 @@ class Safe:
             checkpointing.install()
             self._lighter.callback(checkpointing.restore)
             checkpointing.check(self.prefix.rehearse, probe.micro_batch(1, device_of(self.model)))
+
+    def _offload(self) -> Offload | None:
+        kind = offload_kind(self.config, device_of(self.model), self.parallel)
+        if kind is None:
+            return None
+        adapters = (id(parameter) for unit in self.units.values() for parameter in unit.all_parameters())
+        return Offload(kind, self.prefix, adapters, self.journal, self.cache.home)
 
     def _take_down(self) -> None:
         self._watch.remove()

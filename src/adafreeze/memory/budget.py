@@ -19,6 +19,7 @@ from ..journal import Journal
 from ..measure import Probe
 from ..model.blocks import device_of
 from ..model.flow import tensors_in
+from ..model.offloaded import Offloaded
 from ..model.patches import forward_pre_hook
 from ..sizes import readable
 from .checkpointing import CAN_BE_SELECTIVE, NOTHING, Block, Checkpointing, Recomputed, least_recomputed
@@ -86,7 +87,7 @@ class Budget:
         self.optimizer = optimizer or "adamw_torch"
         self.device = device_of(model)
         self.beside = 0
-        weights = bytes_of((*model.parameters(), *model.buffers()))
+        weights = bytes_of((*model.parameters(), *model.buffers()))  # before any leave the device
         self.limit = memory_limit(limit, self.device, weights)
         self._auto = limit == "auto"
         self.excess = 0
@@ -181,6 +182,12 @@ class Budget:
             else f'SafeConfig(memory_budget="{-(-choice.peak // 2**20)}MiB"), or shorter samples, or a smaller model',
         )
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether a step on the probe's longest samples recomputes anything."""
+        choice = self._choice((), self._longest())
+        return choice is not None and choice.recomputed != NOTHING
+
     def _longest(self) -> dict[str, Any]:
         return self.probe.micro_batch(self.rows, self.device)
 
@@ -202,10 +209,15 @@ class Budget:
         self._current = self._choice(args, kwargs, warns=True)
         self.checkpointing.recomputed = self._current.recomputed if self._current else self.checkpointing.all_full
 
-    def _setting(self) -> tuple[str, int]:
-        """What a step depends on beside its inputs and the prefix: autocast's data type, and elements that train."""
-        trains = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        return str(autocast_now(self.device)), trains
+    def _setting(self) -> tuple[str, int, int]:
+        """What a step depends on beside its inputs and the prefix: autocast's data type, elements that train, and
+        elements of weights that are on the device.
+        """
+        trains = here = 0
+        for parameter in self.model.parameters():
+            trains += parameter.numel() if parameter.requires_grad else 0
+            here += 0 if isinstance(parameter, Offloaded) else parameter.numel()
+        return str(autocast_now(self.device)), trains, here
 
     def _choice(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, warns: bool = False) -> Choice | None:
         """The choice for batches of this kind; None if they cannot be rehearsed."""
@@ -394,7 +406,7 @@ def _holds_more(one: Any, other: Any) -> bool:
     return (
         [dtype for _, dtype in shapes] == [dtype for _, dtype in others]
         and setting[0] == other_setting[0]
-        and setting[1] >= other_setting[1]
+        and all(map(operator.ge, setting[1:], other_setting[1:]))
         and beside >= other_beside
         and covers(other_depths, depths)
         and all(covers(shape, smaller) for (shape, _), (smaller, _) in zip(shapes, others, strict=True))

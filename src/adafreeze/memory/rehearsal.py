@@ -19,6 +19,7 @@ from ..costs.memory import SavedBytes, StorageTracker, bytes_of, uncounted
 from ..errors import ModelError
 from ..model.batch import loss_in
 from ..model.flow import tensors_in
+from ..model.offloaded import Offloaded
 from ..model.restore import keep_random_state, temporarily
 
 __all__ = ["Rehearsal", "failing_module", "faked", "largest_that_fits", "rehearse"]
@@ -103,7 +104,7 @@ def rehearse(
         for parameter in trained:
             undo.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = torch.zeros_like(parameter) if gradients else None
-        resident = (*model.parameters(), *model.buffers())
+        resident = [one for one in (*model.parameters(), *model.buffers()) if not hasattr(one, "has_left")]
         given = [value for value in inputs.values() if isinstance(value, Tensor)]
         with _Counter(CUDA_ROUNDING if target == "cuda" else 1) as counter:
             counter.hold(*resident, *given, *(p.grad for p in trained if p.grad is not None))
@@ -181,6 +182,8 @@ def faked(model: nn.Module) -> Iterator[FakeTensorMode]:
                     fake = _empty_like(tensor)
                 is_parameter = isinstance(tensor, nn.Parameter)
                 fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+                if isinstance(tensor, Offloaded):
+                    fakes[id(tensor)].has_left = True  # type: ignore[attr-defined]  # it is not on the device
             place[name] = fakes[id(tensor)]
         yield mode
     finally:

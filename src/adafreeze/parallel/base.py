@@ -22,6 +22,7 @@ class Parallel:
         collective: a forward pass communicates, so all ranks must run the same passes, to the end.
         no_cache: why the prefix cache is not possible; None if it is.
         no_budget: why a memory budget is not possible; None if it is.
+        no_offload: why weights cannot leave the device; None if they can.
         clears_gradients: gradients are gone before the optimizer step, where adafreeze would check them.
         hidden: what cannot be read from the model's parameters (``"weights"``, ``"gradients"``), and why.
     """
@@ -30,6 +31,7 @@ class Parallel:
     collective = False
     no_cache: str | None = None
     no_budget: str | None = None
+    no_offload: str | None = None
     hidden: Mapping[str, str] = {}
     clears_gradients = False
 

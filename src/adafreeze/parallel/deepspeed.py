@@ -81,6 +81,7 @@ class DeepSpeedZero(Parallel):
         self.collective = self.stage == 3
         if self.stage == 3:
             self.no_cache = "under ZeRO-3 a forward pass is a collective, and ranks do not miss the same samples"
+            self.no_offload = "ZeRO-3 spreads the weights over the ranks already, and offload_param moves them"
         self.no_budget = "a step of DeepSpeed, with its buffers, cannot be rehearsed"
         self.frozen: frozenset[str] = frozenset()
         self._still: dict[int, list[tuple[int, int]]] = {}

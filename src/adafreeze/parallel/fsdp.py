@@ -21,6 +21,7 @@ class FSDP2(Parallel):
     collective = True
     no_cache = "under FSDP2 a forward pass is a collective, and ranks do not miss the same samples"
     no_budget = "under FSDP2 a step cannot be rehearsed on one rank alone"
+    no_offload = "FSDP2 spreads the weights over the ranks already, and its CPUOffloadPolicy moves them to the host"
     hidden = dict.fromkeys(("weights", "gradients"), "FSDP2 keeps them in pieces, one on each rank")
 
     @classmethod

@@ -1,0 +1,388 @@
+"""Offload: the weights of a frozen prefix leave the device while its states are all that training needs of it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from ..errors import RunError, note, warn
+from ..freeze import Prefix
+from ..journal import Journal
+from ..model.blocks import base_model, modules_outside, user_name
+from ..model.offloaded import (
+    FileSource,
+    HostSource,
+    Offloaded,
+    Source,
+    WeightsFile,
+    bring_back,
+    offload,
+    resident,
+)
+from ..sizes import readable
+
+__all__ = ["Offload"]
+
+# An embedding table smaller than this share of the model's weights stays: each look-up would wait for the host.
+SMALL_TABLE = 0.01
+# Once more than this share of the samples had to run the offloaded prefix, it comes back.
+MOST_MISSES = 0.03
+# Samples before that is judged.
+FEW_SAMPLES = 64
+
+
+class _Group(NamedTuple):
+    """Weights that move together: of a block, or one embedding table."""
+
+    name: str
+    parameters: dict[str, nn.Parameter]  # by their names in the user's model
+
+
+class Offload:
+    """Moves the weights of the frozen prefix, and input embeddings, to the host or to disk.
+
+    Adapters stay: they are small, and saved as always. So do weights that something else uses (a tied head), weights
+    that train, the first block of a stack whose blocks share what it computes (T5), and quantized weights of a kind
+    whose parts cannot be moved one by one. What still needs an offloaded weight gets it as long as it runs: a block of
+    the prefix as a whole (``at_hand``), everything else through ``Offloaded``. So nothing that the model computes
+    changes.
+
+    On disk, weights that are equal to those in the safetensors file of the pre-trained model are read from there; the
+    others are written to a folder first.
+
+    Args:
+        kind: ``"cpu"`` or ``"disk"``.
+        prefix: follows the freezing; its blocks ask for their weights.
+        keeps: ids of parameters that stay: those of adapters.
+        journal: of the run.
+        folder: of what is written to disk.
+
+    Attributes:
+        ended: why everything came back for good; None while weights may leave.
+        nbytes: bytes off the device.
+        streamed: bytes brought to the device for passes through the prefix, so far.
+    """
+
+    def __init__(self, kind: str, prefix: Prefix, keeps: Iterable[int], journal: Journal, folder: Path) -> None:
+        self.kind, self.prefix, self.journal, self.folder = kind, prefix, journal, folder
+        self.model = prefix.model
+        self.ended: str | None = None
+        self.nbytes = self.streamed = 0
+        self._keeps = frozenset(keeps)
+        self._away: dict[nn.Module, list[Offloaded]] = {}
+        self._tables: list[Offloaded] = []
+        self._files: list[WeightsFile] = []
+        self._folder: Path | None = None
+        self._ahead: dict[nn.Module, tuple[list[Tensor], Any]] = {}
+        self._stream: Any = None
+        self._before = (0, 0)
+        prefix.weights = self
+
+    @property
+    def largest(self) -> int:
+        """Bytes on the device while an offloaded block runs: its weights, and on CUDA those of the next one."""
+        sizes = [sum(parameter.nbytes for parameter in own) for own in self._away.values()]
+        return max(sizes, default=0) * (2 if self.prefix.device.type == "cuda" else 1)
+
+    # What leaves.
+
+    def leave(self, step: int) -> None:
+        """Move everything that the run does not need any more and that is still there."""
+        groups = {block: group for block, group in self._blocks() if group.parameters}
+        tables = self._embeddings()
+        try:
+            sources = self._sources([*groups.values(), *tables])
+        except OSError as error:
+            self._stay(f"the folder {self.folder} cannot take them ({error.strerror or error})")
+            return
+        if sources is None:
+            return
+        left = sum(self._move(group, sources, self._away.setdefault(block, [])) for block, group in groups.items())
+        left += sum(self._move(group, sources, self._tables) for group in tables)
+        if not left:
+            return
+        self._say(step, left)
+
+    def _say(self, step: int, left: int) -> None:
+        everything = sum(parameter.nbytes for parameter in self.model.parameters())
+        stays = self._what_stays()
+        self.journal.write(
+            "offload",
+            step=step,
+            to=self.kind,
+            blocks=len(self._away),
+            nbytes=self.nbytes,
+            weights=everything,
+            stays=stays,
+        )
+        tables = " and the input embeddings" if self._tables else ""
+        note(
+            f"Step {step}: the weights of {len(self._away)} blocks{tables} left the device for "
+            f"{'the host' if self.kind == 'cpu' else 'the disk'}: {readable(self.nbytes)} of {readable(everything)}. "
+            + "".join(f"{reason}. " for reason in stays)
+            + "Passes through these blocks bring them back one by one."
+        )
+
+    def _what_stays(self) -> list[str]:
+        found = []
+        if not self._tables and any(True for _ in self._input_tables()):
+            found.append("The input embeddings stay, because something else uses their weights (a tied head)")
+        for stack in self.prefix.stacks:
+            if self.prefix.depths[stack.path] and self.prefix.runs_first(stack.path):
+                found.append(f"The first block of {stack.path} stays, because all others use what it computes")
+        weights = [p for _, block in self._leaving() for p in block.parameters()]
+        kinds = {type(p).__name__ for p in weights if not (isinstance(p, Offloaded) or _can_move(p))}
+        found += [f"{kind} weights stay, because their parts cannot be moved one by one" for kind in sorted(kinds)]
+        return found
+
+    def _leaving(self) -> Iterator[tuple[str, nn.Module]]:
+        """Blocks of the prefix whose weights passes above it do not need."""
+        for stack in self.prefix.stacks:
+            first = 1 if self.prefix.runs_first(stack.path) else 0
+            for index in range(first, self.prefix.depths[stack.path]):
+                yield stack.block_name(index), stack.blocks[index]
+
+    def _blocks(self) -> Iterator[tuple[nn.Module, _Group]]:
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        blocks = list(self._leaving())
+        inside = {id(module) for _, block in blocks for module in block.modules()}
+        elsewhere = {id(p) for m in self.model.modules() if id(m) not in inside for p in m._parameters.values()}
+        for name, block in blocks:
+            own = {
+                names[id(p)]: p
+                for p in block.parameters()
+                if not (p.requires_grad or id(p) in self._keeps or id(p) in elsewhere) and _can_move(p)
+            }
+            yield block, _Group(name, own)
+
+    def _input_tables(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Frozen embedding tables outside the blocks, large enough to be worth it."""
+        least = SMALL_TABLE * sum(parameter.nbytes for parameter in self.model.parameters())
+        names = {id(module): name for name, module in self.model.named_modules()}
+        for module in modules_outside(self.model.modules(), self.prefix.stacks):
+            if isinstance(module, nn.Embedding) and module.max_norm is None and not module.weight.requires_grad:
+                if module.weight.nbytes >= least and not hasattr(module, "_hf_hook"):
+                    yield f"{names[id(module)]}.weight", module.weight
+
+    def _embeddings(self) -> list[_Group]:
+        if not any(self.prefix.depths.values()):
+            return []
+        others = [module for module in self.model.modules() if not isinstance(module, nn.Embedding)]
+        elsewhere = {id(p) for module in others for p in module._parameters.values()}
+        found = {id(p): _Group(name, {name: p}) for name, p in self._input_tables()}
+        return [
+            group for key, group in found.items() if key not in elsewhere and all(map(_can_move, _values(group)))
+        ]
+
+    def _move(self, group: _Group, sources: Mapping[int, Source], away: list[Offloaded]) -> int:
+        moved = 0
+        for parameter in group.parameters.values():
+            size = parameter.nbytes
+            if offload(parameter, sources[id(parameter)], table=away is self._tables):
+                away.append(parameter)  # type: ignore[arg-type]  # it is an Offloaded now
+                moved += size
+        self.nbytes += moved
+        return moved
+
+    # Where to.
+
+    def _sources(self, groups: list[_Group]) -> dict[int, Source] | None:
+        """A source for each parameter; None, with a warning, if there is no room."""
+        if self.kind == "cpu":
+            return {id(p): HostSource(p.data) for group in groups for p in _values(group)}
+        sources: dict[int, Source] = {}
+        pretrained = _Pretrained(self.model)
+        for group in groups:
+            for name, parameter in group.parameters.items():
+                if (found := pretrained.find(user_name(name), parameter)) is not None:
+                    sources[id(parameter)] = found
+        rest = [
+            _Group(group.name, {n: p for n, p in group.parameters.items() if id(p) not in sources}) for group in groups
+        ]
+        self._files += pretrained.files
+        need = sum(parameter.nbytes for group in rest for parameter in _values(group))
+        if need:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+            if need > free:
+                self._stay(f"they take {readable(need)} on disk, and {self.folder} has {readable(free)}")
+                return None
+            self._folder = self._folder or Path(tempfile.mkdtemp(prefix="offload-", dir=self.folder))
+        for group in rest:
+            if group.parameters:
+                data = {name: parameter.data for name, parameter in group.parameters.items()}
+                file = WeightsFile.write(self._folder / f"{group.name}.safetensors", data)  # type: ignore[operator]
+                self._files.append(file)
+                sources |= {id(p): FileSource(file, name) for name, p in group.parameters.items()}
+        return sources
+
+    def _stay(self, reason: str) -> None:
+        self.ended = reason
+        self.journal.write("offload_off", reason=reason)
+        warn(
+            f"The weights of the frozen prefix stay on the device: {reason}.",
+            fix='SafeConfig(offload="cpu"), or cache_dir=... on a disk with room.',
+        )
+
+    # What needs them still.
+
+    @contextmanager
+    def at_hand(self, block: nn.Module) -> Iterator[None]:
+        """The weights of ``block`` are on the device within the block."""
+        away = [parameter for parameter in self._away.get(block, ()) if isinstance(parameter, Offloaded)]
+        if away and torch.is_grad_enabled():
+            self.end("a pass in evaluation mode with gradients runs through them")
+            away = []
+        if not away:
+            yield
+            return
+        self.streamed += sum(parameter.nbytes for parameter in away)
+        with resident(away, self._loaded(block)):
+            yield
+
+    def _loaded(self, block: nn.Module) -> list[Tensor] | None:
+        """The weights of ``block``, and begin to load the next block's; None where they are loaded at their use."""
+        if self.prefix.device.type != "cuda":
+            return None
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.prefix.device)
+        here, event = self._ahead.pop(block, None) or self._load(block)
+        torch.cuda.current_stream(self.prefix.device).wait_event(event)
+        for tensor in here:
+            tensor.record_stream(torch.cuda.current_stream(self.prefix.device))
+        self._ahead.clear()
+        blocks = list(self._away)
+        after = blocks.index(block) + 1
+        if after < len(blocks):
+            self._ahead[blocks[after]] = self._load(blocks[after])
+        return here
+
+    def _load(self, block: nn.Module) -> tuple[list[Tensor], Any]:
+        with torch.cuda.stream(self._stream):
+            tensors = [p.away.load() for p in self._away[block] if isinstance(p, Offloaded)]
+            return tensors, self._stream.record_event()
+
+    # What comes back.
+
+    def follow(self) -> None:
+        """Bring back blocks that left the prefix, and forget what others brought back by writing to it."""
+        leaving = {block for _, block in self._leaving()}
+        for block in [block for block in self._away if block not in leaving]:
+            for parameter in self._away.pop(block):
+                self._return(parameter)
+        if not leaving:
+            while self._tables:
+                self._return(self._tables.pop())
+        self._away = {block: [*filter(_is_away, own)] for block, own in self._away.items()}
+        self._tables = [*filter(_is_away, self._tables)]
+        self.nbytes = sum(p.nbytes for own in (*self._away.values(), self._tables) for p in own)
+
+    def judge(self, step: int, misses: int, looked_up: int) -> None:
+        """End if more than a few of the samples since the weights left were not stored."""
+        if not self.nbytes:
+            self._before = misses, looked_up
+            return
+        missed, samples = misses - self._before[0], looked_up - self._before[1]
+        if samples >= FEW_SAMPLES and missed > MOST_MISSES * samples:
+            self.end(f"{missed} of the last {samples} samples were not stored", step)
+
+    def end(self, reason: str, step: int | None = None) -> None:
+        """Bring everything back, for good."""
+        if self.ended is None:
+            self.ended = reason
+            if self.nbytes:
+                self._return_all()
+                self.journal.write("offload_off", step=step, reason=reason)
+                note(f"The offloaded weights are back on the device: {reason}.")
+
+    def close(self) -> None:
+        """Bring everything back, and delete what was written."""
+        self._return_all()
+        self.prefix.weights = None
+        for file in self._files:
+            file.close()
+        self._files = []
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _return_all(self) -> None:
+        self._ahead.clear()
+        for parameter in [p for own in (*self._away.values(), self._tables) for p in own]:
+            self._return(parameter)
+        self._away, self._tables, self.nbytes = {}, [], 0
+
+    @staticmethod
+    def _return(parameter: nn.Parameter) -> None:
+        if isinstance(parameter, Offloaded):
+            bring_back(parameter)
+
+
+class _Pretrained:
+    """The safetensors files that a model was loaded from."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.files: list[WeightsFile] = []
+        self._places: dict[str, WeightsFile] = {}
+        for path in _weight_files(model):
+            try:
+                file = WeightsFile(path)
+                self._places |= dict.fromkeys(file.names(), file)
+                self.files.append(file)
+            except RunError:
+                continue
+
+    def find(self, name: str, parameter: nn.Parameter) -> Source | None:
+        """Where the file has exactly these data; its names may have a prefix more or less."""
+        name = name.replace(".base_layer.", ".")
+        tails = [name, *(name.split(".", count)[-1] for count in (1, 2) if name.count(".") >= count)]
+        known = next((tail for tail in tails if tail in self._places), None)
+        known = known or next((one for one in self._places if one.endswith(f".{name}")), None)
+        if known is None or self._places[known].shape(known) != tuple(parameter.shape):
+            return None
+        stored = self._places[known].load(known)
+        if stored.dtype != parameter.dtype or not torch.equal(stored, parameter.data.to("cpu")):
+            return None
+        return FileSource(self._places[known], known)
+
+
+def _weight_files(model: nn.Module) -> list[Path]:
+    """Of the pre-trained model, if they are here; nothing is fetched."""
+    config: Any = getattr(base_model(model), "config", None)
+    name = getattr(config, "_name_or_path", "")
+    if not name:
+        return []
+    options: dict[str, Any] = {"local_files_only": True, "revision": getattr(config, "_commit_hash", None)}
+    for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        try:
+            found = cached_file(name, file, **options)
+        except OSError:  # not there, or not a name
+            continue
+        if found is not None and file == SAFE_WEIGHTS_NAME:
+            return [Path(found)]
+        if found is not None:
+            return sorted(Path(found).parent.glob("model-*.safetensors"))
+    return []
+
+
+def _values(group: _Group) -> list[nn.Parameter]:
+    return list(group.parameters.values())
+
+
+def _is_away(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, Offloaded)
+
+
+def _can_move(parameter: nn.Parameter) -> bool:
+    """Whether its bytes are one plain tensor. Those of bitsandbytes' 4 bits are; its small scales stay."""
+    named = type(parameter) is nn.Parameter or type(parameter).__name__ == "Params4bit"
+    return named and not parameter.is_meta and parameter.layout == torch.strided
+
