@@ -322,8 +322,11 @@ class Offload:
 
     @staticmethod
     def _return(parameter: nn.Parameter) -> None:
-        if isinstance(parameter, Offloaded):
-            bring_back(parameter)
+        try:
+            if isinstance(parameter, Offloaded):
+                bring_back(parameter)
+        except RunError as error:  # adapters are not lost for that; what reads this weight raises it again
+            warn(error.fact, fix=error.fix)
 
 
 class _Pretrained:

@@ -202,6 +202,12 @@ class Offloaded(nn.Parameter):
             args, kwargs = tree_map_only(Offloaded, lambda one: one.away.load(), (args, kwargs))
             return func(*args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        # Such as the scales of a quantized weight, which did not leave.
+        if name == "away":
+            raise AttributeError(name)
+        return getattr(self.away.held, name)
+
     def _copied(self) -> nn.Parameter:
         made = copy.copy(self.away.held)  # as its class does it
         made.data = self.away.load()
