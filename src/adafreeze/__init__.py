@@ -10,6 +10,7 @@ from .journal import Journal, read_journal
 from .loop.safe import Safe
 from .memory.lean import lean
 from .memory.plan import Plan, plan
+from .tasks.offloaded import from_pretrained
 
 __all__ = [
     # In a script: a callback for Trainer and TRL, or an object for a loop of your own.
@@ -21,6 +22,8 @@ __all__ = [
     # Before a run: what it will hold and compute.
     "Plan",
     "plan",
+    # A model of which only the upper blocks fit.
+    "from_pretrained",
     # Fewer saved bytes in each LoRA layer.
     "lean",
     # What a run leaves.

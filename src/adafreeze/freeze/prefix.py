@@ -220,8 +220,8 @@ class Prefix:
         self.depths = {stack.path: 0 for stack in self.stacks}
 
     def runs_first(self, path: str) -> bool:
-        """Whether block 0 of this stack runs in each pass, since all others use what it computes beside its output."""
-        return isinstance(self._beside.get(path, True), bool)
+        """Whether block 0 of this stack is known to run in each pass: others use what it returns beside its output."""
+        return self._beside.get(path) is True
 
     @property
     def device(self) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,10 +188,12 @@ class Freezing:
 
     def _move_weights(self, *, leaves: bool = False) -> None:
         offload, cache = self.offload, self.cache.prefix_cache
-        if offload is None or cache is None:
+        if offload is None:
             return
-        with cache.weights_move():
+        with cache.weights_move() if cache is not None else nullcontext():
             offload.follow()
+            if cache is None:
+                return
             if (reason := self.cache.off_because) is not None:
                 offload.end(f"the prefix cache is off ({reason})", self.length.steps)
             offload.judge(self.length.steps, cache.stats.misses, cache.stats.looked_up)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from ..model.offloaded import (
     bring_back,
     offload,
     resident,
+    take_over,
 )
 from ..sizes import readable
 
@@ -59,7 +60,7 @@ class Offload:
     others are written to a folder first.
 
     Args:
-        kind: ``"cpu"`` or ``"disk"``.
+        kind: ``"cpu"`` or ``"disk"``; None: only stream what was loaded without coming to the device.
         prefix: follows the freezing; its blocks ask for their weights.
         keeps: ids of parameters that stay: those of adapters.
         journal: of the run.
@@ -71,7 +72,7 @@ class Offload:
         streamed: bytes brought to the device for passes through the prefix, so far.
     """
 
-    def __init__(self, kind: str, prefix: Prefix, keeps: Iterable[int], journal: Journal, folder: Path) -> None:
+    def __init__(self, kind: str | None, prefix: Prefix, keeps: Iterable[int], journal: Journal, folder: Path) -> None:
         self.kind, self.prefix, self.journal, self.folder = kind, prefix, journal, folder
         self.model = prefix.model
         self.ended: str | None = None
@@ -84,7 +85,24 @@ class Offload:
         self._ahead: dict[nn.Module, tuple[list[Tensor], Any]] = {}
         self._stream: Any = None
         self._before = (0, 0)
+        self._given = take_over(self.model) if kind is not None else []
+        self._given += [p for p in self.model.parameters() if isinstance(p, Offloaded)]
+        self._given = list({id(p): p for p in self._given}.values())
+        self._adopt()
         prefix.weights = self
+
+    def _adopt(self) -> None:
+        """Keep track of what was loaded without coming to the device."""
+        given = {id(p) for p in self._given}
+        for stack in self.prefix.stacks:
+            for block in stack.blocks:
+                if own := [p for p in block.parameters() if id(p) in given]:
+                    self._away[block] = own  # type: ignore[assignment]
+                    given -= set(map(id, own))
+                    for parameter in own:
+                        parameter.away.seems_there = False
+        self._tables = [p for p in self._given if id(p) in given]
+        self.nbytes = sum(parameter.nbytes for parameter in self._given)
 
     @property
     def largest(self) -> int:
@@ -96,6 +114,8 @@ class Offload:
 
     def leave(self, step: int) -> None:
         """Move everything that the run does not need any more and that is still there."""
+        if self.kind is None:
+            return
         groups = {block: group for block, group in self._blocks() if group.parameters}
         tables = self._embeddings()
         try:
@@ -186,7 +206,7 @@ class Offload:
         moved = 0
         for parameter in group.parameters.values():
             size = parameter.nbytes
-            if offload(parameter, sources[id(parameter)], table=away is self._tables):
+            if offload(parameter, sources[id(parameter)], seems_there=away is self._tables):
                 away.append(parameter)  # type: ignore[arg-type]  # it is an Offloaded now
                 moved += size
         self.nbytes += moved
@@ -305,7 +325,8 @@ class Offload:
 
     def close(self) -> None:
         """Bring everything back, and delete what was written."""
-        self._return_all()
+        given = {id(p) for p in self._given}  # never were on the device, which may be too small for them
+        self._return_all(lambda parameter: id(parameter) not in given)
         self.prefix.weights = None
         for file in self._files:
             file.close()
@@ -314,9 +335,9 @@ class Offload:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
-    def _return_all(self) -> None:
+    def _return_all(self, which: Callable[[Offloaded], bool] = lambda _: True) -> None:
         self._ahead.clear()
-        for parameter in [p for own in (*self._away.values(), self._tables) for p in own]:
+        for parameter in filter(which, [p for own in (*self._away.values(), self._tables) for p in own]):
             self._return(parameter)
         self._away, self._tables, self.nbytes = {}, [], 0
 

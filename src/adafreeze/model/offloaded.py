@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook, remove_hook_from_module
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import RunError
 
-__all__ = ["FileSource", "HostSource", "Offloaded", "Source", "WeightsFile", "bring_back", "offload", "resident"]
+__all__ = [
+    "FileSource", "HostSource", "Offloaded", "Source", "WeightsFile", "bring_back", "offload", "resident", "take_over",
+]  # fmt: skip
 
 
 class Source(Protocol):
@@ -140,11 +143,13 @@ class _Away:
         held: a parameter of the original class with its attributes, without data.
         source: of the data.
         device: to which the data return.
-        table: it is an embedding table, which looks as if it were on ``device``.
+        seems_there: its ``device`` is this one, not ``meta``. So it is for embedding tables, often a model's first
+            parameter, which tells people and libraries where the model is; and until a run begins for all weights that
+            were loaded this way, since PEFT puts adapters beside them.
     """
 
-    def __init__(self, held: nn.Parameter, source: Source, device: torch.device, table: bool) -> None:
-        self.held, self.source, self.device, self.table = held, source, device, table
+    def __init__(self, held: nn.Parameter, source: Source, device: torch.device, seems_there: bool) -> None:
+        self.held, self.source, self.device, self.seems_there = held, source, device, seems_there
 
     def load(self) -> Tensor:
         return self.source.load().to(self.device, non_blocking=True)
@@ -182,8 +187,7 @@ class Offloaded(nn.Parameter):
         name = getattr(func, "__name__", "")
         with torch._C.DisableTorchFunctionSubclass():
             if name in ("__get__", "__set__", "__delete__"):
-                if func.__self__.__name__ == "device" and args[0].away.table:
-                    # Often the model's first parameter, which tells people and libraries where the model is.
+                if func.__self__.__name__ == "device" and args[0].away.seems_there:
                     return args[0].away.device
                 if func.__self__.__name__ not in _DATA_ATTRIBUTES or (name == "__set__" and args[0] is args[1]):
                     return func(*args, **kwargs)
@@ -248,13 +252,13 @@ def _look_up(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor
     return rows.to(weight.away.device)
 
 
-def offload(parameter: nn.Parameter, source: Source, *, table: bool = False) -> bool:
+def offload(parameter: nn.Parameter, source: Source, *, seems_there: bool = False) -> bool:
     """Free the data of ``parameter``, which ``source`` has. The object stays the same for all who have it.
 
     Args:
         parameter: on its device.
         source: of its data.
-        table: it is an embedding table, of which only rows are looked up.
+        seems_there: its ``device`` stays what it is.
 
     Returns:
         False if that is not possible, since other code (compiled, or a graph) refers to its data.
@@ -266,8 +270,57 @@ def offload(parameter: nn.Parameter, source: Source, *, table: bool = False) -> 
     if not _swap(parameter, held):
         return False
     held.data = torch.empty(0, dtype=held.dtype, device=device)  # ``held`` is what ``parameter`` was
-    parameter.away = _Away(held, source, device, table)  # type: ignore[attr-defined]
+    parameter.away = _Away(held, source, device, seems_there)  # type: ignore[attr-defined]
     return True
+
+
+def take_over(model: nn.Module) -> list[Offloaded]:
+    """Make all parameters that accelerate has dispatched to host or disk ``Offloaded``, and remove its hooks."""
+    files: dict[str, WeightsFile] = {}
+    made: dict[int, Offloaded] = {}
+    for module in model.modules():
+        for hook in _hooks(module):
+            if isinstance(hook, AlignDevicesHook) and hook.offload:
+                for name, parameter in module._parameters.items():
+                    if parameter is None or not parameter.is_meta or isinstance(parameter, Offloaded):
+                        continue
+                    if id(parameter) not in made:
+                        source = _dispatched(hook.weights_map, name, parameter, files)
+                        held = nn.Parameter(torch.empty(0, dtype=parameter.dtype, device=hook.execution_device), False)
+                        away = Offloaded(torch.empty_like(parameter, device="meta"), False)
+                        away.away = _Away(held, source, held.device, seems_there=True)
+                        made[id(parameter)] = away.requires_grad_(parameter.requires_grad)  # type: ignore[assignment]
+                    module._parameters[name] = made[id(parameter)]
+                hook.original_devices = {}  # or it would load them as it is removed
+        remove_hook_from_module(module)
+    return list(made.values())
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    hook = module.__dict__.get("_hf_hook")
+    return list(hook.hooks) if isinstance(hook, SequentialHook) else [hook] if hook is not None else []
+
+
+def _dispatched(weights: Any, name: str, parameter: nn.Parameter, files: dict[str, WeightsFile]) -> Source:
+    """Where accelerate has a parameter: in a safetensors file, in a file of its own, or in memory."""
+    found = getattr(getattr(weights, "dataset", None), "index", {}).get(f"{getattr(weights, 'prefix', '')}{name}", {})
+    if (path := found.get("safetensors_file")) is not None:
+        file = files.setdefault(path, WeightsFile(path)) if path not in files else files[path]
+        own = FileSource(file, found.get("weight_name", name))
+        if own.load().dtype == parameter.dtype:
+            return own
+    return _Dispatched(weights, name)
+
+
+class _Dispatched:
+    """A parameter in one of accelerate's maps, which may convert it."""
+
+    def __init__(self, weights: Any, name: str) -> None:
+        self._weights, self._name = weights, name
+
+    def load(self) -> Tensor:
+        tensor: Tensor = self._weights[self._name]
+        return tensor
 
 
 def _swap(one: nn.Parameter, other: nn.Parameter) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .data import Split, load_file
+from .offloaded import load_offloaded
 from .pretrained import Source, load, load_tokenizer
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ class Task:
         """Load the pre-trained model with the head of this task."""
         sizes = source.ignore_mismatched_sizes
         options = self.config_fields()
-        return load(self.auto_class, source, dtype=source.dtype, ignore_mismatched_sizes=sizes, **options)
+        loads = load_offloaded if source.offloaded else load
+        return loads(self.auto_class, source, dtype=source.dtype, ignore_mismatched_sizes=sizes, **options)
 
     def prepare(self, rows: Dataset, processor: Any) -> Any:
         """A dataset with the model's inputs and labels, and no other column."""
