@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 from ..errors import RunError, note
-from ..measure.draw import batch_size_of, collated, length_of, train_samples
+from ..measure.draw import LARGER, batch_size_of, collated, length_of, train_samples
 from ..model.batch import Call, as_mapping
 from ..model.blocks import device_of
 from ..model.restore import keep_random_state, temporarily
@@ -17,9 +17,6 @@ from ..model.untouched import untouched
 from .lookup import PrefixCache
 
 __all__ = ["fill"]
-
-# Without graph and optimizer, a batch this many times as large takes no more memory than a training step.
-LARGER = 4
 
 
 def fill(cache: PrefixCache, source: Any, *, rank: int = 0, ranks: int = 1, strict: bool = False) -> None:

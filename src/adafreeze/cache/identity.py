@@ -149,6 +149,10 @@ class Identity:
         self.after_pass()
         self._changed = False
 
+    def stop_watching(self) -> None:
+        """Let go of the weights: views of them would keep their memory alive."""
+        self._weights, self._children, self._settings, self._sampled, self._samples = [], [], [], [], []
+
     def before_pass(self) -> None:
         """Notice whether a weight was written to since the last pass of the model, of any kind."""
         # By bits, so that NaN is equal to itself.

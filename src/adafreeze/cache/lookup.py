@@ -291,6 +291,7 @@ class PrefixCache:
 
     def _free(self) -> None:
         self._undo.close()
+        self._identity.stop_watching()
         self.prefix.server = self._pass = None
         self._save_kinds()
         self.store.close()

@@ -89,25 +89,29 @@ def main(argv: Sequence[str]) -> None:
 def _show(plan: Plan) -> None:
     selective = dict(zip(plan.steps, plan.selective, strict=False))  # empty where the model does not allow it
     rows: list[tuple[str, PlannedStep]] = [(f"{step.prefix} of {plan.blocks}", step) for step in plan.steps]
+    away = dict(zip(plan.steps, plan.offloaded, strict=True))
     rows.append(("all checkpointed", plan.checkpointed))
     if plan.steps[0] != plan.plain:
         rows.insert(0, ("plain PEFT", plan.plain))
     settings = plan.settings
     tokens = "" if settings["task"] == "image-classification" else f" of {settings['max_length']} tokens"
     title = f"{plan.model}, micro-batches of {settings['batch_size']} samples{tokens}, {settings['target'].upper()}"
-    console = Console(width=max(138, Console().width))
+    console = Console(width=max(158, Console().width))
     parts = ("weights", "adapters", "gradients", "optimizer", "saved", "transient", "peak")
     also = ("selective", "of plain")
-    memory = number_table(f"Memory of a training step: {title}", "frozen prefix", *parts, "of plain", *also)
+    memory = number_table(
+        f"Memory of a training step: {title}", "frozen prefix", *parts, "of plain", *also, "offload", "of plain"
+    )
     columns = ("forward", "backward", "both", "of plain", "with the cache", "of plain", *also)
     flops = number_table("FLOPs of a micro-batch", "frozen prefix", *columns)
     for name, step in rows:
-        light = selective.get(step)
+        light, moved = selective.get(step), away.get(step)
         memory.add_row(
             name,
             *(readable(getattr(step, part)) for part in parts),
             f"{step.peak / plan.plain.peak:.2f}",
-            *(() if light is None else (readable(light.peak), f"{light.peak / plan.plain.peak:.2f}")),
+            *(("", "") if light is None else (readable(light.peak), f"{light.peak / plan.plain.peak:.2f}")),
+            *(() if moved is None else (readable(moved.job), f"{moved.job / plan.plain.peak:.2f}")),
         )
         flops.add_row(
             name,
@@ -120,6 +124,10 @@ def _show(plan: Plan) -> None:
     console.print(memory)
     console.print("peak = weights + adapters + optimizer + saved + transient; gradients are part of transient.")
     console.print('selective: the peak with SafeConfig(checkpointing="selective").', highlight=False)
+    with_it = "gradient checkpointing" if settings["checkpointing"] else "selective checkpointing"
+    console.print(
+        f'offload: the peak of the whole run with {with_it}, offload="cpu" and fill="before".', highlight=False
+    )
     console.print(flops)
     for line in _conclusions(plan):
         console.print(line, markup=False, highlight=False)
@@ -135,10 +143,20 @@ def _conclusions(plan: Plan) -> list[str]:
             f"{fits['plain']} plain, {fits['safe']} with SafeConfig(){selective}, up to {fits['checkpointed']} with "
             'memory_budget="auto", which recomputes as needed.'
         )
+        if plan.proposal is not None:
+            how = f"adafreeze train with {plan.proposal}" if plan.proposal else "adafreeze train as it is"
+            lines.append(f"The cheapest way to fit {plan.settings['batch_size']} samples: {how}.")
         if not fits["checkpointed"]:
             lines.append("Nothing fits. " + "; ".join(plan.advice) + ".")
     if len(plan.steps) > 1 and not plan.steps[-1].prefix:
         lines.append("No block can join a frozen prefix, see below.")
+    half = next((one for one in plan.offloaded if one is not None and 2 * one.prefix >= plan.blocks), None)
+    if half is not None and half.offloaded:
+        lines.append(
+            f"- With {half.prefix} of {plan.blocks} blocks frozen from the start and their weights away, the device holds "
+            f"{readable(half.filling)} while states are filled and {readable(half.peak)} in training; "
+            f"{readable(half.offloaded)} of weights are on the host or on disk (--fill before --offload cpu)."
+        )
     lines += [f"- {cause}" for cause in plan.causes]
     lines += [f"- Estimated: {part}." for part in plan.estimated]
     return lines

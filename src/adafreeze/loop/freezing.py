@@ -177,10 +177,11 @@ class Freezing:
             streamed = self.offload.largest if self.offload is not None else 0
             self.budget.beside = self.parallel.extra_bytes + host + streamed
 
-    def offload_what_can_leave(self) -> None:
+    def weights_may_move(self) -> None:
         """Between two steps: the prefix's weights leave once all states are held, and return if that was not so."""
         if self.offload is None or self.offload.ended is not None:
             return
+        self.offload.fills = False
         before = self.offload.nbytes
         self._move_weights(leaves=True)
         if self.offload.nbytes != before:

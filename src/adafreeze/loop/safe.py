@@ -202,7 +202,7 @@ class Safe:
                 self.budget.check()
             if self.config.fill == "before":
                 self.cache.fill(self.ranks.rank, self.ranks.size)
-                self.freezing.offload_what_can_leave()
+            self.freezing.weights_may_move()
         except BaseException:
             self.close()
             raise
@@ -292,7 +292,7 @@ class Safe:
             self._announce()
             self.decider.prepare(self.steps, self.length.step_samples * self.length.rows_per_sample)
             self._measured()
-        self.freezing.offload_what_can_leave()
+        self.freezing.weights_may_move()
         if not self.decider.due(self.steps):
             return []
         self.ranks.check_alike("frozen", self.frozen, self.steps)
@@ -453,7 +453,9 @@ class Safe:
         if kind is None and not any(isinstance(parameter, Offloaded) for parameter in self.model.parameters()):
             return None
         adapters = (id(parameter) for unit in self.units.values() for parameter in unit.all_parameters())
-        return Offload(kind, self.prefix, adapters, self.journal, self.cache.home)
+        made = Offload(kind, self.prefix, adapters, self.journal, self.cache.home)
+        made.fills = self.config.fill == "before"
+        return made
 
     def _take_down(self) -> None:
         self._watch.remove()

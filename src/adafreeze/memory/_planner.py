@@ -16,16 +16,19 @@ from torch.utils._pytree import tree_map_only
 from ..costs.memory import bytes_of
 from ..decide.policy import PolicyInput, choose
 from ..freeze import Freezer, Prefix
+from ..measure.draw import LARGER
 from ..model import Stack, find_stacks, find_units, trace_flow
 from ..model.backends import find_backend
+from ..model.batch import Call
 from ..model.flow import chains_of
 from ..model.obstacles import find_obstacles, remedies, units_below
 from ..model.patches import patched_forward, replaced_child
 from ..model.units import some, units_along
 from .checkpointing import Checkpointing
 from .lean import lean_forward, lean_layers
+from .offload import block_weights, input_tables
 from .optimizer import optimizer_bytes
-from .rehearsal import Rehearsal, faked, rehearse
+from .rehearsal import Rehearsal, faked, rehearse, rehearse_forward
 
 __all__ = ["PEFT", "QUANTIZED", "PlannedStep", "StepPlanner", "Way"]
 
@@ -54,6 +57,9 @@ class PlannedStep:
         forward_flops: of the forward pass.
         backward_flops: of the backward pass, recomputed activations included.
         cached_flops: of both passes once the prefix cache has all samples.
+        offloaded: bytes that are not on the device: not among ``weights``.
+        filling: where weights are offloaded, the peak of filling the cache before step 0 (of a model that was loaded
+            with ``adafreeze.from_pretrained``), or of a later pass that the cache does not know; else 0.
     """
 
     prefix: int
@@ -67,6 +73,13 @@ class PlannedStep:
     forward_flops: int
     backward_flops: int
     cached_flops: int
+    offloaded: int = 0
+    filling: int = 0
+
+    @property
+    def job(self) -> int:
+        """The peak of the whole run: of a step, or of filling the cache."""
+        return max(self.peak, self.filling)
 
     @property
     def flops(self) -> int:
@@ -75,10 +88,14 @@ class PlannedStep:
 
 
 class Way(NamedTuple):
-    """How the blocks above the prefix train: ``checkpointing`` is None, ``"selective"`` or ``"full"``."""
+    """How the blocks above the prefix train: ``checkpointing`` is None, ``"selective"`` or ``"full"``.
+
+    With ``offload`` the prefix's weights are not on the device.
+    """
 
     lean: bool
     checkpointing: str | None
+    offload: bool = False
 
 
 PEFT = Way(lean=False, checkpointing=None)
@@ -150,6 +167,8 @@ class StepPlanner:
         self._known: dict[tuple[int, int, Way, int | None], Rehearsal] = {}
         self._can_be_lean = bool(lean_layers(module.modules()))
         self.adapters = bytes_of(self._trained())
+        self._adapters = {id(parameter) for parameter in self._trained()}
+        self._filled: dict[tuple[int, int], int] = {}
         self.quantized, self.dequantized = self._quantized_bytes()
 
     def _trained(self) -> list[nn.Parameter]:
@@ -175,11 +194,18 @@ class StepPlanner:
 
     def step(self, rows: int, way: Way = PEFT) -> PlannedStep:
         """A step on ``rows`` samples at the present depth."""
-        step = self._rehearse(rows, way)
+        step = self._rehearse(rows, way._replace(offload=False))
         state, temporary = optimizer_bytes(self.optimizer, self._trained())
-        weights = step.resident - self.adapters - self.quantized
+        offloaded, streamed = self._offloaded() if way.offload else (0, 0)
+        weights = step.resident - self.adapters - self.quantized - offloaded
         passes = max(step.peak, step.resident + step.gradients + temporary)
-        peak = passes + state - self.quantized + self.dequantized
+        peak = passes + state - self.quantized + self.dequantized - offloaded
+        filling = 0
+        if offloaded:
+            live = sum(self._stored(p) for block in self._live_blocks() for p in block.parameters())
+            # Before step 0 in large batches, while the live blocks have not come yet; then a pass of unknown samples.
+            filling = max(self._filling(LARGER * rows) - live, state + self._filling(rows))
+            filling += weights + self.adapters + streamed
         in_prefix = [i < self.prefix.depths[stack.path] for stack in self.stacks for i in range(len(stack))]
         skipped = sum(flops for (_, flops), inside in zip(step.parts, in_prefix, strict=True) if inside)
         return PlannedStep(
@@ -194,7 +220,52 @@ class StepPlanner:
             forward_flops=step.forward_flops,
             backward_flops=step.backward_flops,
             cached_flops=step.flops - skipped,
+            offloaded=offloaded,
+            filling=filling,
         )
+
+    def _offloaded(self) -> tuple[int, int]:
+        """Bytes that leave the device at the present depth, and bytes of a block that is brought back for a pass."""
+        blocks = [block for stack in self.stacks for block in stack.blocks[: self.prefix.depths[stack.path]]]
+        if not blocks:
+            return 0, 0
+        first = {stack.blocks[0] for stack in self.stacks if self.prefix.runs_first(stack.path)}
+        own = block_weights(self.module, [block for block in blocks if block not in first], self._adapters)
+        sizes = [sum(map(self._stored, weights)) for weights in own.values()]
+        tables = sum(table.nbytes for table in input_tables(self.module, self.stacks))
+        ahead = 2 if self.target == "cuda" else 1  # the next block comes while one runs
+        return sum(sizes) + tables, ahead * max(sizes, default=0)
+
+    def _live_blocks(self) -> list[nn.Module]:
+        return [block for stack in self.stacks for block in stack.blocks[self.prefix.depths[stack.path] :]]
+
+    def _stored(self, weight: nn.Parameter) -> int:
+        """Bytes of a weight, without the scales of a quantized one, which stay."""
+        if self.quantization is None or id(weight) not in self._quantizable:
+            return weight.nbytes
+        return int(weight.numel() * (0.5 if self.quantization == "nf4" else 0.0))
+
+    def _filling(self, rows: int) -> int:
+        """Bytes of a pass through the prefix without a graph, weights apart."""
+        key = (sum(self.prefix.depths.values()), rows)
+        if key not in self._filled:
+            self._filled[key] = self._fill(rows)
+        return self._filled[key]
+
+    def _fill(self, rows: int) -> int:
+        ends = {(path, 0) for path, depth in self.prefix.depths.items() if depth}
+        with ExitStack() as undo:
+            if self._alike:  # all blocks of a stack take the same
+                (stack,) = self.stacks
+                for block in stack.blocks[2 : self.prefix.depths[stack.path] - 1]:
+                    undo.enter_context(patched_forward(block, _identity))
+            return rehearse_forward(
+                self.module,
+                self.batch(rows, self.module),
+                lambda inputs: self.prefix.compute(Call.of(self.module, (), inputs), inputs, {}, ends),
+                target=self.target,
+                fake=self.fake,
+            )
 
     def _rehearse(self, rows: int, way: Way = PEFT) -> Rehearsal:
         if not self._can_be_lean:
@@ -298,6 +369,7 @@ class StepPlanner:
             return 0, 0
         layers = {m for block in self.blocks for m in block.modules() if isinstance(m, nn.Linear)}
         weights = [layer.weight for layer in layers if not layer.weight.requires_grad]
+        self._quantizable = set(map(id, weights))
         saved = sum(int(w.numel() * (w.element_size() - QUANTIZED[self.quantization])) for w in weights)
         return saved, max((w.nbytes for w in weights), default=0)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from ..errors import RunError, note, warn
 from ..freeze import Prefix
 from ..journal import Journal
-from ..model.blocks import base_model, modules_outside, user_name
+from ..model.blocks import Stack, base_model, modules_outside, user_name
 from ..model.offloaded import (
     FileSource,
     HostSource,
@@ -30,7 +33,7 @@ from ..model.offloaded import (
 )
 from ..sizes import readable
 
-__all__ = ["Offload"]
+__all__ = ["Offload", "block_weights", "input_tables"]
 
 # An embedding table smaller than this share of the model's weights stays: each look-up would wait for the host.
 SMALL_TABLE = 0.01
@@ -68,6 +71,7 @@ class Offload:
 
     Attributes:
         ended: why everything came back for good; None while weights may leave.
+        fills: what has not come to the device yet waits, since the cache is about to be filled.
         nbytes: bytes off the device.
         streamed: bytes brought to the device for passes through the prefix, so far.
     """
@@ -76,6 +80,7 @@ class Offload:
         self.kind, self.prefix, self.journal, self.folder = kind, prefix, journal, folder
         self.model = prefix.model
         self.ended: str | None = None
+        self.fills = False
         self.nbytes = self.streamed = 0
         self._keeps = frozenset(keeps)
         self._away: dict[nn.Module, list[Offloaded]] = {}
@@ -102,7 +107,7 @@ class Offload:
                     for parameter in own:
                         parameter.away.seems_there = False
         self._tables = [p for p in self._given if id(p) in given]
-        self.nbytes = sum(parameter.nbytes for parameter in self._given)
+        self._count()
 
     @property
     def largest(self) -> int:
@@ -116,8 +121,7 @@ class Offload:
         """Move everything that the run does not need any more and that is still there."""
         if self.kind is None:
             return
-        groups = {block: group for block, group in self._blocks() if group.parameters}
-        tables = self._embeddings()
+        groups, tables = self._groups()
         try:
             sources = self._sources([*groups.values(), *tables])
         except OSError as error:
@@ -129,6 +133,7 @@ class Offload:
         left += sum(self._move(group, sources, self._tables) for group in tables)
         if not left:
             return
+        _return_to_system()
         self._say(step, left)
 
     def _say(self, step: int, left: int) -> None:
@@ -153,7 +158,7 @@ class Offload:
 
     def _what_stays(self) -> list[str]:
         found = []
-        if not self._tables and any(True for _ in self._input_tables()):
+        if not self._tables and input_tables(self.model, self.prefix.stacks, tied=True):
             found.append("The input embeddings stay, because something else uses their weights (a tied head)")
         for stack in self.prefix.stacks:
             if self.prefix.depths[stack.path] and self.prefix.runs_first(stack.path):
@@ -170,37 +175,19 @@ class Offload:
             for index in range(first, self.prefix.depths[stack.path]):
                 yield stack.block_name(index), stack.blocks[index]
 
-    def _blocks(self) -> Iterator[tuple[nn.Module, _Group]]:
+    def _groups(self) -> tuple[dict[nn.Module, _Group], list[_Group]]:
+        """What may leave and has not: by block, and tables."""
         names = {id(p): name for name, p in self.model.named_parameters()}
-        blocks = list(self._leaving())
-        inside = {id(module) for _, block in blocks for module in block.modules()}
-        elsewhere = {id(p) for m in self.model.modules() if id(m) not in inside for p in m._parameters.values()}
-        for name, block in blocks:
-            own = {
-                names[id(p)]: p
-                for p in block.parameters()
-                if not (p.requires_grad or id(p) in self._keeps or id(p) in elsewhere) and _can_move(p)
-            }
-            yield block, _Group(name, own)
 
-    def _input_tables(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Frozen embedding tables outside the blocks, large enough to be worth it."""
-        least = SMALL_TABLE * sum(parameter.nbytes for parameter in self.model.parameters())
-        names = {id(module): name for name, module in self.model.named_modules()}
-        for module in modules_outside(self.model.modules(), self.prefix.stacks):
-            if isinstance(module, nn.Embedding) and module.max_norm is None and not module.weight.requires_grad:
-                if module.weight.nbytes >= least and not hasattr(module, "_hf_hook"):
-                    yield f"{names[id(module)]}.weight", module.weight
+        def group(name: str, parameters: Iterable[nn.Parameter]) -> _Group:
+            return _Group(name, {names[id(p)]: p for p in parameters if _can_move(p)})
 
-    def _embeddings(self) -> list[_Group]:
-        if not any(self.prefix.depths.values()):
-            return []
-        others = [module for module in self.model.modules() if not isinstance(module, nn.Embedding)]
-        elsewhere = {id(p) for module in others for p in module._parameters.values()}
-        found = {id(p): _Group(name, {name: p}) for name, p in self._input_tables()}
-        return [
-            group for key, group in found.items() if key not in elsewhere and all(map(_can_move, _values(group)))
-        ]
+        titles = {block: name for name, block in self._leaving()}
+        weights = block_weights(self.model, list(titles), self._keeps)
+        blocks = {block: group(titles[block], own) for block, own in weights.items()}
+        tables = input_tables(self.model, self.prefix.stacks) if any(self.prefix.depths.values()) else []
+        found = [group(names[id(table)], [table]) for table in tables]
+        return {b: one for b, one in blocks.items() if one.parameters}, [one for one in found if one.parameters]
 
     def _move(self, group: _Group, sources: Mapping[int, Source], away: list[Offloaded]) -> int:
         moved = 0
@@ -258,7 +245,7 @@ class Offload:
     def at_hand(self, block: nn.Module) -> Iterator[None]:
         """The weights of ``block`` are on the device within the block."""
         away = [parameter for parameter in self._away.get(block, ()) if isinstance(parameter, Offloaded)]
-        if away and torch.is_grad_enabled():
+        if away and torch.is_grad_enabled():  # autograd keeps weights, so each operation gets its own
             self.end("a pass in evaluation mode with gradients runs through them")
             away = []
         if not away:
@@ -295,15 +282,13 @@ class Offload:
     def follow(self) -> None:
         """Bring back blocks that left the prefix, and forget what others brought back by writing to it."""
         leaving = {block for _, block in self._leaving()}
-        for block in [block for block in self._away if block not in leaving]:
+        for block in [block for block in self._away if block not in leaving and not self.fills]:
             for parameter in self._away.pop(block):
                 self._return(parameter)
-        if not leaving:
+        if not leaving and not self.fills:
             while self._tables:
                 self._return(self._tables.pop())
-        self._away = {block: [*filter(_is_away, own)] for block, own in self._away.items()}
-        self._tables = [*filter(_is_away, self._tables)]
-        self.nbytes = sum(p.nbytes for own in (*self._away.values(), self._tables) for p in own)
+        self._count()
 
     def judge(self, step: int, misses: int, looked_up: int) -> None:
         """End if more than a few of the samples since the weights left were not stored."""
@@ -315,18 +300,25 @@ class Offload:
             self.end(f"{missed} of the last {samples} samples were not stored", step)
 
     def end(self, reason: str, step: int | None = None) -> None:
-        """Bring everything back, for good."""
-        if self.ended is None:
-            self.ended = reason
-            if self.nbytes:
-                self._return_all()
-                self.journal.write("offload_off", step=step, reason=reason)
-                note(f"The offloaded weights are back on the device: {reason}.")
+        """Bring everything back, for good, except what never was on the device: that may be too small for it."""
+        if self.ended is not None:
+            return
+        self.ended = reason
+        if not self.nbytes:
+            return
+        self._return_all()
+        self.journal.write("offload_off", step=step, reason=reason, still_away=self.nbytes)
+        if not self.nbytes:
+            note(f"The offloaded weights are back on the device: {reason}.")
+        else:
+            warn(
+                f"Passes bring {readable(self.nbytes)} of weights to the device, block by block: {reason}.",
+                fix="Training is right, and slow. Load the model with from_pretrained of transformers if it fits.",
+            )
 
     def close(self) -> None:
-        """Bring everything back, and delete what was written."""
-        given = {id(p) for p in self._given}  # never were on the device, which may be too small for them
-        self._return_all(lambda parameter: id(parameter) not in given)
+        """Bring everything back, except what never was on the device, and delete what was written."""
+        self._return_all()
         self.prefix.weights = None
         for file in self._files:
             file.close()
@@ -335,11 +327,18 @@ class Offload:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
-    def _return_all(self, which: Callable[[Offloaded], bool] = lambda _: True) -> None:
+    def _return_all(self) -> None:
         self._ahead.clear()
-        for parameter in filter(which, [p for own in (*self._away.values(), self._tables) for p in own]):
-            self._return(parameter)
-        self._away, self._tables, self.nbytes = {}, [], 0
+        given = {id(p) for p in self._given}
+        for parameter in [p for own in (*self._away.values(), self._tables) for p in own]:
+            if id(parameter) not in given:
+                self._return(parameter)
+        self._count()
+
+    def _count(self) -> None:
+        self._away = {block: left for block, own in self._away.items() if (left := [*filter(_is_away, own)])}
+        self._tables = [*filter(_is_away, self._tables)]
+        self.nbytes = sum(parameter.nbytes for own in (*self._away.values(), self._tables) for parameter in own)
 
     @staticmethod
     def _return(parameter: nn.Parameter) -> None:
@@ -348,6 +347,29 @@ class Offload:
                 bring_back(parameter)
         except RunError as error:  # adapters are not lost for that; what reads this weight raises it again
             warn(error.fact, fix=error.fix)
+
+
+def block_weights(
+    model: nn.Module, blocks: Sequence[nn.Module], keeps: Collection[int]
+) -> dict[nn.Module, list[nn.Parameter]]:
+    """The frozen weights of each block that only these blocks use, without those whose ids are in ``keeps``."""
+    inside = {id(module) for block in blocks for module in block.modules()}
+    used = {id(p) for module in model.modules() if id(module) not in inside for p in module._parameters.values()}
+    stay = used | set(keeps)
+    return {block: [p for p in block.parameters() if not p.requires_grad and id(p) not in stay] for block in blocks}
+
+
+def input_tables(model: nn.Module, stacks: Sequence[Stack], *, tied: bool = False) -> list[nn.Parameter]:
+    """Frozen embedding tables outside the blocks that are large enough, and used by nothing else unless ``tied``."""
+    least = SMALL_TABLE * sum(parameter.nbytes for parameter in model.parameters())
+    others = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
+    elsewhere = set() if tied else {id(p) for module in others for p in module._parameters.values()}
+    found = {
+        id(module.weight): module.weight
+        for module in modules_outside(model.modules(), stacks)
+        if isinstance(module, nn.Embedding) and module.max_norm is None and not module.weight.requires_grad
+    }
+    return [table for key, table in found.items() if table.nbytes >= least and key not in elsewhere]
 
 
 class _Pretrained:
@@ -395,6 +417,14 @@ def _weight_files(model: nn.Module) -> list[Path]:
         if found is not None:
             return sorted(Path(found).parent.glob("model-*.safetensors"))
     return []
+
+
+def _return_to_system() -> None:
+    """On the CPU, glibc keeps freed memory for later; the weights of most models are not large enough to be spared."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _values(group: _Group) -> list[nn.Parameter]:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GPUS", "Plan", "PlannedStep", "plan"]
 
+# Shares of the blocks frozen from the start that are planned beside that of SafeConfig(), and one block live.
+DEEPER = (0.5, 2 / 3, 0.75)
 SELECTIVE = Way(lean=True, checkpointing="selective")
 
 
@@ -40,9 +42,11 @@ class Plan:
         model: its class.
         blocks: in all stacks.
         steps: of SafeConfig(), so with lean adapters; one per prefix depth, ascending: none, that of SafeConfig() at
-            the start, a half, three quarters, the deepest.
+            the start, those of DEEPER, the deepest.
         selective: the same steps with ``SafeConfig(checkpointing="selective")``; empty where torch is too old for it,
             or the model's own code fails under it.
+        offloaded: the steps with ``SafeConfig(offload="cpu", fill="before")`` and selective checkpointing, or full if
+            that was asked for; None where nothing is frozen. Their ``job`` is the peak of the whole run.
         plain: plain adapter-tuning: PEFT's layers, nothing frozen, no activation checkpointing.
         checkpointed: the same with activation checkpointing of every block.
         limit: usable bytes of the device; None without a device.
@@ -51,6 +55,8 @@ class Plan:
             device.
         causes: what costs avoidable memory, each with its fix.
         advice: what to change if not even one sample fits.
+        proposal: the flags of the cheapest way to fit the batch on the device; None if none was found, or without a
+            device.
         estimated: parts that are estimated, not counted.
         settings: the arguments of ``plan``.
     """
@@ -59,12 +65,14 @@ class Plan:
     blocks: int
     steps: tuple[PlannedStep, ...]
     selective: tuple[PlannedStep, ...]
+    offloaded: tuple[PlannedStep | None, ...]
     plain: PlannedStep
     checkpointed: PlannedStep
     limit: int | None
     micro_batches: Mapping[str, int]
     causes: tuple[str, ...]
     advice: tuple[str, ...]
+    proposal: str | None
     estimated: tuple[str, ...]
     settings: Mapping[str, Any]
 
@@ -172,7 +180,13 @@ def plan(
             return _plan(planner, rows, checkpointing, limit, settings, given=inputs is not None)
 
     try:
-        return planned("meta", target, fake=True)
+        found = planned("meta", target, fake=True)
+        if limit is not None and found.proposal is None and quantization is None and target == "cuda":
+            quantization = "nf4"
+            in_nf4 = planned("meta", target, fake=True).proposal
+            proposal = None if in_nf4 is None else _flags("--quantization nf4", in_nf4)
+            found = dataclasses.replace(found, proposal=proposal)
+        return found
     except AdafreezeError:
         raise
     except Exception as error:  # from the model's own code, on tensors without data
@@ -225,20 +239,29 @@ def _plan(
     fit("plain", PEFT)
     fit("checkpointed", Way(True, "full"))
     steps, selective = [planner.step(rows, own)], []
+    offloaded: list[PlannedStep | None] = [None]
+    away = own._replace(offload=True)
     if CAN_BE_SELECTIVE:
         try:
             selective.append(planner.step(rows, SELECTIVE))
         except Exception as error:  # such as a product that the model's own code changes in place
             causes.append(f"No selective checkpointing: {failing_module(error)} fails under it ({error_line(error)}).")
+    if selective and own.checkpointing is None:
+        away = SELECTIVE._replace(offload=True)
     # What SafeConfig() freezes before step 0: nothing if the adapters move ranks, as AdaLoRA does.
     at_start = [] if planner.freezer.backend.moves_ranks else planner.lowest(AT_START)
-    choices = [at_start, *map(planner.lowest, (0.5, 0.75, 1))]
-    for names in sorted(set(map(frozenset, choices)), key=len):
+    choices = {frozenset(planner.lowest(share)): f"--freeze_at_start {share:.2g}" for share in DEEPER}
+    choices |= {frozenset(planner.lowest(1)): None, frozenset(at_start): ""}  # only the topmost block is too little
+    ways: list[tuple[int, str, int]] = []  # how much it costs: rank, then the order here; flags; peak
+    for names, flag in sorted(choices.items(), key=lambda choice: len(choice[0])):
         if not planner.freezer.frozen.issuperset(names):
             planner.freeze(names)
             steps.append(planner.step(rows, own))
             if selective:
                 selective.append(planner.step(rows, SELECTIVE))
+            offloaded.append(planner.step(rows, away))
+            if flag is not None:
+                ways += _ways(flag, steps[-1], selective[-1] if selective else None, offloaded[-1], own)
         if names == frozenset(at_start):
             fit("safe", own)
             if selective:
@@ -255,15 +278,34 @@ def _plan(
         blocks=len(planner.blocks),
         steps=tuple(steps),
         selective=tuple(selective),
+        offloaded=tuple(offloaded),
         plain=plain,
         checkpointed=checkpointed,
         limit=limit,
         micro_batches=micro_batches,
         causes=tuple(causes),
         advice=tuple(_advice(checkpointed, rows, limit, planner.quantization)),
+        proposal=next((flags for _, flags, peak in sorted(ways) if limit is not None and peak <= limit), None),
         estimated=tuple(estimated),
         settings=settings,
     )
+
+
+def _ways(
+    flag: str, step: PlannedStep, selective: PlannedStep | None, offloaded: PlannedStep | None, own: Way
+) -> Iterator[tuple[int, str, int]]:
+    """Settings at one depth of the start, with their rank by what they cost, and the peak of a run with them."""
+    light = "--gradient_checkpointing" if own.checkpointing == "full" else ""
+    yield (2 if flag else 0), _flags(flag, light), step.peak
+    if selective is not None and own.checkpointing is None:
+        light = "--checkpointing selective"
+        yield (3 if flag else 1), _flags(flag, light), selective.peak
+    if offloaded is not None:
+        yield 4, _flags(flag, light, "--fill before --offload cpu"), offloaded.job
+
+
+def _flags(*flags: str) -> str:
+    return " ".join(filter(None, flags))
 
 
 def _advice(leanest: PlannedStep, rows: int, limit: int | None, quantization: str | None) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..model.flow import tensors_in
 from ..model.offloaded import Offloaded
 from ..model.restore import keep_random_state, temporarily
 
-__all__ = ["Rehearsal", "failing_module", "faked", "largest_that_fits", "rehearse"]
+__all__ = ["Rehearsal", "failing_module", "faked", "largest_that_fits", "rehearse", "rehearse_forward"]
 
 # The CUDA allocator rounds each storage up to a multiple of this.
 CUDA_ROUNDING = 512
@@ -97,9 +97,7 @@ def rehearse(
         if fake:
             undo.enter_context(mode)
             inputs = tree_map_only(Tensor, _empty_like, dict(inputs))
-        if target == "cuda":  # replaces the functions, since torch disables function modes during a backward pass
-            functions = {"scaled_dot_product_attention": _cuda_attention, "dropout": _cuda_dropout}
-            undo.enter_context(temporarily((nn.functional, *function) for function in functions.items()))
+        undo.enter_context(_kernels_of(target))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             undo.callback(setattr, parameter, "grad", parameter.grad)
@@ -125,6 +123,30 @@ def rehearse(
         )
 
 
+def rehearse_forward(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    forward: Callable[[Mapping[str, Any]], Any],
+    *,
+    target: str = "cpu",
+    fake: bool = True,
+) -> int:
+    """The peak bytes of a forward pass without a graph, weights apart; arguments as of ``rehearse``."""
+    with ExitStack() as undo:
+        if fake:
+            undo.enter_context(uncounted())
+            undo.enter_context(undo.enter_context(faked(model)))
+            inputs = tree_map_only(Tensor, _empty_like, dict(inputs))
+        undo.enter_context(keep_random_state())
+        undo.enter_context(torch.no_grad())
+        undo.enter_context(_kernels_of(target))
+        with StorageTracker(CUDA_ROUNDING if target == "cuda" else 1) as counter:
+            counter.hold(*(value for value in inputs.values() if isinstance(value, Tensor)))
+            result = forward(inputs)
+            del result
+        return counter.peak
+
+
 class _Counter(StorageTracker):
     """Counts storages and FLOPs in one dispatch mode: each mode slows down every operator."""
 
@@ -136,6 +158,13 @@ class _Counter(StorageTracker):
         self.made(result)
         self.flops += flops_of(func, args, kwargs, result)
         return result
+
+
+def _kernels_of(target: str) -> AbstractContextManager[None]:
+    """On CUDA, functions that save and hold what its kernels do."""
+    # Replaced, since torch disables function modes during a backward pass.
+    functions = {"scaled_dot_product_attention": _cuda_attention, "dropout": _cuda_dropout} if target == "cuda" else {}
+    return temporarily((nn.functional, *function) for function in functions.items())
 
 
 @contextmanager

@@ -25,7 +25,6 @@ def from_pretrained(
     name: str,
     auto_class: str = "AutoModelForCausalLM",
     *,
-    freeze_at_start: float = 0.5,
     offload: str = "disk",
     device: torch.device | str | None = None,
     dtype: Any = "auto",
@@ -35,19 +34,19 @@ def from_pretrained(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
-    """``from_pretrained`` for a model of which only the upper blocks fit into the device's memory:
+    """``from_pretrained`` for a model that does not fit into the device's memory as a whole:
 
-        model = adafreeze.from_pretrained("meta-llama/Llama-3.1-8B", freeze_at_start=0.5)
+        model = adafreeze.from_pretrained("meta-llama/Llama-3.1-8B")
         model = get_peft_model(model, LoraConfig(...))
         SafeCallback(SafeConfig(freeze_at_start=0.5, fill="before", offload="disk"))
 
-    The lowest blocks and the input embeddings stay in their safetensors file, or in host memory. Their adapters, and
-    all that is above, are on the device. A pass through these blocks brings their weights one block at a time.
+    Blocks and input embeddings stay in their safetensors files, or in host memory. A run computes what the blocks that
+    are frozen from the start make of the training samples, one block on the device at a time; then the other blocks
+    come to the device and train. Whatever else reads a weight gets it for as long as it needs it.
 
     Args:
         name: a folder, or a name on the Hub.
         auto_class: of transformers.
-        freeze_at_start: the share of the blocks that stay away, rounded down, as ``SafeConfig.freeze_at_start``.
         offload: ``"disk"`` or ``"cpu"``.
         device: of the rest; default: the accelerator, or the CPU.
         dtype: of the weights; "auto": as saved.
@@ -58,14 +57,15 @@ def from_pretrained(
         options: more arguments of transformers' ``from_pretrained``, such as ``num_labels``.
 
     Raises:
-        ConfigError: an argument is out of range.
+        ConfigError: ``offload`` is another place, or ``device_map`` is given.
         ModelError: the model cannot be loaded, or has no stack of blocks.
     """
     if offload not in ("disk", "cpu"):
         raise ConfigError(f"offload is {offload!r}, but must be 'disk' or 'cpu'.", fix='offload="disk"')
-    if not 0 <= freeze_at_start <= 1:
+    if "device_map" in options:
         raise ConfigError(
-            f"freeze_at_start is {freeze_at_start!r}, but must be a number between 0 and 1.", fix="freeze_at_start=0.5"
+            "device_map is given, but here it follows from the model: all blocks stay away.",
+            fix="Leave it out; device=... says where the rest goes.",
         )
     source = Source(
         name,
@@ -73,7 +73,6 @@ def from_pretrained(
         cache_dir=cache_dir,
         token=token,
         trust_remote_code=trust_remote_code,
-        offloaded=freeze_at_start,
         offload=offload,
     )
     return load_offloaded(auto_class, source, device=device, dtype=dtype, **options)
@@ -82,7 +81,7 @@ def from_pretrained(
 def load_offloaded(
     auto_class: str, source: Source, *, device: torch.device | str | None = None, **options: Any
 ) -> PreTrainedModel:
-    """Load what ``source.offloaded`` leaves onto ``device``; arguments and errors as of ``from_pretrained``."""
+    """Load all but blocks and input embeddings onto ``device``; arguments and errors as of ``from_pretrained``."""
     device = torch.device(device) if device is not None else _accelerator()
     loading = {"dtype", "ignore_mismatched_sizes"}
     config = load("AutoConfig", source, **{name: value for name, value in options.items() if name not in loading})
@@ -99,39 +98,29 @@ def load_offloaded(
 
 
 def _device_map(config: PretrainedConfig, auto_class: str, source: Source, device: torch.device) -> dict[str, Any]:
-    """The place of every module: "disk" or "cpu" for the lowest blocks and input embeddings, or ``device``."""
+    """The place of every module: "disk" or "cpu" for blocks and input embeddings that no head uses, or ``device``."""
     import transformers
 
     with torch.device("meta"), keep_random_state():
         model = getattr(transformers, auto_class).from_config(copy.deepcopy(config))
-    tied = {id(p) for m in model.modules() if not isinstance(m, nn.Embedding) for p in m._parameters.values()}
-    stacks = find_stacks(model)
-    away = {stack.block_name(index) for stack in stacks[:1] for index in range(int(source.offloaded * len(stack)))}
-    away |= {
-        name
-        for name, module in model.named_modules()
-        if away and isinstance(module, nn.Embedding) and id(module.weight) not in tied and not _in_blocks(name, stacks)
-    }
-    if not away:
-        return {"": device}
-    return _partition(model, "", away, source.offload, device)
+    elsewhere = {id(p) for m in model.modules() if not isinstance(m, nn.Embedding) for p in m._parameters.values()}
+    away = {stack.block_name(index) for stack in find_stacks(model) for index in range(len(stack))}
+    tables = {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    away |= {name for name, table in tables.items() if id(table.weight) not in elsewhere}
 
+    def partition(module: nn.Module, name: str) -> dict[str, Any]:
+        """Names as few modules as possible."""
+        if name in away:
+            return {name: source.offload}
+        if not any(one.startswith(f"{name}." if name else "") for one in away):
+            return {name: device}
+        prefix = f"{name}." if name else ""
+        found = {f"{prefix}{own}": device for own in (*module._parameters, *module._buffers)}
+        for child, inner in module.named_children():
+            found |= partition(inner, f"{prefix}{child}")
+        return found
 
-def _partition(module: nn.Module, name: str, away: set[str], kind: str, device: torch.device) -> dict[str, Any]:
-    """A device map that names as few modules as possible."""
-    if name in away:
-        return {name: kind}
-    if not any(one.startswith(f"{name}." if name else "") for one in away):
-        return {name: device}
-    found: dict[str, Any] = {}
-    for child, inner in module.named_children():
-        found |= _partition(inner, f"{name}.{child}" if name else child, away, kind, device)
-    own = [*module._parameters, *module._buffers]
-    return found | {f"{name}.{key}" if name else key: device for key in own}
-
-
-def _in_blocks(name: str, stacks: list[Any]) -> bool:
-    return any(name.startswith(f"{stack.path}.") for stack in stacks)
+    return partition(model, "")
 
 
 def _accelerator() -> torch.device:

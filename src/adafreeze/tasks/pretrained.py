@@ -24,8 +24,7 @@ class Source:
         tokenizer: the same for the tokenizer; None: ``name``.
         dtype: ``"auto"`` (as saved), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         ignore_mismatched_sizes: replace a saved head of another size by a new one.
-        offloaded: the share of the blocks that do not come to the device, from the bottom, with the input embeddings.
-        offload: where those are: ``"disk"`` or ``"cpu"``.
+        offload: where blocks and input embeddings stay until they are needed: ``"disk"`` or ``"cpu"``; None: nowhere.
     """
 
     name: str
@@ -36,8 +35,7 @@ class Source:
     trust_remote_code: bool = False
     dtype: str = "auto"
     ignore_mismatched_sizes: bool = False
-    offloaded: float = 0.0
-    offload: str = "disk"
+    offload: str | None = None
 
 
 def load(auto_class: str, source: Source, **options: Any) -> Any:

@@ -71,7 +71,7 @@ class Task:
         """Load the pre-trained model with the head of this task."""
         sizes = source.ignore_mismatched_sizes
         options = self.config_fields()
-        loads = load_offloaded if source.offloaded else load
+        loads = load_offloaded if source.offload is not None else load
         return loads(self.auto_class, source, dtype=source.dtype, ignore_mismatched_sizes=sizes, **options)
 
     def prepare(self, rows: Dataset, processor: Any) -> Any:

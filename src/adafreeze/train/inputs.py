@@ -140,8 +140,8 @@ def load_base(task: Task, arguments: Arguments) -> tuple[PreTrainedModel, Any]:
         ignore_mismatched_sizes=given.ignore_mismatched_sizes,
     )
     safe = arguments.safe
-    if safe is not None and safe.offload in ("cpu", "disk") and not safe.dry_run:
-        source = dataclasses.replace(source, offloaded=safe.share_at_start, offload=safe.offload)
+    if safe is not None and safe.offload in ("cpu", "disk") and safe.share_at_start and not safe.dry_run:
+        source = dataclasses.replace(source, offload=safe.offload)
     processor = task.load_processor(source)
     set_seed(arguments.training.seed)  # for the new head, and the adapter that the caller adds
     model = task.load_model(source)
