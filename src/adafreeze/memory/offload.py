@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import shutil
 import sys
 import tempfile
@@ -129,11 +130,12 @@ class Offload:
             return
         if sources is None:
             return
+        mapped = [(p.data_ptr(), p.nbytes) for group in [*groups.values(), *tables] for p in _values(group)]
         left = sum(self._move(group, sources, self._away.setdefault(block, [])) for block, group in groups.items())
         left += sum(self._move(group, sources, self._tables) for group in tables)
         if not left:
             return
-        _return_to_system()
+        _return_to_system(mapped, [file.path for file in self._files])
         self._say(step, left)
 
     def _say(self, step: int, left: int) -> None:
@@ -419,12 +421,32 @@ def _weight_files(model: nn.Module) -> list[Path]:
     return []
 
 
-def _return_to_system() -> None:
-    """On the CPU, glibc keeps freed memory for later; the weights of most models are not large enough to be spared."""
+def _return_to_system(left: list[tuple[int, int]], files: list[Path]) -> None:
+    """On the CPU, memory that was freed may stay with the process.
+
+    glibc keeps smaller pieces for later. And transformers maps a file as a whole, so the pages of weights that left
+    would stay as long as any other weight of the file. Their content is that of the file, so dropping them changes
+    nothing for anyone who still refers to them.
+
+    Args:
+        left: address and bytes of what left.
+        files: whose contents were found to be equal.
+    """
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    if sys.platform != "linux":
+        return
+    system, page, inodes = ctypes.CDLL(None), mmap.PAGESIZE, {path.stat().st_ino for path in files if path.exists()}
+    if hasattr(system, "malloc_trim"):  # not in musl
+        system.malloc_trim(0)
+    maps = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        area, _, _, _, inode, *_ = line.split()
+        if int(inode) in inodes:
+            maps.append(tuple(int(address, 16) for address in area.split("-")))
+    for address, size in left:
+        start, end = -(-address // page) * page, (address + size) // page * page
+        if start < end and any(low <= start and end <= high for low, high in maps):
+            system.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _values(group: _Group) -> list[nn.Parameter]:

@@ -6,8 +6,8 @@ import copy
 import gc
 import os
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -203,8 +203,14 @@ class Offloaded(nn.Parameter):
                 for parameter in {id(p): p for p in tree_leaves((args, kwargs)) if isinstance(p, Offloaded)}.values():
                     bring_back(parameter)
                 return func(*args, **kwargs)
-            args, kwargs = tree_map_only(Offloaded, lambda one: one.away.load(), (args, kwargs))
-            return func(*args, **kwargs)
+            loaded: dict[int, tuple[Offloaded, Tensor]] = {}
+
+            def load(one: Offloaded) -> Tensor:
+                return loaded.setdefault(id(one), (one, one.away.load()))[1]
+
+            args, kwargs = tree_map_only(Offloaded, load, (args, kwargs))
+            with _reloaded(loaded.values()):
+                return func(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         # Such as the scales of a quantized weight, which did not leave.
@@ -225,6 +231,28 @@ class Offloaded(nn.Parameter):
 
     def __reduce_ex__(self, protocol: int) -> Any:
         return self._copied().__reduce_ex__(protocol)
+
+
+def _reloaded(loaded: Iterable[tuple[Offloaded, Tensor]]) -> AbstractContextManager[Any]:
+    """Autograd keeps no data of these parameters: it loads them once more in the backward pass."""
+    if not torch.is_grad_enabled():
+        return nullcontext()
+    known = {tensor.untyped_storage()._cdata: parameter for parameter, tensor in loaded}
+
+    def pack(tensor: Tensor) -> Any:
+        parameter = known.get(tensor.untyped_storage()._cdata)
+        view = tensor.size(), tensor.stride(), tensor.storage_offset()
+        return tensor if parameter is None or tensor.dtype != parameter.dtype else (parameter, view)
+
+    def unpack(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        parameter, view = kept
+        # It may have come back since then.
+        data = parameter.away.load() if isinstance(parameter, Offloaded) else parameter.detach()
+        return torch.as_strided(data, *view)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _writes(name: str, kwargs: dict[str, Any]) -> bool:
