@@ -20,7 +20,9 @@ HALF = BLOCKS // 2
 
 
 def settings(tmp_path, offload="disk", **more):
-    return config({0: HALF}, cache_dir=tmp_path, **{"cache": "auto", "offload": offload, "freeze_at_start": 0.5, **more})
+    return config(
+        {0: HALF}, cache_dir=tmp_path, **{"cache": "auto", "offload": offload, "freeze_at_start": 0.5, **more}
+    )
 
 
 def untied(family, **lora):
@@ -124,9 +126,7 @@ def events(safe, name):
 def test_tied_embeddings_stay(tmp_path):
     model = lora_model("llama", BLOCKS)
     model.lm_head.weight = model.get_input_embeddings().weight
-    safe = Safe(
-        model, settings(tmp_path, fill="before"), probe=loader("llama", 16), total_steps=12, samples_per_step=4
-    )
+    safe = Safe(model, settings(tmp_path, fill="before"), probe=loader("llama", 16), total_steps=12, samples_per_step=4)
     assert not model.get_input_embeddings().weight.is_meta
     assert any("tied" in reason for reason in events(safe, "offload")[0]["stays"])
     safe.close()
@@ -197,9 +197,7 @@ def test_a_file_that_vanishes_is_still_read_and_one_that_changes_is_an_error(tmp
     base_model("llama", BLOCKS).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     model = get_peft_model(model, adapter("llama"))
-    safe = Safe(
-        model, settings(tmp_path, fill="before"), probe=loader("llama", 16), total_steps=12, samples_per_step=4
-    )
+    safe = Safe(model, settings(tmp_path, fill="before"), probe=loader("llama", 16), total_steps=12, samples_per_step=4)
     weight = find_stacks(model)[0].blocks[0].mlp.up_proj.weight
     assert weight.is_meta
     assert not any(path.name.startswith("offload-") for path in tmp_path.iterdir()), "written again"

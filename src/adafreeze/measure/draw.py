@@ -29,7 +29,17 @@ from ..model.batch import (
 from ..model.restore import keep_random_state
 from ..model.untouched import untouched
 
-__all__ = ["LARGER", "batch_size_of", "collated", "collect", "length_of", "samples_of", "split", "train_samples", "varies"]
+__all__ = [
+    "LARGER",
+    "batch_size_of",
+    "collated",
+    "collect",
+    "length_of",
+    "samples_of",
+    "split",
+    "train_samples",
+    "varies",
+]
 
 # Without graph and optimizer, a batch this many times as large takes no more memory than a training step.
 LARGER = 4

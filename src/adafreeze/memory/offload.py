@@ -461,4 +461,3 @@ def _can_move(parameter: nn.Parameter) -> bool:
     """Whether its bytes are one plain tensor. Those of bitsandbytes' 4 bits are; its small scales stay."""
     named = type(parameter) is nn.Parameter or type(parameter).__name__ == "Params4bit"
     return named and not parameter.is_meta and parameter.layout == torch.strided
-

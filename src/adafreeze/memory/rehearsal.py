@@ -141,10 +141,12 @@ def rehearse_forward(
         undo.enter_context(torch.no_grad())
         undo.enter_context(_kernels_of(target))
         with StorageTracker(CUDA_ROUNDING if target == "cuda" else 1) as counter:
+            counter.hold(*model.parameters(), *model.buffers())
+            weights = counter.now
             counter.hold(*(value for value in inputs.values() if isinstance(value, Tensor)))
             result = forward(inputs)
             del result
-        return counter.peak
+        return counter.peak - weights
 
 
 class _Counter(StorageTracker):
