@@ -1,6 +1,6 @@
 """What it brings that the frozen part leaves the device, and what it costs.
 
-    python benchmarks/offload.py [--parts resident job plan] [-o benchmarks/results/offload.json]
+    python benchmarks/offload.py [--parts resident job plan cards] [-o benchmarks/results/offload.json]
 
 resident: a Llama of 8 blocks on the CPU, the lower half frozen from the start; its weights leave for the disk after the
 first epoch. The share of the weights that is resident then, how far the process's memory (RSS) falls in that step,
@@ -32,7 +32,7 @@ import psutil
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 import adafreeze
 from adafreeze import Safe, SafeConfig
@@ -40,6 +40,21 @@ from adafreeze.costs.memory import StorageTracker
 from adafreeze.env import environment
 
 MIB = 2**20
+LORA = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+MODELS = {
+    "Qwen2.5-1.5B": Qwen2Config(
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True,
+    ),
+    "Llama-3.2-3B": LlamaConfig(
+        vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+        num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=True,
+    ),
+    "Llama-3.1-8B": LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
 SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512, "pad_token_id": 0}
 
 
@@ -204,11 +219,6 @@ def job(folder: Path) -> dict[str, Any]:
 
 def planned(_: Path) -> dict[str, Any]:
     """Of the module's docstring."""
-    config = LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False,
-    )  # fmt: skip
-    adapter = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     settings: dict[str, Any] = {"batch_size": 1, "max_length": 1024, "dtype": "bfloat16", "padding": False}
     made = {}
     for name, more in {
@@ -216,7 +226,7 @@ def planned(_: Path) -> dict[str, Any]:
         "full": {"checkpointing": True},
         "nf4 on 6 GiB": {"checkpointing": True, "quantization": "nf4", "device_memory": "6GiB"},
     }.items():
-        found = adafreeze.plan(config, adapter, **settings, **more)
+        found = adafreeze.plan(MODELS["Llama-3.1-8B"], LORA, **settings, **more)
         base = found.checkpointed if name == "full" else found.plain
         made[name] = {
             "against": base.peak,
@@ -231,7 +241,17 @@ def planned(_: Path) -> dict[str, Any]:
     return made
 
 
-PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {"resident": resident, "job": job, "plan": planned}
+def cards(_: Path) -> dict[str, Any]:
+    """Of the module's docstring."""
+    made: dict[str, Any] = {}
+    for name, config in MODELS.items():
+        for card in ("RTX 3070", "RTX 3060", "RTX 4090"):
+            found = adafreeze.plan(config, LORA, batch_size=4, max_length=1024, dtype="bfloat16", device_memory=card)
+            made.setdefault(name, {"plain": found.plain.peak})[card] = found.proposal
+    return made
+
+
+PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {"resident": resident, "job": job, "plan": planned, "cards": cards}
 
 
 def main() -> None:

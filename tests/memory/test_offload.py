@@ -2,18 +2,25 @@
 
 import copy
 import io
+import os
+import shutil
+import signal
+import subprocess
 
 import pytest
 import torch
-from torch import nn
-
+import transformers
 from peft import get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM
 
-from adafreeze import RunError, Safe
+import adafreeze
+from adafreeze import AdafreezeWarning, ConfigError, RunError, Safe, SafeConfig
+from adafreeze.costs.memory import StorageTracker
 from adafreeze.model import find_stacks
-from adafreeze.model.offloaded import Offloaded
-from cached_run import BLOCKS, assert_same, config, epochs, train
+from adafreeze.model.offloaded import HostSource, Offloaded, bring_back
+from adafreeze.model.offloaded import offload as offload_one
+from cached_run import BLOCKS, assert_same, command, config, epochs, train
 from cases import FAMILIES, adapter, base_model, batch, collate, loader, lora_model, sample
 
 HALF = BLOCKS // 2
@@ -133,7 +140,7 @@ def test_tied_embeddings_stay(tmp_path):
 
 
 def test_many_misses_bring_the_weights_back(tmp_path):
-    model, optimizer, data, safe = away_model("bert", tmp_path)
+    model, optimizer, _, safe = away_model("bert", tmp_path)
     assert resident_share(model) < 0.75
     for index in range(20):
         one = collate([sample("bert", 100 + 8 * index + place) for place in range(8)])
@@ -208,4 +215,165 @@ def test_a_file_that_vanishes_is_still_read_and_one_that_changes_is_an_error(tmp
     moved.write_bytes(content[:-8] + b"\1" * 8)
     with pytest.raises(RunError, match="changed or cannot be read"):
         weight.sum()
-    moved.write_bytes(content)
+    with pytest.warns(AdafreezeWarning, match="changed or cannot be read"):
+        safe.close()
+
+
+def saved(folder, family="llama", **shards):
+    model = untied(family) if family == "llama" else lora_model(family, BLOCKS)
+    model.unload().save_pretrained(folder, **shards)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "auto_class", "shards"),
+    [
+        ("llama", "AutoModelForCausalLM", {}),
+        ("llama", "AutoModelForCausalLM", {"max_shard_size": "40KB"}),
+        ("gpt2", "AutoModelForCausalLM", {}),
+        ("bert", "AutoModelForSequenceClassification", {}),
+        ("t5", "AutoModelForSeq2SeqLM", {}),
+    ],
+)
+def test_from_pretrained_trains_the_same(family, auto_class, shards, tmp_path):
+    path = saved(tmp_path / "model", family, **shards)
+    batches, runs, shares = list(epochs(family)), [], []
+
+    def adapted(model):
+        torch.manual_seed(1)
+        return get_peft_model(model, adapter(family)).train()
+
+    for offload in ("disk", "off"):
+        if offload == "disk":
+            model = adafreeze.from_pretrained(path, auto_class)
+            assert resident_share(model) < (0.1 if family in ("llama", "bert") else 0.4)
+            assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+        else:
+            model = getattr(transformers, auto_class).from_pretrained(path)
+        after = (lambda _, m: shares.append(resident_share(m))) if offload == "disk" else None
+        runs.append(train(family, settings(tmp_path, offload), batches, model=adapted(model), after=after))
+    assert max(shares) < 0.8
+    assert_same(*runs)
+
+
+def test_a_model_that_never_was_on_the_device_does_not_come_to_it(tmp_path):
+    path = saved(tmp_path / "model")
+    model = get_peft_model(adafreeze.from_pretrained(path), adapter("llama"))
+    assert all(p.device.type == "cpu" for p in model.parameters())
+    with StorageTracker() as tracker:
+        safe = Safe(
+            model, settings(tmp_path, fill="before"), probe=loader("llama", 16), total_steps=12, samples_per_step=4
+        )
+    assert tracker.peak
+    blocks = find_stacks(model)[0].blocks
+    assert all(blocks[index].mlp.up_proj.weight.is_meta == (index < HALF) for index in range(BLOCKS))
+    safe.close()
+    assert blocks[0].mlp.up_proj.weight.is_meta, "the device may be too small for it"
+    reference = get_peft_model(AutoModelForCausalLM.from_pretrained(path), adapter("llama"))
+    with torch.no_grad():
+        one, other = (m.eval().base_model(**batch("llama")).logits for m in (model, reference))
+    assert torch.equal(one, other)
+
+
+def test_autograd_keeps_no_data_of_offloaded_weights():
+    weight = nn.Parameter(torch.randn(64, 64), requires_grad=False)
+    reference, x = weight.detach().clone(), torch.randn(4, 64, requires_grad=True)
+    assert offload_one(weight, HostSource(weight.data))
+    (own,) = torch.autograd.grad(nn.functional.linear(x, weight).square().sum(), x)
+    (other,) = torch.autograd.grad(nn.functional.linear(x, reference).square().sum(), x)
+    assert torch.equal(own, other)
+    output = nn.functional.linear(x, weight)
+    assert not any(
+        isinstance(kept, torch.Tensor) and kept.numel() == weight.numel()
+        for name in dir(output.grad_fn)
+        if name.startswith("_raw_saved")
+        for kept in [getattr(getattr(output.grad_fn, name), "data", None)]
+    )
+    bring_back(weight)
+    output.square().sum().backward()
+    assert torch.equal(x.grad, other)
+
+
+def test_memory_returns_to_the_system(tmp_path):
+    """The process's own memory falls by what left, also where transformers maps a whole file."""
+    program = f"""
+        import gc, sys, psutil, torch
+        from pathlib import Path
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM, LlamaConfig
+        from adafreeze import Safe, SafeConfig
+        torch.set_num_threads(1)
+        folder = Path({str(tmp_path)!r})
+        config = LlamaConfig(vocab_size=2000, hidden_size=512, intermediate_size=1400, num_hidden_layers=8,
+            num_attention_heads=8, max_position_embeddings=64, pad_token_id=0, tie_word_embeddings=False)
+        if sys.argv[1] == "file":
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+            model = AutoModelForCausalLM.from_pretrained(folder / "model")
+        else:
+            model = AutoModelForCausalLM.from_config(config)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).train()
+        rows = [dict(input_ids=torch.arange(3, 11) + row, labels=torch.arange(8)) for row in range(8)]
+        loader = torch.utils.data.DataLoader(rows, batch_size=4)
+        settings = SafeConfig(freeze_at_start=0.5, freeze_share=0.0, offload="disk", cache_dir=folder, score="random")
+        safe = Safe(model, settings, probe=loader, total_steps=12, samples_per_step=4)
+        for _ in range(4):
+            for batch in loader:
+                model(**batch).loss.backward()
+                gc.collect()
+                before = psutil.Process().memory_info().rss
+                safe.step()
+                if moved := safe.freezing.offload.nbytes:
+                    print((before - psutil.Process().memory_info().rss) / moved)
+                    sys.exit()
+    """
+    for kind in ("file", "config"):
+        done = subprocess.run(command(program, kind), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert float(done.stdout.split()[-1]) > 0.9, (kind, done.stdout)
+
+
+def test_a_kill_leaves_no_weights_on_the_disk(tmp_path):
+    program = f"""
+        import os, signal
+        from pathlib import Path
+        from test_offload import away_model
+        model, *_ = away_model("llama", Path({str(tmp_path)!r}))
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    folder = os.path.dirname(__file__)
+    done = subprocess.run(
+        command(program), env={**os.environ, "PYTHONPATH": folder}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_without_room_on_disk_the_weights_stay(tmp_path, monkeypatch):
+    usage = type(shutil.disk_usage("/"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10))
+    with pytest.warns(AdafreezeWarning, match="stay on the device: they take"):
+        model, _, _, safe = away_model("bert", tmp_path)
+    assert resident_share(model) == 1.0
+    safe.close()
+
+
+@pytest.mark.parametrize(("offload", "fix"), [("somewhere", "must be one of"), ("disk", "every pass needs")])
+def test_settings_that_contradict_each_other(offload, fix):
+    with pytest.raises(ConfigError, match=fix):
+        SafeConfig(offload=offload, cache="off" if offload == "disk" else "auto")
+
+
+def test_a_budget_asks_for_it_before_it_recomputes_more(tmp_path):
+    model = lora_model("llama", BLOCKS, dropout=0.0)
+    data = loader("llama", 16, rows=8)
+    plain = Safe(model, settings(tmp_path, "off", memory_budget="1GiB"), probe=data, total_steps=12, samples_per_step=8)
+    peak = plain.budget._choice((), plain.budget._longest()).plain_peak - plain.budget.beside
+    plain.close()
+    for share, away in ((1.5, False), (0.95, True)):
+        limit = int(share * peak)
+        safe = Safe(
+            model, settings(tmp_path, "auto", memory_budget=limit, fill="before"), probe=data,
+            total_steps=12, samples_per_step=8,
+        )  # fmt: skip
+        assert (resident_share(model) < 1.0) is away
+        safe.close()

@@ -153,8 +153,8 @@ def _conclusions(plan: Plan) -> list[str]:
     half = next((one for one in plan.offloaded if one is not None and 2 * one.prefix >= plan.blocks), None)
     if half is not None and half.offloaded:
         lines.append(
-            f"- With {half.prefix} of {plan.blocks} blocks frozen from the start and their weights away, the device holds "
-            f"{readable(half.filling)} while states are filled and {readable(half.peak)} in training; "
+            f"- With {half.prefix} of {plan.blocks} blocks frozen from the start and their weights away, the device "
+            f"holds {readable(half.filling)} while states are filled and {readable(half.peak)} in training; "
             f"{readable(half.offloaded)} of weights are on the host or on disk (--fill before --offload cpu)."
         )
     lines += [f"- {cause}" for cause in plan.causes]

@@ -210,8 +210,9 @@ class Budget:
         self.checkpointing.recomputed = self._current.recomputed if self._current else self.checkpointing.all_full
 
     def _setting(self) -> tuple[str, int, int]:
-        """What a step depends on beside its inputs and the prefix: autocast's data type, elements that train, and
-        elements of weights that are on the device.
+        """What a step depends on beside its inputs and the prefix.
+
+        Autocast's data type, elements that train, and elements of weights that are on the device.
         """
         trains = here = 0
         for parameter in self.model.parameters():

@@ -102,8 +102,8 @@ class Offload:
         given = {id(p) for p in self._given}
         for stack in self.prefix.stacks:
             for block in stack.blocks:
-                if own := [p for p in block.parameters() if id(p) in given]:
-                    self._away[block] = own  # type: ignore[assignment]
+                if own := [p for p in block.parameters() if id(p) in given and isinstance(p, Offloaded)]:
+                    self._away[block] = own
                     given -= set(map(id, own))
                     for parameter in own:
                         parameter.away.seems_there = False
@@ -263,7 +263,7 @@ class Offload:
             return None
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.prefix.device)
-        here, event = self._ahead.pop(block, None) or self._load(block)
+        here, event = self._ahead.pop(block) if block in self._ahead else self._load(block)
         torch.cuda.current_stream(self.prefix.device).wait_event(event)
         for tensor in here:
             tensor.record_stream(torch.cuda.current_stream(self.prefix.device))
@@ -366,7 +366,7 @@ def input_tables(model: nn.Module, stacks: Sequence[Stack], *, tied: bool = Fals
     least = SMALL_TABLE * sum(parameter.nbytes for parameter in model.parameters())
     others = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
     elsewhere = set() if tied else {id(p) for module in others for p in module._parameters.values()}
-    found = {
+    found: dict[int, Any] = {
         id(module.weight): module.weight
         for module in modules_outside(model.modules(), stacks)
         if isinstance(module, nn.Embedding) and module.max_norm is None and not module.weight.requires_grad

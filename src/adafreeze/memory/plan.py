@@ -250,7 +250,9 @@ def _plan(
         away = SELECTIVE._replace(offload=True)
     # What SafeConfig() freezes before step 0: nothing if the adapters move ranks, as AdaLoRA does.
     at_start = [] if planner.freezer.backend.moves_ranks else planner.lowest(AT_START)
-    choices = {frozenset(planner.lowest(share)): f"--freeze_at_start {share:.2g}" for share in DEEPER}
+    choices: dict[frozenset[str], str | None] = {
+        frozenset(planner.lowest(share)): f"--freeze_at_start {share:.2g}" for share in DEEPER
+    }
     choices |= {frozenset(planner.lowest(1)): None, frozenset(at_start): ""}  # only the topmost block is too little
     ways: list[tuple[int, str, int]] = []  # how much it costs: rank, then the order here; flags; peak
     for names, flag in sorted(choices.items(), key=lambda choice: len(choice[0])):

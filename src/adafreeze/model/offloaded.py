@@ -121,8 +121,6 @@ class WeightsFile:
     def close(self) -> None:
         """Close the file; what is mapped stays readable."""
         self._file.close()
-        if self._name == str(self.path):
-            return
 
 
 class FileSource:
@@ -221,7 +219,8 @@ class Offloaded(nn.Parameter):
     def _copied(self) -> nn.Parameter:
         made = copy.copy(self.away.held)  # as its class does it
         made.data = self.away.load()
-        return made.requires_grad_(self.requires_grad)
+        made.requires_grad_(self.requires_grad)
+        return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         if id(self) not in memo:
@@ -229,7 +228,7 @@ class Offloaded(nn.Parameter):
         made: nn.Parameter = memo[id(self)]
         return made
 
-    def __reduce_ex__(self, protocol: int) -> Any:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         return self._copied().__reduce_ex__(protocol)
 
 
@@ -315,9 +314,10 @@ def take_over(model: nn.Module) -> list[Offloaded]:
                     if id(parameter) not in made:
                         source = _dispatched(hook.weights_map, name, parameter, files)
                         held = nn.Parameter(torch.empty(0, dtype=parameter.dtype, device=hook.execution_device), False)
-                        away = Offloaded(torch.empty_like(parameter, device="meta"), False)
+                        away: Any = Offloaded(torch.empty_like(parameter, device="meta"), False)
                         away.away = _Away(held, source, held.device, seems_there=True)
-                        made[id(parameter)] = away.requires_grad_(parameter.requires_grad)  # type: ignore[assignment]
+                        away.requires_grad_(parameter.requires_grad)
+                        made[id(parameter)] = away
                     module._parameters[name] = made[id(parameter)]
                 hook.original_devices = {}  # or it would load them as it is removed
         remove_hook_from_module(module)
@@ -398,6 +398,6 @@ def resident(parameters: list[Offloaded], data: list[Tensor] | None = None) -> I
         del loaded, data
         yield
     finally:
-        for parameter, away in there:
-            _swap(parameter, away.held)
-            away.held.data = torch.empty(0, dtype=parameter.dtype, device=away.device)
+        for once, away in there:
+            if _swap(once, away.held):  # else someone has kept a reference, and it is back
+                away.held.data = torch.empty(0, dtype=once.dtype, device=away.device)
