@@ -11,7 +11,10 @@ trained, against what ``plan`` says: bytes of weights and of tensors that are al
 dispatch mode over the whole run.
 
 plan: the shape of Llama-3.1-8B in bf16, one sample of 1,024 tokens, LoRA on all linear layers, against plain PEFT; and
-with nf4 weights on 6 GiB. Nothing is run; takes six minutes on one core.
+with nf4 weights on 6 GiB.
+
+cards: the flags that ``plan`` proposes for three models on three cards, four samples of 1,024 tokens. These two parts
+run nothing; together they take twenty minutes on one core.
 """
 
 from __future__ import annotations

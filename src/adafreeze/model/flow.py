@@ -93,6 +93,8 @@ def trace_flow(
     with ExitStack() as undo:
         undo.enter_context(quiet(model))
         undo.enter_context(torch.enable_grad())
+        # The graph is walked, and never run backward: keeping activations would make this pass the peak of a run.
+        undo.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None))
         for stack in stacks:
             for block in stack.blocks:
                 undo.enter_context(patched_forward(block, watch(stack, block)))
