@@ -151,7 +151,7 @@ def test_many_misses_bring_the_weights_back(tmp_path):
         if safe.steps == 12:
             break
     assert resident_share(model) == 1.0
-    assert "were not stored" in events(safe, "offload_off")[0]["reason"]
+    assert "not stored" in events(safe, "offload_off")[0]["reason"]
     safe.close()
 
 

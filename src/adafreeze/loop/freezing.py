@@ -179,12 +179,17 @@ class Freezing:
 
     def weights_may_move(self) -> None:
         """Between two steps: the prefix's weights leave once all states are held, and return if that was not so."""
-        if self.offload is None or self.offload.ended is not None:
+        offload, cache = self.offload, self.cache.prefix_cache
+        if offload is None or offload.ended is not None:
             return
-        self.offload.fills = False
-        before = self.offload.nbytes
-        self._move_weights(leaves=True)
-        if self.offload.nbytes != before:
+        waits, offload.fills = offload.fills, False
+        leaves = cache is not None and cache.complete and offload.has_more and self._wants_room()
+        if not (waits or leaves or offload.has_returned or self.cache.off_because is not None):
+            if cache is None or not offload.misses_too_often(cache.stats.misses, cache.stats.looked_up):
+                return
+        before = offload.nbytes
+        self._move_weights(leaves=leaves)
+        if offload.nbytes != before:
             self.share_memory()
 
     def _move_weights(self, *, leaves: bool = False) -> None:
@@ -197,8 +202,9 @@ class Freezing:
                 return
             if (reason := self.cache.off_because) is not None:
                 offload.end(f"the prefix cache is off ({reason})", self.length.steps)
-            offload.judge(self.length.steps, cache.stats.misses, cache.stats.looked_up)
-            if leaves and offload.ended is None and cache.complete and self._wants_room():
+            if offload.misses_too_often(cache.stats.misses, cache.stats.looked_up):
+                offload.end("more than a few of the last samples were not stored", self.length.steps)
+            if leaves and offload.ended is None:
                 offload.leave(self.length.steps)
 
     def _wants_room(self) -> bool:

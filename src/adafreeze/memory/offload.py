@@ -91,6 +91,7 @@ class Offload:
         self._ahead: dict[nn.Module, tuple[list[Tensor], Any]] = {}
         self._stream: Any = None
         self._before = (0, 0)
+        self._left_at: tuple[Any, ...] = ()
         self._given = take_over(self.model) if kind is not None else []
         self._given += [p for p in self.model.parameters() if isinstance(p, Offloaded)]
         self._given = list({id(p): p for p in self._given}.values())
@@ -120,6 +121,7 @@ class Offload:
 
     def leave(self, step: int) -> None:
         """Move everything that the run does not need any more and that is still there."""
+        self._left_at = self._place
         if self.kind is None:
             return
         groups, tables = self._groups()
@@ -292,14 +294,26 @@ class Offload:
                 self._return(self._tables.pop())
         self._count()
 
-    def judge(self, step: int, misses: int, looked_up: int) -> None:
-        """End if more than a few of the samples since the weights left were not stored."""
+    @property
+    def has_more(self) -> bool:
+        """Whether anything may still leave: the prefix has changed since the last time, or something has come back."""
+        return self._left_at != self._place or self.has_returned
+
+    @property
+    def has_returned(self) -> bool:
+        """Whether others brought weights back by writing to them."""
+        return not all(type(one) is Offloaded for own in (*self._away.values(), self._tables) for one in own)
+
+    @property
+    def _place(self) -> tuple[Any, ...]:
+        return tuple((path, depth, self.prefix.runs_first(path)) for path, depth in self.prefix.depths.items())
+
+    def misses_too_often(self, misses: int, looked_up: int) -> bool:
+        """Whether more than a few of the samples since the weights left were not stored."""
         if not self.nbytes:
             self._before = misses, looked_up
-            return
         missed, samples = misses - self._before[0], looked_up - self._before[1]
-        if samples >= FEW_SAMPLES and missed > MOST_MISSES * samples:
-            self.end(f"{missed} of the last {samples} samples were not stored", step)
+        return samples >= FEW_SAMPLES and missed > MOST_MISSES * samples
 
     def end(self, reason: str, step: int | None = None) -> None:
         """Bring everything back, for good, except what never was on the device: that may be too small for it."""

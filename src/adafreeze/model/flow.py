@@ -94,7 +94,7 @@ def trace_flow(
         undo.enter_context(quiet(model))
         undo.enter_context(torch.enable_grad())
         # The graph is walked, and never run backward: keeping activations would make this pass the peak of a run.
-        undo.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None))
+        undo.enter_context(torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing))
         for stack in stacks:
             for block in stack.blocks:
                 undo.enter_context(patched_forward(block, watch(stack, block)))
@@ -154,3 +154,7 @@ def chains_of(flows: Mapping[str, Flow]) -> list[list[str]]:
         else:
             chain.append(path)
     return chains
+
+
+def _nothing(_: Any) -> Any:
+    return None
