@@ -184,9 +184,9 @@ class Freezing:
             return
         waits, offload.fills = offload.fills, False
         leaves = cache is not None and cache.complete and offload.has_more and self._wants_room()
-        if not (waits or leaves or offload.has_returned or self.cache.off_because is not None):
-            if cache is None or not offload.misses_too_often(cache.stats.misses, cache.stats.looked_up):
-                return
+        misses = cache is not None and offload.misses_too_often(cache.stats.misses, cache.stats.looked_up)
+        if not (waits or leaves or misses or offload.has_returned or self.cache.off_because is not None):
+            return
         before = offload.nbytes
         self._move_weights(leaves=leaves)
         if offload.nbytes != before:
