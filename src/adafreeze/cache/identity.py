@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..model.backends import Backend
 from ..model.blocks import Stack, base_model, configs_of, device_of, modules_outside, user_name
+from ..model.offloaded import data_of
 from ..model.traces import changed_code
 
 __all__ = ["FORMAT_VERSION", "HOSTS_SET", "Identity"]
@@ -308,7 +309,7 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 def _add_tensors(digest: xxhash.xxh3_128, tensors: Iterable[tuple[str, Tensor]]) -> None:
     for name, tensor in tensors:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(_bytes_of(tensor.detach()))
+        digest.update(_bytes_of(data_of(tensor)))
 
 
 def _bytes_of(tensor: Tensor) -> memoryview | bytes:

@@ -20,6 +20,7 @@ from ..decide.policy import POLICIES
 from ..decide.scores import SCORES
 from ..errors import AdafreezeError, ConfigError, ProbeError, RunError, note, warn
 from ..journal import Journal
+from ..loop.preflight import warn_compiled
 from ..loop.safe import Safe
 from ..measure.draw import MOST_SAMPLES, samples_of, train_samples
 from ..model.batch import arguments, packed, rows_of, unpacked
@@ -98,6 +99,9 @@ class SafeCallback(TrainerCallback, ExportableState):
         callbacks.sort(key=lambda callback: callback is not self)  # before the trackers, which then get our scalars
         self._release()  # after an interrupted train()
         self.safe = self._recorder = None
+        if args.torch_compile and self.config is not None and self.config.offload in ("cpu", "disk"):
+            warn_compiled(self.config)
+            self.config = self.config.changed(offload="off")
         self._start = partial(
             Safe,
             kwargs["model"],

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..config import SafeConfig
@@ -34,6 +33,7 @@ __all__ = [
     "frozen_at_start",
     "offload_kind",
     "paying_units",
+    "warn_compiled",
     "warn_of_units_left_out",
 ]
 
@@ -119,8 +119,13 @@ def check_parallel(config: SafeConfig, parallel: Parallel) -> SafeConfig:
     return config.changed(cache="off")
 
 
-def offload_kind(config: SafeConfig, device: torch.device, parallel: Parallel) -> str | None:
+def offload_kind(config: SafeConfig, model: nn.Module, wrapped: nn.Module, parallel: Parallel) -> str | None:
     """Where the weights of the prefix may go: ``"cpu"``, ``"disk"``, or None: they stay."""
+    device = device_of(model)
+    if is_compiled(wrapped):
+        if config.offload in ("cpu", "disk"):
+            warn_compiled(config)
+        return None
     if config.offload == "off" or parallel.no_offload is not None or config.cache == "off" or config.dry_run:
         return None
     if config.offload == "auto":
@@ -133,6 +138,21 @@ def offload_kind(config: SafeConfig, device: torch.device, parallel: Parallel) -
         )
         return None
     return config.offload
+
+
+def warn_compiled(config: SafeConfig) -> None:
+    """Warn that nothing leaves the device where torch.compile compiles the model as a whole."""
+    warn(
+        f"SafeConfig.offload is {config.offload!r}, and torch.compile compiles the model as a whole, with the weights "
+        "that would leave: they stay.",
+        fix="Compile the blocks instead: for block in model.model.layers: block.compile()",
+        stacklevel=5,
+    )
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile was applied to the model as a whole."""
+    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
 
 
 def check_names(names: Iterable[str], units: Collection[str]) -> None:

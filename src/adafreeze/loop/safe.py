@@ -449,7 +449,7 @@ class Safe:
             checkpointing.check(self.prefix.rehearse, probe.micro_batch(1, device_of(self.model)))
 
     def _offload(self) -> Offload | None:
-        kind = offload_kind(self.config, device_of(self.model), self.parallel)
+        kind = offload_kind(self.config, self.model, self._wrapped, self.parallel)
         if kind is None and not any(isinstance(parameter, Offloaded) for parameter in self.model.parameters()):
             return None
         adapters = (id(parameter) for unit in self.units.values() for parameter in unit.all_parameters())

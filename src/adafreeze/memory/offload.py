@@ -5,15 +5,18 @@ from __future__ import annotations
 import ctypes
 import gc
 import mmap
+import os
 import shutil
 import sys
-import tempfile
+import threading
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
@@ -87,11 +90,12 @@ class Offload:
         self._away: dict[nn.Module, list[Offloaded]] = {}
         self._tables: list[Offloaded] = []
         self._files: list[WeightsFile] = []
-        self._folder: Path | None = None
         self._ahead: dict[nn.Module, tuple[list[Tensor], Any]] = {}
         self._stream: Any = None
         self._before = (0, 0)
         self._left_at: tuple[Any, ...] = ()
+        self._as_in_file: set[int] = set()
+        self._lock = threading.RLock()
         self._given = take_over(self.model) if kind is not None else []
         self._given += [p for p in self.model.parameters() if isinstance(p, Offloaded)]
         self._given = list({id(p): p for p in self._given}.values())
@@ -106,8 +110,6 @@ class Offload:
                 if own := [p for p in block.parameters() if id(p) in given and isinstance(p, Offloaded)]:
                     self._away[block] = own
                     given -= set(map(id, own))
-                    for parameter in own:
-                        parameter.away.seems_there = False
         self._tables = [p for p in self._given if id(p) in given]
         self._count()
 
@@ -127,12 +129,14 @@ class Offload:
         groups, tables = self._groups()
         try:
             sources = self._sources([*groups.values(), *tables])
-        except OSError as error:
-            self._stay(f"the folder {self.folder} cannot take them ({error.strerror or error})")
+        except (OSError, SafetensorError) as error:  # the second where the disk is full
+            self._stay(f"the folder {self.folder} cannot take them ({getattr(error, 'strerror', None) or error})")
             return
         if sources is None:
             return
-        mapped = [(p.data_ptr(), p.nbytes) for group in [*groups.values(), *tables] for p in _values(group)]
+        # Of weights that are those of a file: others may have been changed in a private copy of its pages.
+        every = [p for group in [*groups.values(), *tables] for p in _values(group)]
+        mapped = [(p.data_ptr(), p.nbytes) for p in every if id(p) in self._as_in_file]
         left = sum(self._move(group, sources, self._away.setdefault(block, [])) for block, group in groups.items())
         left += sum(self._move(group, sources, self._tables) for group in tables)
         if not left:
@@ -196,8 +200,8 @@ class Offload:
     def _move(self, group: _Group, sources: Mapping[int, Source], away: list[Offloaded]) -> int:
         moved = 0
         for parameter in group.parameters.values():
-            size = parameter.nbytes
-            if offload(parameter, sources[id(parameter)], seems_there=away is self._tables):
+            size = 0 if isinstance(parameter, Offloaded) else parameter.nbytes  # two blocks may share one
+            if offload(parameter, sources[id(parameter)]):
                 away.append(parameter)  # type: ignore[arg-type]  # it is an Offloaded now
                 moved += size
         self.nbytes += moved
@@ -215,6 +219,7 @@ class Offload:
             for name, parameter in group.parameters.items():
                 if (found := pretrained.find(user_name(name), parameter)) is not None:
                     sources[id(parameter)] = found
+        self._as_in_file = set(sources)
         rest = [
             _Group(group.name, {n: p for n, p in group.parameters.items() if id(p) not in sources}) for group in groups
         ]
@@ -226,11 +231,11 @@ class Offload:
             if need > free:
                 self._stay(f"they take {readable(need)} on disk, and {self.folder} has {readable(free)}")
                 return None
-            self._folder = self._folder or Path(tempfile.mkdtemp(prefix="offload-", dir=self.folder))
         for group in rest:
             if group.parameters:
                 data = {name: parameter.data for name, parameter in group.parameters.items()}
-                file = WeightsFile.write(self._folder / f"{group.name}.safetensors", data)  # type: ignore[operator]
+                name = f"offload-{os.getpid()}-{id(self):x}-{group.name}.safetensors"
+                file = WeightsFile.write(self.folder / name, data)
                 self._files.append(file)
                 sources |= {id(p): FileSource(file, name) for name, p in group.parameters.items()}
         return sources
@@ -248,16 +253,18 @@ class Offload:
     @contextmanager
     def at_hand(self, block: nn.Module) -> Iterator[None]:
         """The weights of ``block`` are on the device within the block."""
-        away = [parameter for parameter in self._away.get(block, ()) if isinstance(parameter, Offloaded)]
+        away = self._away.get(block, [])
         if away and torch.is_grad_enabled():  # autograd keeps weights, so each operation gets its own
             self.end("a pass in evaluation mode with gradients runs through them")
             away = []
         if not away:
             yield
             return
-        self.streamed += sum(parameter.nbytes for parameter in away)
-        with resident(away, self._loaded(block)):
-            yield
+        with self._lock:  # threads may evaluate at the same time
+            away = [*filter(_is_away, away)]
+            self.streamed += sum(parameter.nbytes for parameter in away)
+            with resident(away, self._loaded(block)):
+                yield
 
     def _loaded(self, block: nn.Module) -> list[Tensor] | None:
         """The weights of ``block``, and begin to load the next block's; None where they are loaded at their use."""
@@ -336,12 +343,10 @@ class Offload:
         """Bring everything back, except what never was on the device, and delete what was written."""
         self._return_all()
         self.prefix.weights = None
-        for file in self._files:
-            file.close()
+        if not self.nbytes:  # else what is still away is read from them
+            for file in self._files:
+                file.close()
         self._files = []
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
 
     def _return_all(self) -> None:
         self._ahead.clear()
@@ -368,10 +373,9 @@ class Offload:
 def block_weights(
     model: nn.Module, blocks: Sequence[nn.Module], keeps: Collection[int]
 ) -> dict[nn.Module, list[nn.Parameter]]:
-    """The frozen weights of each block that only these blocks use, without those whose ids are in ``keeps``."""
-    inside = {id(module) for block in blocks for module in block.modules()}
-    used = {id(p) for module in model.modules() if id(module) not in inside for p in module._parameters.values()}
-    stay = used | set(keeps)
+    """The frozen weights of each block that nothing else uses, without those whose ids are in ``keeps``."""
+    users = Counter(id(p) for module in model.modules() for p in set(module._parameters.values()))
+    stay = {key for key, count in users.items() if count > 1} | set(keeps)
     return {block: [p for p in block.parameters() if not p.requires_grad and id(p) not in stay] for block in blocks}
 
 
@@ -411,7 +415,9 @@ class _Pretrained:
         if known is None or self._places[known].shape(known) != tuple(parameter.shape):
             return None
         stored = self._places[known].load(known)
-        if stored.dtype != parameter.dtype or not torch.equal(stored, parameter.data.to("cpu")):
+        own = parameter.data.to("cpu")
+        # By bits: −0 is equal to 0, and NaN to nothing.
+        if stored.dtype != own.dtype or not torch.equal(_bits(stored), _bits(own)):
             return None
         return FileSource(self._places[known], known)
 
@@ -461,6 +467,10 @@ def _return_to_system(left: list[tuple[int, int]], files: list[Path]) -> None:
         start, end = -(-address // page) * page, (address + size) // page * page
         if start < end and any(low <= start and end <= high for low, high in maps):
             system.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8) if tensor.ndim else tensor.reshape(1).view(torch.uint8)
 
 
 def _values(group: _Group) -> list[nn.Parameter]:

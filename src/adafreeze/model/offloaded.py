@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import gc
 import os
-import weakref
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook, remove_hook_from_module
 from safetensors import safe_open
@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..errors import RunError
 
 __all__ = [
-    "FileSource", "HostSource", "Offloaded", "Source", "WeightsFile", "bring_back", "offload", "resident", "take_over",
+    "FileSource", "HostSource", "Offloaded", "Source", "WeightsFile",
+    "bring_back", "data_of", "offload", "resident", "take_over",
 ]  # fmt: skip
 
 
@@ -74,7 +75,8 @@ class WeightsFile:
         Raises:
             OSError: the disk is full, or the folder cannot be written to.
         """
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        # Copies, because tensors of a file may not share memory.
+        save_file({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path)
         made = cls(path)
         if made._name != str(path):
             path.unlink()
@@ -124,14 +126,14 @@ class WeightsFile:
 
 
 class FileSource:
-    """Data in a safetensors file."""
+    """Data in a safetensors file, in another data type if one is given."""
 
-    def __init__(self, file: WeightsFile, name: str) -> None:
-        self._file, self._name = file, name
+    def __init__(self, file: WeightsFile, name: str, dtype: torch.dtype | None = None) -> None:
+        self._file, self._name, self._dtype = file, name, dtype
 
     def load(self) -> Tensor:
-        """The data, mapped."""
-        return self._file.load(self._name)
+        """The data, mapped where they need no other type."""
+        return self._file.load(self._name).to(self._dtype)
 
 
 class _Away:
@@ -141,16 +143,27 @@ class _Away:
         held: a parameter of the original class with its attributes, without data.
         source: of the data.
         device: to which the data return.
-        seems_there: its ``device`` is this one, not ``meta``. So it is for embedding tables, often a model's first
-            parameter, which tells people and libraries where the model is; and until a run begins for all weights that
-            were loaded this way, since PEFT puts adapters beside them.
+        strides: of the data.
     """
 
-    def __init__(self, held: nn.Parameter, source: Source, device: torch.device, seems_there: bool) -> None:
-        self.held, self.source, self.device, self.seems_there = held, source, device, seems_there
+    def __init__(self, held: nn.Parameter, source: Source, device: torch.device, strides: tuple[int, ...]) -> None:
+        self.held, self.source, self.device, self.strides = held, source, device, strides
 
     def load(self) -> Tensor:
-        return self.source.load().to(self.device, non_blocking=True)
+        """The data on their device, laid out as they were: kernels may round by that."""
+        data = self.source.load()
+        if data.stride() != self.strides:
+            made = torch.empty_strided(data.shape, self.strides, dtype=data.dtype, device=self.device)
+            return made.copy_(data)
+        return data.to(self.device, non_blocking=True)
+
+    def put(self, data: Tensor) -> None:
+        """Let ``held`` have data, or none with an empty tensor."""
+        self.held.data = data
+
+    def empty(self) -> None:
+        """Let ``held`` have no data."""
+        self.held.data = torch.empty(0, dtype=self.held.dtype, device=self.device)
 
 
 # Attributes of tensors that need their data; all others describe it.
@@ -159,11 +172,12 @@ _DATA_ATTRIBUTES = {"data", "T", "mT", "H", "mH", "real", "imag"}
 _DESCRIBE = {
     *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "__len__"),
     *("is_floating_point", "is_complex", "is_contiguous", "is_inference", "is_signed", "get_device", "has_names"),
-    *("untyped_storage", "data_ptr", "is_shared", "_is_view", "_use_count", "__hash__", "requires_grad_"),
-    *("_has_compatible_shallow_copy_type", "register_hook", "register_post_accumulate_grad_hook"),
+    *("untyped_storage", "data_ptr", "is_shared", "_is_view", "_use_count", "__hash__"),
 }
-_IN_PLACE = {
-    "__setitem__",
+# What changes a parameter, or is to stay with it.
+_CHANGE = {
+    *("__setitem__", "register_hook", "register_post_accumulate_grad_hook", "share_memory_", "retain_grad"),
+    "_has_compatible_shallow_copy_type",  # Module.to() asks, and then writes to the parameter or replaces it
     *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")),
     *("__ilshift__", "__irshift__"),
 }
@@ -172,9 +186,11 @@ _IN_PLACE = {
 class Offloaded(nn.Parameter):
     """A parameter whose data left its device.
 
-    It is a ``meta`` tensor, so it takes no memory, and counters see none. What reads it gets the data on the device
-    where they were, for that operation; a look-up of embeddings moves its rows alone. What writes to it brings the data
-    back first. So it is saved, copied, pickled and moved like the parameter that it was.
+    It is a ``meta`` tensor, so it takes no memory, and counters see none. Its ``device`` is the one to which it
+    returns, because people and libraries put other things beside it. What reads it gets the data on that device, for
+    one operation; a look-up of embeddings moves its rows alone. What writes to it, could write to it (a view), trains
+    it, or adds a hook, brings the data back first. So it is saved, copied, pickled and moved like the parameter that it
+    was.
     """
 
     away: _Away
@@ -185,30 +201,34 @@ class Offloaded(nn.Parameter):
         name = getattr(func, "__name__", "")
         with torch._C.DisableTorchFunctionSubclass():
             if name in ("__get__", "__set__", "__delete__"):
-                if func.__self__.__name__ == "device" and args[0].away.seems_there:
+                attribute = func.__self__.__name__
+                if attribute == "device":
                     return args[0].away.device
-                if func.__self__.__name__ not in _DATA_ATTRIBUTES or (name == "__set__" and args[0] is args[1]):
+                to_train = name == "__set__" and attribute == "requires_grad" and bool(args[1])
+                if not to_train and (attribute not in _DATA_ATTRIBUTES or (name == "__set__" and args[0] is args[1])):
                     return func(*args, **kwargs)
-            elif name in _DESCRIBE:
+            elif name in _DESCRIBE or (name == "requires_grad_" and not _is_true(*args[1:], **kwargs)):
                 return func(*args, **kwargs)
-            if name in ("detach", "cpu") and not args[1:]:
-                return args[0].away.source.load().detach()  # to save it, most often: the device need not take it
+            if name == "detach" and sys._getframe(1).f_code.co_name == "_save_to_state_dict":
+                return args[0].away.source.load()  # the device need not take what is only saved
             if name == "to" and _is_there(args[0], *args[1:], **kwargs):
                 return args[0]
+            if name == "_has_compatible_shallow_copy_type" and args[0] is args[1]:
+                return True
+            own = {id(one): one for one in tree_leaves((args, kwargs)) if isinstance(one, Offloaded)}
+            trains = torch.is_grad_enabled() and any(one.requires_grad for one in own.values())
+            if trains or _changes(name, kwargs):
+                return _with_data(own.values(), func, args, kwargs)
             if func is nn.functional.embedding:
                 return _look_up(*args, **kwargs)
-            if _writes(name, kwargs):
-                for parameter in {id(p): p for p in tree_leaves((args, kwargs)) if isinstance(p, Offloaded)}.values():
-                    bring_back(parameter)
-                return func(*args, **kwargs)
-            loaded: dict[int, tuple[Offloaded, Tensor]] = {}
-
-            def load(one: Offloaded) -> Tensor:
-                return loaded.setdefault(id(one), (one, one.away.load()))[1]
-
-            args, kwargs = tree_map_only(Offloaded, load, (args, kwargs))
+            loaded = {key: (one, one.away.load()) for key, one in own.items()}
+            inputs = tree_map_only(Offloaded, lambda one: loaded[id(one)][1], (args, kwargs))
             with _reloaded(loaded.values()):
-                return func(*args, **kwargs)
+                result = func(*inputs[0], **inputs[1])
+            storages = {data.untyped_storage()._cdata for _, data in loaded.values()}
+            if any(_shares(leaf, storages) for leaf in tree_leaves(result)):  # through which it could be written to
+                return _with_data(own.values(), func, args, kwargs)
+            return result
 
     def __getattr__(self, name: str) -> Any:
         # Such as the scales of a quantized weight, which did not leave.
@@ -254,9 +274,30 @@ def _reloaded(loaded: Iterable[tuple[Offloaded, Tensor]]) -> AbstractContextMana
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-def _writes(name: str, kwargs: dict[str, Any]) -> bool:
+def data_of(tensor: Tensor) -> Tensor:
+    """The data of a tensor, for reading; of an offloaded one on the host."""
+    return tensor.away.source.load() if isinstance(tensor, Offloaded) else tensor.detach()
+
+
+def _with_data(own: Iterable[Offloaded], func: Any, args: Any, kwargs: Any) -> Any:
+    for parameter in own:
+        bring_back(parameter)
+    return func(*args, **kwargs)
+
+
+def _is_true(requires_grad: bool = True) -> bool:
+    return requires_grad
+
+
+def _shares(value: Any, storages: set[int]) -> bool:
+    if isinstance(value, np.ndarray):
+        return True
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.untyped_storage()._cdata in storages
+
+
+def _changes(name: str, kwargs: dict[str, Any]) -> bool:
     in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in _IN_PLACE or name in ("__get__", "__set__") or kwargs.get("out") is not None
+    return in_place or name in _CHANGE or name in ("__get__", "__set__") or kwargs.get("out") is not None
 
 
 def _is_there(parameter: Offloaded, *args: Any, **kwargs: Any) -> bool:
@@ -279,25 +320,24 @@ def _look_up(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor
     return rows.to(weight.away.device)
 
 
-def offload(parameter: nn.Parameter, source: Source, *, seems_there: bool = False) -> bool:
+def offload(parameter: nn.Parameter, source: Source) -> bool:
     """Free the data of ``parameter``, which ``source`` has. The object stays the same for all who have it.
-
-    Args:
-        parameter: on its device.
-        source: of its data.
-        seems_there: its ``device`` stays what it is.
 
     Returns:
         False if that is not possible, since other code (compiled, or a graph) refers to its data.
     """
+    if isinstance(parameter, Offloaded):
+        return True
     device, data = parameter.device, parameter.data
-    held = Offloaded(torch.empty_strided(data.shape, data.stride(), dtype=data.dtype, device="meta"), False)
-    held.requires_grad_(parameter.requires_grad)
+    strides = data.stride()
+    described = torch.empty_strided(data.shape, strides, dtype=data.dtype, device="meta")
+    held: Any = Offloaded(described, parameter.requires_grad)
     del data
     if not _swap(parameter, held):
         return False
-    held.data = torch.empty(0, dtype=held.dtype, device=device)  # ``held`` is what ``parameter`` was
-    parameter.away = _Away(held, source, device, seems_there)  # type: ignore[attr-defined]
+    away = _Away(held, source, device, strides)  # ``held`` is what ``parameter`` was
+    away.empty()
+    parameter.away = away  # type: ignore[attr-defined]
     return True
 
 
@@ -314,13 +354,13 @@ def take_over(model: nn.Module) -> list[Offloaded]:
                     if id(parameter) not in made:
                         source = _dispatched(hook.weights_map, name, parameter, files)
                         held = nn.Parameter(torch.empty(0, dtype=parameter.dtype, device=hook.execution_device), False)
-                        away: Any = Offloaded(torch.empty_like(parameter, device="meta"), False)
-                        away.away = _Away(held, source, held.device, seems_there=True)
-                        away.requires_grad_(parameter.requires_grad)
+                        away: Any = Offloaded(parameter.data, parameter.requires_grad)
+                        away.away = _Away(held, source, held.device, parameter.stride())
                         made[id(parameter)] = away
                     module._parameters[name] = made[id(parameter)]
                 hook.original_devices = {}  # or it would load them as it is removed
-        remove_hook_from_module(module)
+        if "_hf_hook" in module.__dict__:  # not that of the module inside, which PEFT's wrapper passes on
+            remove_hook_from_module(module)
     return list(made.values())
 
 
@@ -334,9 +374,7 @@ def _dispatched(weights: Any, name: str, parameter: nn.Parameter, files: dict[st
     found = getattr(getattr(weights, "dataset", None), "index", {}).get(f"{getattr(weights, 'prefix', '')}{name}", {})
     if (path := found.get("safetensors_file")) is not None:
         file = files.setdefault(path, WeightsFile(path)) if path not in files else files[path]
-        own = FileSource(file, found.get("weight_name", name))
-        if own.load().dtype == parameter.dtype:
-            return own
+        return FileSource(file, found.get("weight_name", name), parameter.dtype)
     return _Dispatched(weights, name)
 
 
@@ -352,12 +390,17 @@ class _Dispatched:
 
 
 def _swap(one: nn.Parameter, other: nn.Parameter) -> bool:
-    if weakref.getweakrefs(one):
-        gc.collect()  # those of fake tensors go with their mode
+    """Exchange class, attributes and data of two objects; False if C++ code holds a reference to one's data.
+
+    ``torch.utils.swap_tensors`` also refuses objects with Python's weak references (a WeakKeyDictionary of parameters).
+    They refer to the object, which is to be found under them afterwards, too.
+    """
     try:
-        torch.utils.swap_tensors(one, other)
+        torch._C._swap_tensor_impl(one, other)  # type: ignore[attr-defined]
     except RuntimeError:
         return False
+    one.__class__, other.__class__ = other.__class__, one.__class__
+    one.__dict__, other.__dict__ = other.__dict__, one.__dict__
     return True
 
 
@@ -365,17 +408,29 @@ def bring_back(parameter: Offloaded) -> None:
     """Make ``parameter`` what it was, for good.
 
     Raises:
-        RunError: its data cannot be read any more.
+        RunError: its data cannot be read any more, or other code refers to it.
     """
-    _return(parameter, parameter.away.load())
-
-
-def _return(parameter: Offloaded, data: Tensor) -> None:
     away, trains = parameter.away, parameter.requires_grad
-    # A mapped file, and the host's own copy, are not to be written to.
-    away.held.data = data if away.device.type != "cpu" else data.clone()
-    _swap(parameter, away.held)
+    with torch.inference_mode(False), torch.no_grad():
+        data = away.load()
+        # A mapped file, and the host's own copy, are not to be written to.
+        away.put(data if away.device.type != "cpu" else data.clone(memory_format=torch.preserve_format))
+    if not _return(parameter, away):
+        away.empty()
+        raise RunError(
+            "A weight of the frozen prefix cannot come back to its device: other code holds a reference to it.",
+            fix='SafeConfig(offload="off")',
+        )
     parameter.requires_grad_(trains)
+
+
+def _return(parameter: nn.Parameter, away: _Away) -> bool:
+    """Put the class and the data of ``away.held`` into ``parameter``, with attributes that it got meanwhile."""
+    meanwhile = {name: value for name, value in parameter.__dict__.items() if name != "away"}
+    if not _swap(parameter, away.held):
+        return False
+    parameter.__dict__.update(meanwhile)
+    return True
 
 
 @contextmanager
@@ -386,18 +441,18 @@ def resident(parameters: list[Offloaded], data: list[Tensor] | None = None) -> I
         parameters: offloaded ones.
         data: theirs, on their device; None: loaded now.
     """
-    loaded = [parameter.away.load() for parameter in parameters] if data is None else data
     there: list[tuple[nn.Parameter, _Away]] = []
     try:
-        for parameter, own in zip(parameters, loaded, strict=True):
+        for index, parameter in enumerate(parameters):
             away = parameter.away
-            away.held.data = own
-            if not _swap(parameter, away.held):
-                raise RunError("A weight of the frozen prefix is in use elsewhere.", fix='SafeConfig(offload="off")')
-            there.append((parameter, away))
-        del loaded, data
+            away.put(away.load() if data is None else data[index])
+            if _return(parameter, away):
+                there.append((parameter, away))
+            else:  # each operation on it loads it
+                away.empty()
+        del data
         yield
     finally:
         for once, away in there:
             if _swap(once, away.held):  # else someone has kept a reference, and it is back
-                away.held.data = torch.empty(0, dtype=once.dtype, device=away.device)
+                away.empty()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
 from ..model import find_stacks
 from ..model.offloaded import take_over
 from ..model.restore import keep_random_state
@@ -90,6 +90,13 @@ def load_offloaded(
     level, log.level = log.level, logging.ERROR  # it warns of what is on disk, as was asked for
     try:
         model: PreTrainedModel = load(auto_class, source, device_map=places, **options)
+    except ModelError as error:
+        if "offload_folder" not in str(error):
+            raise
+        raise ModelError(
+            f"{source.name} has no safetensors file for all of its weights, so they cannot stay on disk.",
+            fix='offload="cpu"; or model.save_pretrained(FOLDER) once, and load that.',
+        ) from error
     finally:
         log.setLevel(level)
     take_over(model)
