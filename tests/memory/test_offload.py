@@ -6,19 +6,20 @@ import os
 import shutil
 import signal
 import subprocess
+import weakref
 
 import pytest
 import torch
 import transformers
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import adafreeze
-from adafreeze import AdafreezeWarning, ConfigError, RunError, Safe, SafeConfig
+from adafreeze import AdafreezeWarning, ConfigError, ModelError, RunError, Safe, SafeConfig
 from adafreeze.costs.memory import StorageTracker
 from adafreeze.model import find_stacks
-from adafreeze.model.offloaded import HostSource, Offloaded, bring_back
+from adafreeze.model.offloaded import HostSource, Offloaded, bring_back, resident
 from adafreeze.model.offloaded import offload as offload_one
 from cached_run import BLOCKS, assert_same, command, config, epochs, train
 from cases import FAMILIES, adapter, base_model, batch, collate, loader, lora_model, sample
@@ -377,3 +378,115 @@ def test_a_budget_asks_for_it_before_it_recomputes_more(tmp_path):
         )  # fmt: skip
         assert (resident_share(model) < 1.0) is away
         safe.close()
+
+
+def linear():
+    torch.manual_seed(0)
+    module = nn.Linear(8, 4)
+    return module.requires_grad_(False)
+
+
+def away_linear():
+    module = linear()
+    assert offload_one(module.weight, HostSource(module.weight.data))
+    assert module.weight.is_meta
+    return module
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.detach().mul_(2),
+        lambda w: w[0].zero_(),
+        lambda w: w.view(-1)[3].fill_(7),
+        lambda w: w.numpy().fill(3),
+        lambda w: w.data.add_(1),
+        lambda w: w.T.copy_(torch.ones(8, 4)),
+        nn.init.normal_,
+        lambda w: torch._foreach_add_([w], 1.0),
+        lambda w: torch.mul(w, 2, out=w),
+        lambda w: w.copy_(torch.ones(4, 8)),
+    ],
+)
+def test_every_way_to_write_to_a_weight_reaches_it(write):
+    one, other = away_linear(), linear()
+    for module in (one, other):
+        torch.manual_seed(3)
+        with torch.no_grad():
+            write(module.weight)
+    assert torch.equal(one.weight, other.weight)
+    assert type(one.weight) is nn.Parameter
+
+
+def test_a_weight_that_is_to_train_comes_back():
+    for begin in (lambda w: w.requires_grad_(), lambda w: setattr(w, "requires_grad", True)):
+        module = away_linear()
+        begin(module.weight)
+        module(torch.ones(2, 8)).sum().backward()
+        assert module.weight.grad is not None
+
+
+def test_what_is_put_on_a_weight_meanwhile_stays_on_it():
+    module, called = away_linear(), []
+    module.weight.tag = 5
+    weak = weakref.ref(module.weight)
+    module.weight.requires_grad_()
+    module.weight.register_hook(called.append)
+    module(torch.ones(2, 8)).sum().backward()
+    assert (module.weight.tag, weak()) == (5, module.weight)
+    assert len(called) == 1
+
+
+def test_layout_type_and_device_are_those_of_the_weight():
+    module = linear()
+    module.weight.data = module.weight.data.T.contiguous().T
+    assert offload_one(module.weight, HostSource(module.weight.data.contiguous()))
+    assert module.weight.device.type == "cpu"
+    strides = []
+    nn.functional.linear(torch.ones(1, 8), module.weight)
+    with resident([module.weight]):
+        strides.append(module.weight.stride())
+    bring_back(module.weight)
+    assert [*strides, module.weight.stride()] == [(1, 4), (1, 4)]
+    module = away_linear()
+    identity = id(module.weight)
+    module.double()
+    assert (id(module.weight), module.weight.dtype) == (identity, torch.float64)
+
+
+def test_an_adapter_that_is_added_while_weights_are_away_works(tmp_path):
+    outputs = []
+    for make in (away_model, off):
+        model, _, _, safe = make("llama", tmp_path)
+        torch.manual_seed(2)
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        model.set_adapter("other")
+        with torch.no_grad():
+            outputs.append(model.eval()(**batch("llama")).logits)
+        safe.close()
+    assert torch.equal(*outputs)
+    assert outputs[0].isfinite().all()
+
+
+def test_a_compiled_model_keeps_its_weights(tmp_path):
+    model = torch.compile(lora_model("llama", BLOCKS), backend="eager")
+    data = loader("llama", 16)
+    with pytest.warns(AdafreezeWarning, match=r"torch.compile compiles the model as a whole"):
+        safe = Safe(model, settings(tmp_path, fill="before"), probe=data, total_steps=12, samples_per_step=4)
+    assert resident_share(safe.model) == 1.0
+    safe.close()
+
+
+@pytest.mark.parametrize(("offload", "more"), [("nowhere", {}), ("disk", {"device_map": "auto"})])
+def test_from_pretrained_refuses_other_places(offload, more):
+    with pytest.raises(ConfigError):
+        adafreeze.from_pretrained("anything", offload=offload, **more)
+
+
+def test_from_pretrained_needs_safetensors_to_leave_weights_on_disk(tmp_path):
+    model = untied("llama").unload()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="no safetensors file"):
+        adafreeze.from_pretrained(str(tmp_path))
+    assert resident_share(adafreeze.from_pretrained(str(tmp_path), offload="cpu", dtype=torch.float32)) <= 1.0
