@@ -306,7 +306,7 @@ def test_memory_returns_to_the_system(tmp_path):
         from adafreeze import Safe, SafeConfig
         torch.set_num_threads(1)
         folder = Path({str(tmp_path)!r})
-        config = LlamaConfig(vocab_size=2000, hidden_size=512, intermediate_size=1400, num_hidden_layers=8,
+        config = LlamaConfig(vocab_size=2000, hidden_size=512, intermediate_size=4000, num_hidden_layers=8,
             num_attention_heads=8, max_position_embeddings=64, pad_token_id=0, tie_word_embeddings=False)
         if sys.argv[1] == "file":
             AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
@@ -331,7 +331,7 @@ def test_memory_returns_to_the_system(tmp_path):
     for kind in ("file", "config"):
         done = subprocess.run(command(program, kind), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
-        assert float(done.stdout.split()[-1]) > 0.9, (kind, done.stdout)
+        assert float(done.stdout.split()[-1]) > 0.9, (kind, done.stdout[-200:])
 
 
 def test_a_kill_leaves_no_weights_on_the_disk(tmp_path):

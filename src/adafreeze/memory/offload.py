@@ -85,7 +85,7 @@ class Offload:
         self.model = prefix.model
         self.ended: str | None = None
         self.fills = False
-        self.nbytes = self.streamed = 0
+        self.nbytes = self.streamed = self._said = 0
         self._keeps = frozenset(keeps)
         self._away: dict[nn.Module, list[Offloaded]] = {}
         self._tables: list[Offloaded] = []
@@ -123,9 +123,13 @@ class Offload:
 
     def leave(self, step: int) -> None:
         """Move everything that the run does not need any more and that is still there."""
-        self._left_at = self._place
-        if self.kind is None:
-            return
+        self._left_at, before = self._place, self._said
+        if self.kind is not None:
+            self._leave()
+        if self.nbytes and self.nbytes != before:
+            self._say(step)
+
+    def _leave(self) -> None:
         groups, tables = self._groups()
         try:
             sources = self._sources([*groups.values(), *tables])
@@ -139,12 +143,11 @@ class Offload:
         mapped = [(p.data_ptr(), p.nbytes) for p in every if id(p) in self._as_in_file]
         left = sum(self._move(group, sources, self._away.setdefault(block, [])) for block, group in groups.items())
         left += sum(self._move(group, sources, self._tables) for group in tables)
-        if not left:
-            return
-        _return_to_system(mapped, [file.path for file in self._files])
-        self._say(step, left)
+        if left:
+            _return_to_system(mapped, [file.path for file in self._files])
 
-    def _say(self, step: int, left: int) -> None:
+    def _say(self, step: int) -> None:
+        self._said = self.nbytes
         everything = sum(parameter.nbytes for parameter in self.model.parameters())
         stays = self._what_stays()
         self.journal.write(
@@ -158,8 +161,8 @@ class Offload:
         )
         tables = " and the input embeddings" if self._tables else ""
         note(
-            f"Step {step}: the weights of {len(self._away)} blocks{tables} left the device for "
-            f"{'the host' if self.kind == 'cpu' else 'the disk'}: {readable(self.nbytes)} of {readable(everything)}. "
+            f"Step {step}: the weights of {len(self._away)} blocks{tables} are off the device, on the "
+            f"{'host' if self.kind == 'cpu' else 'disk'}: {readable(self.nbytes)} of {readable(everything)}. "
             + "".join(f"{reason}. " for reason in stays)
             + "Passes through these blocks bring them back one by one."
         )
