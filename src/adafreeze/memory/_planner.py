@@ -204,7 +204,7 @@ class StepPlanner:
         if offloaded:
             live = sum(self._stored(p) for block in self._live_blocks() for p in block.parameters())
             # Before step 0 in large batches, while the live blocks have not come yet; then a pass of unknown samples.
-            filling = max(self._filling(LARGER * rows) - live, state + self._filling(rows))
+            filling = max(self._filling_ahead(rows) - live, state + self._filling(rows))
             filling += weights + self.adapters + streamed
         in_prefix = [i < self.prefix.depths[stack.path] for stack in self.stacks for i in range(len(stack))]
         skipped = sum(flops for (_, flops), inside in zip(step.parts, in_prefix, strict=True) if inside)
@@ -244,6 +244,12 @@ class StepPlanner:
         if self.quantization is None or id(weight) not in self._quantizable:
             return weight.nbytes
         return int(weight.numel() * (0.5 if self.quantization == "nf4" else 0.0))
+
+    def _filling_ahead(self, rows: int) -> int:
+        try:
+            return self._filling(LARGER * rows)
+        except Exception:  # given inputs that work with this number of samples only
+            return LARGER * self._filling(rows)
 
     def _filling(self, rows: int) -> int:
         """Bytes of a pass through the prefix without a graph, weights apart."""
