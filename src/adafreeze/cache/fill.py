@@ -39,7 +39,6 @@ def fill(cache: PrefixCache, source: Any, *, rank: int = 0, ranks: int = 1, stri
     dataset, collate = train_samples(source).dataset, source.collate_fn
     model, count, device = cache.prefix.model, len(dataset), device_of(cache.prefix.model)
     found = computed = 0
-    all_of_them = False
     flags = [(module, "training", module.training) for module in model.modules()]
     with untouched(dataset, collate), keep_random_state(), temporarily(flags):
         model.train()  # which blocks of the prefix ignore
@@ -65,13 +64,13 @@ def fill(cache: PrefixCache, source: Any, *, rank: int = 0, ranks: int = 1, stri
             if cache.off is not None or not (cache.store.has_room or found):
                 break
         else:
-            all_of_them = cache.store.has_room and ranks == 1  # other ranks' samples come here later
+            cache.all_filled = cache.store.has_room and ranks == 1  # other ranks' samples come here later
         bar.close()
     if cache.off is not None:
         if strict:
             raise RunError(f"The states of this model cannot be stored: {cache.off}.", fix="Train without filling.")
         return
-    cache.filled, cache.all_filled = found + computed, all_of_them
+    cache.filled = found + computed
     whose = f" by rank {rank} of {ranks}" if ranks > 1 else ""
     note(f"Prefix cache filled{whose}: {found:,} samples were stored, {computed:,} are new.")
 

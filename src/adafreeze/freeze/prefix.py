@@ -224,11 +224,6 @@ class Prefix:
         return self._beside.get(path) is True
 
     @property
-    def device(self) -> torch.device:
-        """Of the model."""
-        return device_of(self.model)
-
-    @property
     def blocks(self) -> list[nn.Module]:
         """All blocks of all prefixes."""
         return [block for stack in self.stacks for block in stack.blocks[: self.depths[stack.path]]]

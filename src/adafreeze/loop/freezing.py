@@ -75,6 +75,8 @@ class Freezing:
         self._shares_memory = device_of(self.model).type == "cpu"  # the step, the scorer and the cache in one memory
         # A checkpoint loaded before the first training pass may not have frozen these.
         self._moments: dict[Any, Any] = {}
+        self._asked: tuple[Any, ...] = ()
+        self._recomputes = False
         self.prefix.on_end, self.prefix.on_change = self._prefix_ended, self._prefix_shrank
 
     @property
@@ -188,21 +190,19 @@ class Freezing:
         if not (waits or leaves or misses or offload.has_returned or self.cache.off_because is not None):
             return
         before = offload.nbytes
-        self._move_weights(leaves=leaves)
+        self._move_weights(misses=misses, leaves=leaves)
         if offload.nbytes != before:
             self.share_memory()
 
-    def _move_weights(self, *, leaves: bool = False) -> None:
+    def _move_weights(self, *, misses: bool = False, leaves: bool = False) -> None:
         offload, cache = self.offload, self.cache.prefix_cache
         if offload is None:
             return
         with cache.weights_move() if cache is not None else nullcontext():
             offload.follow()
-            if cache is None:
-                return
-            if (reason := self.cache.off_because) is not None:
+            if cache is not None and (reason := self.cache.off_because) is not None:
                 offload.end(f"the prefix cache is off ({reason})", self.length.steps)
-            if offload.misses_too_often(cache.stats.misses, cache.stats.looked_up):
+            if misses:
                 offload.end("more than a few of the last samples were not stored", self.length.steps)
             if leaves and offload.ended is None:
                 offload.leave(self.length.steps)
@@ -211,7 +211,12 @@ class Freezing:
         """With ``offload="auto"`` weights leave where the budget would recompute something otherwise."""
         if self.config.offload != "auto" or (self.offload is not None and self.offload.nbytes):
             return True
-        return self.budget is not None and self.budget.recomputes
+        if self.budget is None:
+            return False
+        asked = (*self.prefix.depths.values(), *self.budget.state_key)
+        if asked != self._asked:  # in each step it would rehearse anew, or at least make a batch
+            self._asked, self._recomputes = asked, self.budget.recomputes
+        return self._recomputes
 
     def training_begins(self) -> None:
         """The first training pass has begun: moments of units that were frozen at the start are of no more use."""

@@ -26,7 +26,7 @@ from ..model.patches import patched_forward, replaced_child
 from ..model.units import some, units_along
 from .checkpointing import Checkpointing
 from .lean import lean_forward, lean_layers
-from .offload import block_weights, input_tables
+from .offload import block_weights, input_tables, leaving_blocks
 from .optimizer import optimizer_bytes
 from .rehearsal import Rehearsal, faked, rehearse, rehearse_forward
 
@@ -202,7 +202,8 @@ class StepPlanner:
         peak = passes + state - self.quantized + self.dequantized - offloaded
         filling = 0
         if offloaded:
-            live = sum(self._stored(p) for block in self._live_blocks() for p in block.parameters())
+            blocks = (block for stack in self.stacks for block in stack.blocks[self.prefix.depths[stack.path] :])
+            live = sum(self._stored(p) for block in blocks for p in block.parameters())
             # Before step 0 in large batches, while the live blocks have not come yet; then a pass of unknown samples.
             filling = max(self._filling_ahead(rows) - live, state + self._filling(rows))
             filling += weights + self.adapters + streamed
@@ -226,18 +227,13 @@ class StepPlanner:
 
     def _offloaded(self) -> tuple[int, int]:
         """Bytes that leave the device at the present depth, and bytes of a block that is brought back for a pass."""
-        blocks = [block for stack in self.stacks for block in stack.blocks[: self.prefix.depths[stack.path]]]
-        if not blocks:
+        if not any(self.prefix.depths.values()):
             return 0, 0
-        first = {stack.blocks[0] for stack in self.stacks if self.prefix.runs_first(stack.path)}
-        own = block_weights(self.module, [block for block in blocks if block not in first], self._adapters)
+        own = block_weights(self.module, [block for _, block in leaving_blocks(self.prefix)], self._adapters)
         sizes = [sum(map(self._stored, weights)) for weights in own.values()]
         tables = sum(table.nbytes for table in input_tables(self.module, self.stacks))
         ahead = 2 if self.target == "cuda" else 1  # the next block comes while one runs
         return sum(sizes) + tables, ahead * max(sizes, default=0)
-
-    def _live_blocks(self) -> list[nn.Module]:
-        return [block for stack in self.stacks for block in stack.blocks[self.prefix.depths[stack.path] :]]
 
     def _stored(self, weight: nn.Parameter) -> int:
         """Bytes of a weight, without the scales of a quantized one, which stay."""

@@ -23,7 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from ..errors import RunError, note, warn
 from ..freeze import Prefix
 from ..journal import Journal
-from ..model.blocks import Stack, base_model, modules_outside, user_name
+from ..model.blocks import Stack, base_model, device_of, lookup_tables, modules_outside, user_name
 from ..model.offloaded import (
     FileSource,
     HostSource,
@@ -37,7 +37,7 @@ from ..model.offloaded import (
 )
 from ..sizes import readable
 
-__all__ = ["Offload", "block_weights", "input_tables"]
+__all__ = ["Offload", "block_weights", "input_tables", "leaving_blocks"]
 
 # An embedding table smaller than this share of the model's weights stays: each look-up would wait for the host.
 SMALL_TABLE = 0.01
@@ -96,28 +96,23 @@ class Offload:
         self._left_at: tuple[Any, ...] = ()
         self._as_in_file: set[int] = set()
         self._lock = threading.RLock()
-        self._given = take_over(self.model) if kind is not None else []
-        self._given += [p for p in self.model.parameters() if isinstance(p, Offloaded)]
-        self._given = list({id(p): p for p in self._given}.values())
-        self._adopt()
-        prefix.weights = self
-
-    def _adopt(self) -> None:
-        """Keep track of what was loaded without coming to the device."""
-        given = {id(p) for p in self._given}
-        for stack in self.prefix.stacks:
-            for block in stack.blocks:
-                if own := [p for p in block.parameters() if id(p) in given and isinstance(p, Offloaded)]:
-                    self._away[block] = own
-                    given -= set(map(id, own))
-        self._tables = [p for p in self._given if id(p) in given]
+        if kind is not None:
+            take_over(self.model)
+        self._device = device_of(self.model)
+        # What was loaded without coming to the device.
+        self._given = [p for p in self.model.parameters() if isinstance(p, Offloaded)]
+        for block in (block for stack in prefix.stacks for block in stack.blocks):
+            self._away[block] = [p for p in block.parameters() if isinstance(p, Offloaded)]
+        in_blocks = {id(p) for own in self._away.values() for p in own}
+        self._tables = [p for p in self._given if id(p) not in in_blocks]
         self._count()
+        prefix.weights = self
 
     @property
     def largest(self) -> int:
         """Bytes on the device while an offloaded block runs: its weights, and on CUDA those of the next one."""
         sizes = [sum(parameter.nbytes for parameter in own) for own in self._away.values()]
-        return max(sizes, default=0) * (2 if self.prefix.device.type == "cuda" else 1)
+        return max(sizes, default=0) * (2 if self._device.type == "cuda" else 1)
 
     # What leaves.
 
@@ -141,9 +136,13 @@ class Offload:
         # Of weights that are those of a file: others may have been changed in a private copy of its pages.
         every = [p for group in [*groups.values(), *tables] for p in _values(group)]
         mapped = [(p.data_ptr(), p.nbytes) for p in every if id(p) in self._as_in_file]
-        left = sum(self._move(group, sources, self._away.setdefault(block, [])) for block, group in groups.items())
-        left += sum(self._move(group, sources, self._tables) for group in tables)
-        if left:
+        before = self.nbytes
+        for block, group in groups.items():
+            self._away.setdefault(block, []).extend(_move(group, sources))
+        for group in tables:
+            self._tables.extend(_move(group, sources))
+        self._count()
+        if self.nbytes > before:
             _return_to_system(mapped, [file.path for file in self._files])
 
     def _say(self, step: int) -> None:
@@ -174,17 +173,10 @@ class Offload:
         for stack in self.prefix.stacks:
             if self.prefix.depths[stack.path] and self.prefix.runs_first(stack.path):
                 found.append(f"The first block of {stack.path} stays, because all others use what it computes")
-        weights = [p for _, block in self._leaving() for p in block.parameters()]
+        weights = [p for _, block in leaving_blocks(self.prefix) for p in block.parameters()]
         kinds = {type(p).__name__ for p in weights if not (isinstance(p, Offloaded) or _can_move(p))}
         found += [f"{kind} weights stay, because their parts cannot be moved one by one" for kind in sorted(kinds)]
         return found
-
-    def _leaving(self) -> Iterator[tuple[str, nn.Module]]:
-        """Blocks of the prefix whose weights passes above it do not need."""
-        for stack in self.prefix.stacks:
-            first = 1 if self.prefix.runs_first(stack.path) else 0
-            for index in range(first, self.prefix.depths[stack.path]):
-                yield stack.block_name(index), stack.blocks[index]
 
     def _groups(self) -> tuple[dict[nn.Module, _Group], list[_Group]]:
         """What may leave and has not: by block, and tables."""
@@ -193,22 +185,12 @@ class Offload:
         def group(name: str, parameters: Iterable[nn.Parameter]) -> _Group:
             return _Group(name, {names[id(p)]: p for p in parameters if _can_move(p)})
 
-        titles = {block: name for name, block in self._leaving()}
+        titles = {block: name for name, block in leaving_blocks(self.prefix)}
         weights = block_weights(self.model, list(titles), self._keeps)
         blocks = {block: group(titles[block], own) for block, own in weights.items()}
         tables = input_tables(self.model, self.prefix.stacks) if any(self.prefix.depths.values()) else []
         found = [group(names[id(table)], [table]) for table in tables]
         return {b: one for b, one in blocks.items() if one.parameters}, [one for one in found if one.parameters]
-
-    def _move(self, group: _Group, sources: Mapping[int, Source], away: list[Offloaded]) -> int:
-        moved = 0
-        for parameter in group.parameters.values():
-            size = 0 if isinstance(parameter, Offloaded) else parameter.nbytes  # two blocks may share one
-            if offload(parameter, sources[id(parameter)]):
-                away.append(parameter)  # type: ignore[arg-type]  # it is an Offloaded now
-                moved += size
-        self.nbytes += moved
-        return moved
 
     # Where to.
 
@@ -237,8 +219,8 @@ class Offload:
         for group in rest:
             if group.parameters:
                 data = {name: parameter.data for name, parameter in group.parameters.items()}
-                name = f"offload-{os.getpid()}-{id(self):x}-{group.name}.safetensors"
-                file = WeightsFile.write(self.folder / name, data)
+                file_name = f"offload-{os.getpid()}-{id(self):x}-{group.name}.safetensors"
+                file = WeightsFile.write(self.folder / file_name, data)
                 self._files.append(file)
                 sources |= {id(p): FileSource(file, name) for name, p in group.parameters.items()}
         return sources
@@ -271,14 +253,15 @@ class Offload:
 
     def _loaded(self, block: nn.Module) -> list[Tensor] | None:
         """The weights of ``block``, and begin to load the next block's; None where they are loaded at their use."""
-        if self.prefix.device.type != "cuda":
+        if self._device.type != "cuda":
             return None
         if self._stream is None:
-            self._stream = torch.cuda.Stream(self.prefix.device)
+            self._stream = torch.cuda.Stream(self._device)
         here, event = self._ahead.pop(block) if block in self._ahead else self._load(block)
-        torch.cuda.current_stream(self.prefix.device).wait_event(event)
+        now = torch.cuda.current_stream(self._device)
+        now.wait_event(event)
         for tensor in here:
-            tensor.record_stream(torch.cuda.current_stream(self.prefix.device))
+            tensor.record_stream(now)
         self._ahead.clear()
         blocks = list(self._away)
         after = blocks.index(block) + 1
@@ -295,7 +278,7 @@ class Offload:
 
     def follow(self) -> None:
         """Bring back blocks that left the prefix, and forget what others brought back by writing to it."""
-        leaving = {block for _, block in self._leaving()}
+        leaving = {block for _, block in leaving_blocks(self.prefix)}
         for block in [block for block in self._away if block not in leaving and not self.fills]:
             for parameter in self._away.pop(block):
                 self._return(parameter)
@@ -373,6 +356,13 @@ class Offload:
             warn(error.fact, fix=error.fix)
 
 
+def leaving_blocks(prefix: Prefix) -> Iterator[tuple[str, nn.Module]]:
+    """Blocks of the prefix, by name, whose weights passes above it do not need."""
+    for stack in prefix.stacks:
+        for index in range(prefix.runs_first(stack.path), prefix.depths[stack.path]):
+            yield stack.block_name(index), stack.blocks[index]
+
+
 def block_weights(
     model: nn.Module, blocks: Sequence[nn.Module], keeps: Collection[int]
 ) -> dict[nn.Module, list[nn.Parameter]]:
@@ -385,14 +375,12 @@ def block_weights(
 def input_tables(model: nn.Module, stacks: Sequence[Stack], *, tied: bool = False) -> list[nn.Parameter]:
     """Frozen embedding tables outside the blocks that are large enough, and used by nothing else unless ``tied``."""
     least = SMALL_TABLE * sum(parameter.nbytes for parameter in model.parameters())
-    others = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
-    elsewhere = set() if tied else {id(p) for module in others for p in module._parameters.values()}
     found: dict[int, Any] = {
         id(module.weight): module.weight
-        for module in modules_outside(model.modules(), stacks)
-        if isinstance(module, nn.Embedding) and module.max_norm is None and not module.weight.requires_grad
+        for module in modules_outside(lookup_tables(model, tied=tied).values(), stacks)
+        if module.max_norm is None and not module.weight.requires_grad
     }
-    return [table for key, table in found.items() if table.nbytes >= least and key not in elsewhere]
+    return [table for table in found.values() if table.nbytes >= least]
 
 
 class _Pretrained:
@@ -415,12 +403,12 @@ class _Pretrained:
         tails = [name, *(name.split(".", count)[-1] for count in (1, 2) if name.count(".") >= count)]
         known = next((tail for tail in tails if tail in self._places), None)
         known = known or next((one for one in self._places if one.endswith(f".{name}")), None)
-        if known is None or self._places[known].shape(known) != tuple(parameter.shape):
+        if known is None:
             return None
-        stored = self._places[known].load(known)
-        own = parameter.data.to("cpu")
-        # By bits: −0 is equal to 0, and NaN to nothing.
-        if stored.dtype != own.dtype or not torch.equal(_bits(stored), _bits(own)):
+        stored, own = self._places[known].load(known), parameter.data
+        if (stored.shape, stored.dtype) != (own.shape, own.dtype):
+            return None
+        if not torch.equal(_bits(stored), _bits(own.to("cpu"))):  # −0 is equal to 0, and NaN to nothing
             return None
         return FileSource(self._places[known], known)
 
@@ -474,6 +462,11 @@ def _return_to_system(left: list[tuple[int, int]], files: list[Path]) -> None:
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8) if tensor.ndim else tensor.reshape(1).view(torch.uint8)
+
+
+def _move(group: _Group, sources: Mapping[int, Source]) -> list[Any]:
+    """Let its weights leave; returns those that could."""
+    return [parameter for parameter in _values(group) if offload(parameter, sources[id(parameter)])]
 
 
 def _values(group: _Group) -> list[nn.Parameter]:

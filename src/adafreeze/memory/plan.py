@@ -163,7 +163,7 @@ def plan(
         own = next(p.dtype for p in module.parameters() if p.is_floating_point())
         return example_inputs(config, task, rows, max_length, padded=padding, dtype=own)  # type: ignore[arg-type]
 
-    def planned(device: str, target: str, fake: bool) -> Plan:
+    def planned(device: str, target: str, fake: bool, quantization: str | None = quantization) -> Plan:
         module = model if isinstance(model, nn.Module) else build(config, task, weights, device)  # type: ignore[arg-type]
         planner = StepPlanner(
             module if adapter is None else adapted(module, adapter, autocast_adapter_dtype),
@@ -181,12 +181,10 @@ def plan(
 
     try:
         found = planned("meta", target, fake=True)
-        if limit is not None and found.proposal is None and quantization is None and target == "cuda":
-            quantization = "nf4"
-            in_nf4 = planned("meta", target, fake=True).proposal
-            proposal = None if in_nf4 is None else _flags("--quantization nf4", in_nf4)
-            found = dataclasses.replace(found, proposal=proposal)
-        return found
+        if limit is None or found.proposal is not None or quantization is not None or target != "cuda":
+            return found
+        in_nf4 = planned("meta", target, fake=True, quantization="nf4").proposal
+        return dataclasses.replace(found, proposal=in_nf4 and _flags("--quantization nf4", in_nf4))
     except AdafreezeError:
         raise
     except Exception as error:  # from the model's own code, on tensors without data
@@ -240,14 +238,12 @@ def _plan(
     fit("checkpointed", Way(True, "full"))
     steps, selective = [planner.step(rows, own)], []
     offloaded: list[PlannedStep | None] = [None]
-    away = own._replace(offload=True)
     if CAN_BE_SELECTIVE:
         try:
             selective.append(planner.step(rows, SELECTIVE))
         except Exception as error:  # such as a product that the model's own code changes in place
             causes.append(f"No selective checkpointing: {failing_module(error)} fails under it ({error_line(error)}).")
-    if selective and own.checkpointing is None:
-        away = SELECTIVE._replace(offload=True)
+    away = (SELECTIVE if selective and own.checkpointing is None else own)._replace(offload=True)
     # What SafeConfig() freezes before step 0: nothing if the adapters move ranks, as AdaLoRA does.
     at_start = [] if planner.freezer.backend.moves_ranks else planner.lowest(AT_START)
     choices: dict[frozenset[str], str | None] = {
@@ -268,6 +264,7 @@ def _plan(
             fit("safe", own)
             if selective:
                 fit("selective", SELECTIVE)
+    cheapest = [way[1:] for way in sorted(ways, key=lambda way: way[0])]
     estimated = []
     if planner.quantization is not None:
         estimated.append(f"weights in {planner.quantization}, from their bytes per element")
@@ -287,7 +284,7 @@ def _plan(
         micro_batches=micro_batches,
         causes=tuple(causes),
         advice=tuple(_advice(checkpointed, rows, limit, planner.quantization)),
-        proposal=next((flags for _, flags, peak in sorted(ways) if limit is not None and peak <= limit), None),
+        proposal=next((flags for flags, peak in cheapest if limit is not None and peak <= limit), None),
         estimated=tuple(estimated),
         settings=settings,
     )

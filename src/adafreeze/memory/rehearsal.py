@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ..errors import ModelError
 from ..model.batch import loss_in
 from ..model.flow import tensors_in
 from ..model.offloaded import Offloaded
-from ..model.restore import keep_random_state, temporarily
+from ..model.restore import keep_random_state, logging_from, temporarily
 
 __all__ = ["Rehearsal", "failing_module", "faked", "largest_that_fits", "rehearse", "rehearse_forward"]
 
@@ -88,21 +89,16 @@ def rehearse(
         ModelError: the loss has no gradient, or nothing that the model returns has one.
         Exception: raised by the model's own code on FakeTensors.
     """
+    # In their places there will be fakes of them all.
+    here = [not isinstance(one, Offloaded) for one in (*model.parameters(), *model.buffers())]
     with ExitStack() as undo:
-        if fake:
-            undo.enter_context(uncounted())
-            mode = undo.enter_context(faked(model))
+        inputs = undo.enter_context(_stage(model, inputs, target, fake=fake))
         undo.enter_context(torch.enable_grad())
-        undo.enter_context(keep_random_state())
-        if fake:
-            undo.enter_context(mode)
-            inputs = tree_map_only(Tensor, _empty_like, dict(inputs))
-        undo.enter_context(_kernels_of(target))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             undo.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = torch.zeros_like(parameter) if gradients else None
-        resident = [one for one in (*model.parameters(), *model.buffers()) if not hasattr(one, "has_left")]
+        resident = list(compress((*model.parameters(), *model.buffers()), here))
         given = [value for value in inputs.values() if isinstance(value, Tensor)]
         with _Counter(CUDA_ROUNDING if target == "cuda" else 1) as counter:
             counter.hold(*resident, *given, *(p.grad for p in trained if p.grad is not None))
@@ -132,21 +128,28 @@ def rehearse_forward(
     fake: bool = True,
 ) -> int:
     """The peak bytes of a forward pass without a graph, weights apart; arguments as of ``rehearse``."""
-    with ExitStack() as undo:
-        if fake:
-            undo.enter_context(uncounted())
-            undo.enter_context(undo.enter_context(faked(model)))
-            inputs = tree_map_only(Tensor, _empty_like, dict(inputs))
-        undo.enter_context(keep_random_state())
-        undo.enter_context(torch.no_grad())
-        undo.enter_context(_kernels_of(target))
+    with _stage(model, inputs, target, fake=fake) as staged, torch.no_grad():
         with StorageTracker(CUDA_ROUNDING if target == "cuda" else 1) as counter:
             counter.hold(*model.parameters(), *model.buffers())
             weights = counter.now
-            counter.hold(*(value for value in inputs.values() if isinstance(value, Tensor)))
-            result = forward(inputs)
-            del result
+            counter.hold(*(value for value in staged.values() if isinstance(value, Tensor)))
+            forward(staged)
         return counter.peak - weights
+
+
+@contextmanager
+def _stage(model: nn.Module, inputs: Mapping[str, Any], target: str, *, fake: bool) -> Iterator[Mapping[str, Any]]:
+    """What a rehearsal runs in: fake tensors, unless it is real, and kernels of the target. Yields the inputs."""
+    with ExitStack() as undo:
+        if fake:
+            undo.enter_context(uncounted())
+            mode = undo.enter_context(faked(model))
+        undo.enter_context(keep_random_state())
+        if fake:
+            undo.enter_context(mode)
+            inputs = tree_map_only(Tensor, _empty_like, dict(inputs))
+        undo.enter_context(_kernels_of(target))
+        yield inputs
 
 
 class _Counter(StorageTracker):
@@ -195,8 +198,6 @@ def faked(model: nn.Module) -> Iterator[FakeTensorMode]:
     Shared parameters stay shared and keep ``requires_grad``. On exit the model is as it was before.
     """
     mode = _ShapesMode(allow_non_fake_inputs=True)
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
     fakes: dict[int, Tensor] = {}
     slots: list[tuple[dict[str, Any], str, Tensor]] = [
         (slots, name, tensor)
@@ -205,22 +206,20 @@ def faked(model: nn.Module) -> Iterator[FakeTensorMode]:
         for name, tensor in slots.items()
         if tensor is not None
     ]
-    try:
-        log.setLevel(logging.CRITICAL)  # torch logs the traceback of an error that it raises anyway
-        for place, name, tensor in slots:
-            if id(tensor) not in fakes:
-                with mode:
-                    fake = _empty_like(tensor)
-                is_parameter = isinstance(tensor, nn.Parameter)
-                fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
-                if isinstance(tensor, Offloaded):
-                    fakes[id(tensor)].has_left = True  # type: ignore[attr-defined]  # it is not on the device
-            place[name] = fakes[id(tensor)]
-        yield mode
-    finally:
-        log.setLevel(level)
-        for place, name, tensor in slots:
-            place[name] = tensor
+    # torch logs the traceback of an error that it raises anyway.
+    with logging_from("torch._subclasses.fake_tensor", logging.CRITICAL):
+        try:
+            for place, name, tensor in slots:
+                if id(tensor) not in fakes:
+                    with mode:
+                        fake = _empty_like(tensor)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+                place[name] = fakes[id(tensor)]
+            yield mode
+        finally:
+            for place, name, tensor in slots:
+                place[name] = tensor
 
 
 class _ShapesMode(FakeTensorMode):

@@ -19,7 +19,8 @@ from .patches import patched_forward
 from .restore import temporarily
 
 __all__ = [
-    "Stack", "StopForward", "base_model", "configs_of", "find_stacks", "hidden_states", "is_quiet", "modules_outside",
+    "Stack", "StopForward", "base_model", "configs_of", "find_stacks", "hidden_states", "is_quiet", "lookup_tables",
+    "modules_outside",
     "starting_at", "unwrap", "without_cache",
 ]  # fmt: skip
 
@@ -176,6 +177,14 @@ def modules_outside(modules: Iterable[nn.Module], stacks: Sequence[Stack]) -> li
     """Those of ``modules`` that are in no block of ``stacks``."""
     inside = {id(module) for stack in stacks for block in stack.blocks for module in block.modules()}
     return [module for module in modules if id(module) not in inside]
+
+
+def lookup_tables(model: nn.Module, *, tied: bool = False) -> dict[str, nn.Embedding]:
+    """The embedding tables of ``model`` by name; unless ``tied``, only those whose weight no head has, too."""
+    others = (module for module in model.modules() if not isinstance(module, nn.Embedding))
+    elsewhere = set() if tied else {id(p) for module in others for p in module._parameters.values()}
+    tables = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Embedding))
+    return {name: table for name, table in tables if id(table.weight) not in elsewhere}
 
 
 def hidden_states(output: Any) -> Tensor:

@@ -91,11 +91,6 @@ class WeightsFile:
         with self._opened() as file:
             return list(file.keys())
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of one of them."""
-        with self._opened() as file:
-            return tuple(file.get_slice(name).get_shape())
-
     def load(self, name: str) -> Tensor:
         """One of its tensors, mapped.
 
@@ -157,10 +152,6 @@ class _Away:
             return made.copy_(data)
         return data.to(self.device, non_blocking=True)
 
-    def put(self, data: Tensor) -> None:
-        """Let ``held`` have data, or none with an empty tensor."""
-        self.held.data = data
-
     def empty(self) -> None:
         """Let ``held`` have no data."""
         self.held.data = torch.empty(0, dtype=self.held.dtype, device=self.device)
@@ -176,7 +167,7 @@ _DESCRIBE = {
 }
 # What changes a parameter, or is to stay with it.
 _CHANGE = {
-    *("__setitem__", "register_hook", "register_post_accumulate_grad_hook", "share_memory_", "retain_grad"),
+    *("__setitem__", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"),
     "_has_compatible_shallow_copy_type",  # Module.to() asks, and then writes to the parameter or replaces it
     *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")),
     *("__ilshift__", "__irshift__"),
@@ -313,9 +304,7 @@ def _is_there(parameter: Offloaded, *args: Any, **kwargs: Any) -> bool:
     return same and dtype in (None, parameter.dtype)
 
 
-def _look_up(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if not isinstance(weight, Offloaded):
-        return nn.functional.embedding(input.away.load(), weight, *args, **kwargs)  # type: ignore[attr-defined]
+def _look_up(input: Tensor, weight: Offloaded, *args: Any, **kwargs: Any) -> Tensor:
     rows = nn.functional.embedding(input.to("cpu"), weight.away.source.load(), *args, **kwargs)
     return rows.to(weight.away.device)
 
@@ -326,8 +315,6 @@ def offload(parameter: nn.Parameter, source: Source) -> bool:
     Returns:
         False if that is not possible, since other code (compiled, or a graph) refers to its data.
     """
-    if isinstance(parameter, Offloaded):
-        return True
     device, data = parameter.device, parameter.data
     strides = data.stride()
     described = torch.empty_strided(data.shape, strides, dtype=data.dtype, device="meta")
@@ -341,7 +328,7 @@ def offload(parameter: nn.Parameter, source: Source) -> bool:
     return True
 
 
-def take_over(model: nn.Module) -> list[Offloaded]:
+def take_over(model: nn.Module) -> None:
     """Make all parameters that accelerate has dispatched to host or disk ``Offloaded``, and remove its hooks."""
     files: dict[str, WeightsFile] = {}
     made: dict[int, Offloaded] = {}
@@ -361,7 +348,6 @@ def take_over(model: nn.Module) -> list[Offloaded]:
                 hook.original_devices = {}  # or it would load them as it is removed
         if "_hf_hook" in module.__dict__:  # not that of the module inside, which PEFT's wrapper passes on
             remove_hook_from_module(module)
-    return list(made.values())
 
 
 def _hooks(module: nn.Module) -> list[Any]:
@@ -373,8 +359,9 @@ def _dispatched(weights: Any, name: str, parameter: nn.Parameter, files: dict[st
     """Where accelerate has a parameter: in a safetensors file, in a file of its own, or in memory."""
     found = getattr(getattr(weights, "dataset", None), "index", {}).get(f"{getattr(weights, 'prefix', '')}{name}", {})
     if (path := found.get("safetensors_file")) is not None:
-        file = files.setdefault(path, WeightsFile(path)) if path not in files else files[path]
-        return FileSource(file, found.get("weight_name", name), parameter.dtype)
+        if path not in files:
+            files[path] = WeightsFile(path)
+        return FileSource(files[path], found.get("weight_name", name), parameter.dtype)
     return _Dispatched(weights, name)
 
 
@@ -414,7 +401,7 @@ def bring_back(parameter: Offloaded) -> None:
     with torch.inference_mode(False), torch.no_grad():
         data = away.load()
         # A mapped file, and the host's own copy, are not to be written to.
-        away.put(data if away.device.type != "cpu" else data.clone(memory_format=torch.preserve_format))
+        away.held.data = data if away.device.type != "cpu" else data.clone(memory_format=torch.preserve_format)
     if not _return(parameter, away):
         away.empty()
         raise RunError(
@@ -445,7 +432,7 @@ def resident(parameters: list[Offloaded], data: list[Tensor] | None = None) -> I
     try:
         for index, parameter in enumerate(parameters):
             away = parameter.away
-            away.put(away.load() if data is None else data[index])
+            away.held.data = away.load() if data is None else data[index]
             if _return(parameter, away):
                 there.append((parameter, away))
             else:  # each operation on it loads it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["ABSENT", "keep_random_state", "random_state", "restorer", "set_random_state", "temporarily"]
+__all__ = ["ABSENT", "keep_random_state", "logging_from", "random_state", "restorer", "set_random_state", "temporarily"]
 
 ABSENT = object()
 """The value of an entry that is not there."""
@@ -29,6 +30,18 @@ def temporarily(changes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
     finally:
         for owner, name, value in reversed(before):
             setattr(owner, name, value)
+
+
+@contextmanager
+def logging_from(name: str, level: int) -> Iterator[None]:
+    """Let the logger ``name`` log only what has this level or a higher one within the block."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def restorer(container: Any, skip: Callable[[Any, Any, Any], bool] = lambda *_: False) -> Callable[[], list[Any]]:

@@ -11,8 +11,9 @@ from torch import nn
 
 from ..errors import ConfigError, ModelError
 from ..model import find_stacks
+from ..model.blocks import lookup_tables
 from ..model.offloaded import take_over
-from ..model.restore import keep_random_state
+from ..model.restore import keep_random_state, logging_from
 from .pretrained import Source, load
 
 if TYPE_CHECKING:
@@ -86,10 +87,9 @@ def load_offloaded(
     loading = {"dtype", "ignore_mismatched_sizes"}
     config = load("AutoConfig", source, **{name: value for name, value in options.items() if name not in loading})
     places = _device_map(config, auto_class, source, device)
-    log = logging.getLogger("accelerate.big_modeling")
-    level, log.level = log.level, logging.ERROR  # it warns of what is on disk, as was asked for
     try:
-        model: PreTrainedModel = load(auto_class, source, device_map=places, **options)
+        with logging_from("accelerate.big_modeling", logging.ERROR):  # it warns of what is on disk, as was asked for
+            model: PreTrainedModel = load(auto_class, source, device_map=places, **options)
     except ModelError as error:
         if "offload_folder" not in str(error):
             raise
@@ -97,8 +97,6 @@ def load_offloaded(
             f"{source.name} has no safetensors file for all of its weights, so they cannot stay on disk.",
             fix='offload="cpu"; or model.save_pretrained(FOLDER) once, and load that.',
         ) from error
-    finally:
-        log.setLevel(level)
     take_over(model)
     model.__dict__.pop("hf_device_map", None)  # for Trainer, it is a model on one device
     return model
@@ -110,10 +108,8 @@ def _device_map(config: PretrainedConfig, auto_class: str, source: Source, devic
 
     with torch.device("meta"), keep_random_state():
         model = getattr(transformers, auto_class).from_config(copy.deepcopy(config))
-    elsewhere = {id(p) for m in model.modules() if not isinstance(m, nn.Embedding) for p in m._parameters.values()}
     away = {stack.block_name(index) for stack in find_stacks(model) for index in range(len(stack))}
-    tables = {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
-    away |= {name for name, table in tables.items() if id(table.weight) not in elsewhere}
+    away |= lookup_tables(model).keys()
 
     def partition(module: nn.Module, name: str) -> dict[str, Any]:
         """Names as few modules as possible."""
