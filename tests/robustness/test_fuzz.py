@@ -40,7 +40,7 @@ VALID = {
     "freeze": st.lists(st.text()).map(tuple),
 }
 # Their ranges depend on each other.
-ALONE = {"warmup", "ramp_end", "cache", "cache_dir", "keep_cache", "checkpointing"}
+ALONE = {"warmup", "ramp_end", "cache", "cache_dir", "keep_cache", "checkpointing", "offload"}
 VALUES = (
     st.none()
     | st.booleans()
