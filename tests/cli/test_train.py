@@ -8,6 +8,7 @@ import sys
 from dataclasses import fields
 
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from peft import PeftModel
@@ -354,3 +355,19 @@ assert not [name for name in sys.modules if name.startswith("adafreeze")]
     subprocess.run([sys.executable, "-c", script], check=True)
     weights = "adapter_model.safetensors"
     assert (tmp_path / "plain" / weights).read_bytes() == (folder / weights).read_bytes()
+
+
+@pytest.mark.parametrize("offload", ["disk", "cpu"])
+def test_a_model_whose_frozen_part_never_came_to_the_device_trains_the_same(train, llama, csv_file, offload, tmp_path):
+    more = ("--method", "safe", "--freeze_at_start", "0.5", "--freeze_share", "0", "--fill", "before")
+    flags = (*more, "--validation_file", csv_file, "--learning_rate", "0.1", "--max_steps", "6")
+    stays = train("causal-lm", llama, csv_file, *flags, "--offload", "off").rename(tmp_path / "stays")
+    left = train("causal-lm", llama, csv_file, *flags, "--offload", offload)
+    for key in ("train_loss", "eval_loss"):
+        assert results(left)[key] == results(stays)[key], key
+    adapters = [safetensors.torch.load_file(folder / "adapter_model.safetensors") for folder in (left, stays)]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(weight, adapters[1][name]) for name, weight in adapters[0].items())
+    (moved,) = events(left, "offload")
+    assert moved["step"] == 0 and moved["nbytes"] > 0
+    assert not events(left, "offload_off") and not list(left.rglob("offload-*"))

@@ -40,6 +40,7 @@ SAFE = {
     "safe weights": {"stage": 2, "score": "weight_change"},
     "safe gradients": {"stage": 0, "score": "grad_norm"},
     "safe by hand": {"stage": 2, "freeze": ["model.layers.0"], "policy": "bottom_up"},
+    **{f"safe offload {stage}": {"stage": stage, "freeze_at_start": 0.5, "offload": "disk"} for stage in (0, 1, 2)},
 }
 
 RUNS = {
@@ -54,6 +55,7 @@ RUNS = {
     **{how: {"do": "refused", "how": how} for how in ("renamed", "by itself", "another model")},
     **{f"refused {score} {stage}": {"do": "refused", "stage": stage, "score": score} for score, stage in SCORES},
     "refused budget": {"do": "refused", "memory_budget": "1GiB"},
+    "refused offload": {"do": "refused", "stage": 3, "offload": "disk"},
     **{f"resumed {stage}": {"do": "resumed", "stage": stage} for stage in (0, 1, 2)},
     "resumed bf16": {"do": "resumed", "stage": 1, "precision": "bf16"},
     "released": {"do": "released"},
@@ -181,6 +183,7 @@ def test_an_optimizer_that_ignores_gradients_does_not_move_frozen_weights(ranks,
         ("refused grad_norm 1", "ZeRO-1 takes gradients away"),
         ("refused weight_change 3", "ZeRO-3 keeps every weight in pieces"),
         ("refused budget", "cannot be rehearsed"),
+        ("refused offload", "ZeRO-3 spreads the weights over the ranks already"),
     ],
 )
 def test_unsupported_runs_are_refused_before_the_first_step(ranks, name, message):
@@ -224,11 +227,12 @@ def alone():
 
 @pytest.mark.parametrize("name", SAFE)
 def test_safe_decides_and_trains_as_without_deepspeed(ranks, alone, name):
-    config = {key: value for key, value in SAFE[name].items() if key not in ("stage", "inside")}
+    config = {key: value for key, value in SAFE[name].items() if key not in ("stage", "inside", "offload")}
     plain, (first, second) = alone(**config), results(ranks, name)
     assert first["history"] == second["history"] == plain["history"] and first["history"][-1], "nothing froze"
     assert not first["moved"] and not second["moved"]
     assert first["scores"] == second["scores"]
+    assert ("offload" in SAFE[name]) == (first["logs"].get("safe/offloaded_mib", 0) > 0)
     for key, value in first["weights"].items():
         assert torch.equal(value, second["weights"][key])
         # Gradients are added in another order: 1e-7, amplified by 24 steps of AdamW.

@@ -10,9 +10,10 @@ from launch import found, start, wait
 EXACT = ["ddp", "bert", "t5", "find_unused", "static_graph", "bucket_view", "small_buckets", "builtin_hook", "hidden"]
 BY_HAND = ["by_hand", "hidden_by_hand"]
 OTHER = ["accumulate", "bytes", "budget", "grad_norm", "fp16_hook", "power_sgd", "own_minds", "wander"]
+OFFLOAD = ["offload", "offload_before"]
 FSDP = ["fsdp2", "fsdp2_bert", "fsdp2_t5", "fsdp2_local"]
 LEAN = ["autocast", "fsdp2_autocast"]
-ALL = [*EXACT, *BY_HAND, *OTHER, *FSDP, *LEAN]
+ALL = [*EXACT, *BY_HAND, *OTHER, *OFFLOAD, *FSDP, *LEAN]
 FAMILY = {"bert": "bert", "t5": "t5", "fsdp2_bert": "bert", "fsdp2_t5": "t5"}
 
 
@@ -110,6 +111,15 @@ def test_ranks_share_a_cache_on_disk(two):
         cache = found(two, "wander", rank)["cache"]
         # Of 24 samples each rank computes the 12 of its first epoch; the next five epochs find all.
         assert cache["misses"] == 12 and cache["hits"] + cache["advanced"] == 5 * 12
+
+
+@pytest.mark.parametrize("name", OFFLOAD)
+def test_each_rank_moves_its_own_weights(two, alone, name):
+    for rank in (0, 1):
+        many = found(two, name, rank)
+        assert "offload" in many["events"] and "offload_off" not in many["events"]
+        assert many["logs"]["safe/offloaded_mib"] > 0 and many["cache"]["misses"] <= 12
+        assert many["weights"] == alone(config={"freeze_at_start": 0.5})["weights"]
 
 
 @pytest.mark.parametrize("name", LEAN)

@@ -234,10 +234,18 @@ SCENARIOS = {
             "cache_dir": os.environ["CACHE_DIR"],
         },
     ),
+    "offload": lambda rank, ranks: train("llama", ddp(), rank, ranks, config=offloaded()),
+    "offload_before": lambda rank, ranks: train(
+        "llama", ddp(), rank, ranks, hide=True, config=offloaded(fill="before")
+    ),
     "hidden_by_hand": lambda rank, ranks: train(
         "llama", ddp(), rank, ranks, hide=True, config={"freeze": ["model.layers.0"], "policy": "bottom_up"}
     ),
 }
+
+
+def offloaded(**more):
+    return {"freeze_at_start": 0.5, "offload": "disk", "cache": "disk", "cache_dir": os.environ["CACHE_DIR"], **more}
 
 
 def own_mind(rank):

@@ -115,6 +115,21 @@ def test_packed_rows_are_measured_by_row_and_cached_by_document(tmp_path, settin
     assert safe.cache.off_because is None and event["hits"] + event["advanced"] >= 32
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_states_that_are_filled_before_step_0_are_found_with_the_arguments_that_trl_adds(autocast, tmp_path):
+    runs = []
+    for fill in ("before", None):
+        config = SafeConfig(cache="ram", fill=fill, freeze_at_start=0.5, freeze_share=0.0, score="random")
+        trainer, safe, watch = trained("SFT", tmp_path, texts(), config=config, max_length=16, bf16=autocast)
+        assert not watch.moved
+        runs.append((safe, adapter(trainer)))
+    (safe, filled), (_, alone) = runs
+    for name, value in filled.items():  # filled in batches of other widths
+        torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=1e-4)
+    (event,) = [event for event in safe.journal.events if event["event"] == "cache"]
+    assert event["hits"] + event["misses"] == 3 * 32 and event["misses"] <= 4  # the batch that verifies
+
+
 @pytest.mark.parametrize("given", ["a config", "a model with an adapter"])
 def test_dpo_reference_passes_are_exact_above_a_frozen_prefix(tmp_path, given):
     def start():

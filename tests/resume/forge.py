@@ -16,7 +16,7 @@ import torch
 HERE = Path(__file__).parent
 # What a resumed run may spend or find otherwise, without another result.
 COSTS = {"run", "flops", "flops_spent", "environment", "config"}
-OF_THE_CACHE = {"cache", "cache_full", "cache_off", "cache_outlook"}
+OF_THE_CACHE = {"cache", "cache_full", "cache_off", "cache_outlook", "offload"}
 KILLED = -signal.SIGKILL
 
 

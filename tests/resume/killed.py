@@ -35,13 +35,17 @@ class Death:
         step: the training step (first: 1) in which it comes; None: never.
         place: ``forward``, ``backward``, ``optimizer`` or ``between``; ``saving``: at the next save, before it counts;
             ``saving:PART``: when a file whose name holds PART is next opened for writing; ``clock:SECONDS``: so long
-            after the step has begun.
+            after the step has begun; ``call:MODULE.FUNCTION:COUNT``: when a function of this module has been called so
+            often.
     """
 
     def __init__(self, step: int | None, place: str) -> None:
         self.step, self.place, self.now = step, place, 0
+        self.calls = 0
         if place.startswith("saving:"):
             sys.addaudithook(self._opened)
+        if place.startswith("call:"):
+            sys.setprofile(self._called)
 
     def watch(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         model.register_forward_pre_hook(lambda *_: self._begins())
@@ -66,6 +70,15 @@ class Death:
         path, mode, _ = arguments
         if self.place[7:] in str(path) and mode is not None and "r" not in str(mode):
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def _called(self, frame: Any, event: str, argument: Any) -> None:
+        if event != "call":
+            return
+        _, name, count = self.place.split(":")
+        if name == f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}":
+            self.calls += 1
+            if self.calls == int(count):
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _top_block(model: torch.nn.Module) -> str:

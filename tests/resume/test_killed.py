@@ -42,15 +42,20 @@ def killed(forge, folder, at, **job):
     return forge.finish(folder, **job)
 
 
-def assert_same_run(one, other):
-    """Weights, optimizer, random state and what adafreeze knows; two folders, their journals."""
-    (folder, result), (whole, expected) = one, other
+def assert_same_result(result, expected):
+    """Weights, optimizer, random state and what adafreeze knows."""
     for part in ("weights", "optimizer", "random"):
         assert_alike(result[part], expected[part], part)
     for name in ("length", "frozen", "probe"):
         assert result["state"][name] == expected["state"][name], name
     for name in ("scores", "warmup_end", "plan", "settling"):
         assert result["state"]["deciding"][name] == expected["state"]["deciding"][name], name
+
+
+def assert_same_run(one, other):
+    """And two folders, their journals."""
+    (folder, result), (whole, expected) = one, other
+    assert_same_result(result, expected)
     written = [json.dumps(line) for line in lines(folder)]
     assert len(set(written)) == len(written)
     assert told(folder) == told(whole)
@@ -100,3 +105,28 @@ def test_a_killed_run_finds_its_disk_cache_again(forge, tmp_path):
     (counts,) = [line for line in lines(tmp_path) if line["event"] == "cache"]
     # Steps 25 to 30 of four samples, all of which the run had computed at this depth before.
     assert (counts["hits"], counts["advanced"], counts["misses"], counts["damaged"]) == (24, 0, 0, 0)
+
+
+# Filling the states stores each sample; moving writes a file for each of two blocks and replaces each weight.
+OFFLOAD_DEATHS = {
+    "filling": [(None, "call:store.put:2"), (None, "call:offloaded.write:2")],
+    "moving": [(None, "call:offloaded._swap:9"), (12, "backward"), (None, "call:offloaded._swap:12")],
+}
+OFFLOADED = [
+    (host, deaths, fill) for host in ("trainer", "loop") for deaths in OFFLOAD_DEATHS for fill in ("before", None)
+]
+
+
+@pytest.mark.parametrize(
+    ("host", "deaths", "fill"), cases.slow_but([("trainer", "filling", "before"), ("loop", "moving", None)], OFFLOADED)
+)
+def test_killed_while_weights_move_it_is_the_run_whose_weights_stay(host, deaths, fill, forge, never_stopped, tmp_path):
+    settings = {"freeze_at_start": 0.5, "fill": fill, "cache": "disk", "cache_dir": str(tmp_path / "prefixes")}
+    job = {"host": host, "family": "llama", "cache": "disk"}
+    _, whole = never_stopped(host=host, family="llama", config={"freeze_at_start": 0.5})
+    # Those that die before their first save begin anew.
+    assert_same_result(
+        killed(forge, tmp_path, OFFLOAD_DEATHS[deaths], **job, config=settings | {"offload": "disk"}), whole
+    )
+    assert "offload" in [line["event"] for line in lines(tmp_path)]
+    assert not list((tmp_path / "prefixes").glob("*"))

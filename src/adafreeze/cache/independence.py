@@ -91,6 +91,7 @@ class IndependenceCheck:
             raise Refused(f"a pass on a part of the batch fails ({error_line(error)})") from error
         if part is None:
             raise Refused("a training pass on a part of the batch does not reach the boundary of every stack")
+        kind.flags_matter = kind.own_code is not None or self._flags_matter(rows, group, call, part, below)
         for slot in until:
             path = slot[0]
             hidden, piece = whole.boundary[slot], part.boundary[slot]
@@ -123,6 +124,31 @@ class IndependenceCheck:
                 kind.entry_layouts[slot] = replace(
                     entry, interleaved=found.interleaved, by_position=by_position, side=side
                 )
+
+    def _flags_matter(
+        self,
+        rows: Rows,
+        group: Sequence[int],
+        call: Call,
+        part: Computed,
+        below: Callable[[Sequence[int]], Starts],
+    ) -> bool:
+        """Whether the states are others without the arguments that are True or False.
+
+        TRL's trainers add some (``use_cache=False``) to what the collator returns. States that were stored before the
+        first training pass are found by it only if these do not count.
+        """
+        inputs = rows.without_flags()
+        if inputs is None:
+            return False
+        try:
+            bare = self.prefix.compute(call, rows.take(group, inputs), below(group), list(part.boundary))
+        except Exception:  # such as a flag that forward() has no default for
+            return True
+        if bare is None:
+            return True
+        pairs = [(bare.boundary[slot], part.boundary[slot]) for slot in part.boundary]
+        return not all(isinstance(one, Tensor) and torch.equal(one, other) for one, other in pairs)
 
     def verify_rows(
         self,

@@ -64,6 +64,7 @@ class PassKind:
         ignores_padding: in evaluation no output depends on it.
         returned: a pass of the model's own has shown what it returns.
         continues: in evaluation it returns keys and values, from which the user may continue a text.
+        flags_matter: arguments that are True or False may reach the prefix, so a sample has other keys with others.
     """
 
     calls: dict[str, int]
@@ -81,6 +82,7 @@ class PassKind:
     ignores_padding: bool = False
     returned: bool = False
     continues: bool = False
+    flags_matter: bool = True
 
     @property
     def slots(self) -> list[Slot]:
@@ -174,6 +176,7 @@ class PassKind:
             "writes": self.writes,
             "continues": self.continues,
             "ignores_padding": self.ignores_padding,
+            "flags_matter": self.flags_matter,
         }
 
     def inherit(self, found: Mapping[str, Any]) -> None:
@@ -186,6 +189,7 @@ class PassKind:
             of_states, of_entries = layouts(found["layouts"]), layouts(found["entry_layouts"])
             verified, widths, calls = set(found["verified"]), _spans(found["widths"]), dict(found["calls"])
             writes, continues, ignores = (bool(found[name]) for name in ("writes", "continues", "ignores_padding"))
+            flags_matter = bool(found.get("flags_matter", True))
         except (AttributeError, KeyError, TypeError, ValueError):
             return  # damaged, so this run verifies everything itself
         self.verified |= verified
@@ -193,6 +197,7 @@ class PassKind:
         self.calls |= calls
         self.layouts, self.entry_layouts = of_states, of_entries
         self.writes, self.continues, self.ignores_padding, self.inherited = writes, continues, ignores, True
+        self.flags_matter = flags_matter
 
     def has_calls(self, seen: Mapping[str, int]) -> bool:
         """Whether stacks were called as expected. If not, the prefix must be examined again."""
@@ -200,7 +205,7 @@ class PassKind:
             return True
         self.calls.update(seen)
         self.layouts, self.entry_layouts, self.verified, self.widths = {}, {}, set(), {}
-        self.inherited = False
+        self.inherited, self.flags_matter = False, True
         self.recounted += 1
         if self.recounted > MOST_COUNTS:
             raise Refused("the number of calls of a stack varies from pass to pass")

@@ -579,7 +579,8 @@ class PrefixCache:
     def _keys(self, kind: PassKind, rows: Rows) -> list[bytes]:
         # Of its own in evaluation, whose other widths would round what training finds again.
         passes = "evaluation" if self._evaluates else "training"
-        return rows.keys(f"{passes} {self.prefix.autocast} {self._now.padding.whole_rows} {self._dtype} {kind.slots}")
+        salt = f"{passes} {self.prefix.autocast} {self._now.padding.whole_rows} {self._dtype} {kind.slots}"
+        return rows.keys(salt, flags=kind.flags_matter)
 
     def _below(self, kind: PassKind, rows: Rows) -> Callable[[Sequence[int]], Starts]:
         """Where the first passes of a prefix that has grown start: at what the shallower one has stored of all rows."""

@@ -225,6 +225,8 @@ class Freezing:
     def close(self) -> None:
         """Undo everything, in the opposite order."""
         self.lr_scaler.remove()
+        if self.config.offload in ("cpu", "disk"):
+            self._say_that_nothing_left()
         if self.offload is not None:
             self.offload.close()
         self.cache.close()
@@ -233,6 +235,15 @@ class Freezing:
             self.budget.close()
         self.freezer.restore()
         self.parallel.release()
+
+    def _say_that_nothing_left(self) -> None:
+        if self.length.steps < self.length.total_steps or (self.offload is not None and self.offload.has_left):
+            return
+        if self.config.dry_run or not any(self.prefix.depths.values()):
+            reason = "nothing froze"
+        else:
+            reason = self.cache.off_because or "the states of all samples were never held"
+        note(f"offload={self.config.offload!r} moved no weights: {reason}.")
 
     def restore_moments(self) -> None:
         """Put back the optimizer state of the units that were frozen at the start, after ``close``."""

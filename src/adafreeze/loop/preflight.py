@@ -18,6 +18,7 @@ from ..model.backends import Backend
 from ..model.batch import forward_names
 from ..model.blocks import device_of
 from ..model.obstacles import find_obstacles, remedies, units_below
+from ..model.offloaded import Offloaded
 from ..model.patches import owners
 from ..model.traces import traceless
 from ..model.units import some
@@ -131,28 +132,29 @@ def offload_kind(config: SafeConfig, model: nn.Module, wrapped: nn.Module, paral
     if config.offload == "auto":
         return None if config.memory_budget is None else "disk" if device.type == "cpu" else "cpu"
     if config.offload == "cpu" and device.type == "cpu":
-        warn(
-            'SafeConfig.offload is "cpu", and the model is on the CPU already: nothing moves.',
-            fix='SafeConfig(offload="disk") frees host memory.',
-            stacklevel=5,
-        )
+        if not any(isinstance(parameter, Offloaded) for parameter in model.parameters()):
+            warn(
+                'SafeConfig.offload is "cpu", and the model is on the CPU already: nothing moves.',
+                fix='SafeConfig(offload="disk") frees host memory.',
+                stacklevel=5,
+            )
         return None
     return config.offload
 
 
 def warn_compiled(config: SafeConfig) -> None:
-    """Warn that nothing leaves the device where torch.compile compiles the model as a whole."""
+    """Warn that nothing leaves the device where torch.compile compiled the model or its blocks."""
     warn(
-        f"SafeConfig.offload is {config.offload!r}, and torch.compile compiles the model as a whole, with the weights "
-        "that would leave: they stay.",
-        fix="Compile the blocks instead: for block in model.model.layers: block.compile()",
+        f"SafeConfig.offload is {config.offload!r}, and torch.compile compiles the weights that would leave into its "
+        "graphs: they stay.",
+        fix="Train without torch.compile, or SafeConfig(offload='off').",
         stacklevel=5,
     )
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile was applied to the model as a whole."""
-    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+    """Whether torch.compile was applied to the model or to a part of it."""
+    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
 
 
 def check_names(names: Iterable[str], units: Collection[str]) -> None:

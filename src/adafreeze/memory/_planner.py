@@ -249,7 +249,8 @@ class StepPlanner:
 
     def _filling(self, rows: int) -> int:
         """Bytes of a pass through the prefix without a graph, weights apart."""
-        key = (sum(self.prefix.depths.values()), rows)
+        depth = sum(self.prefix.depths.values())
+        key = (min(depth, 3) if self._alike else depth, rows)  # of like blocks, the first two and the last show all
         if key not in self._filled:
             self._filled[key] = self._fill(rows)
         return self._filled[key]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -35,6 +36,7 @@ from ..model.offloaded import (
     resident,
     take_over,
 )
+from ..model.traces import users_code
 from ..sizes import readable
 
 __all__ = ["Offload", "block_weights", "input_tables", "leaving_blocks"]
@@ -149,10 +151,12 @@ class Offload:
         self._said = self.nbytes
         everything = sum(parameter.nbytes for parameter in self.model.parameters())
         stays = self._what_stays()
+        every = (*self._tables, *(p for own in self._away.values() for p in own))
+        to = "cpu" if all(isinstance(p.away.source, HostSource) for p in every) else "disk"
         self.journal.write(
             "offload",
             step=step,
-            to=self.kind,
+            to=to,
             blocks=len(self._away),
             nbytes=self.nbytes,
             weights=everything,
@@ -161,7 +165,7 @@ class Offload:
         tables = " and the input embeddings" if self._tables else ""
         note(
             f"Step {step}: the weights of {len(self._away)} blocks{tables} are off the device, on the "
-            f"{'host' if self.kind == 'cpu' else 'disk'}: {readable(self.nbytes)} of {readable(everything)}. "
+            f"{'host' if to == 'cpu' else 'disk'}: {readable(self.nbytes)} of {readable(everything)}. "
             + "".join(f"{reason}. " for reason in stays)
             + "Passes through these blocks bring them back one by one."
         )
@@ -242,7 +246,7 @@ class Offload:
         if away and torch.is_grad_enabled():  # autograd keeps weights, so each operation gets its own
             self.end("a pass in evaluation mode with gradients runs through them")
             away = []
-        if not away:
+        if not away or _may_write(block):
             yield
             return
         with self._lock:  # threads may evaluate at the same time
@@ -288,6 +292,11 @@ class Offload:
         self._count()
 
     @property
+    def has_left(self) -> bool:
+        """Whether anything has ever left, or a reason was given why not."""
+        return self._said > 0 or self.ended is not None
+
+    @property
     def has_more(self) -> bool:
         """Whether anything may still leave: the prefix has changed since the last time, or something has come back."""
         return self._left_at != self._place or self.has_returned
@@ -303,7 +312,7 @@ class Offload:
 
     def misses_too_often(self, misses: int, looked_up: int) -> bool:
         """Whether more than a few of the samples since the weights left were not stored."""
-        if not self.nbytes:
+        if not self.nbytes or not self._left_at:  # those that never came wait for the first epoch
             self._before = misses, looked_up
         missed, samples = misses - self._before[0], looked_up - self._before[1]
         return samples >= FEW_SAMPLES and missed > MOST_MISSES * samples
@@ -363,12 +372,23 @@ def leaving_blocks(prefix: Prefix) -> Iterator[tuple[str, nn.Module]]:
             yield stack.block_name(index), stack.blocks[index]
 
 
+def _may_write(block: nn.Module) -> bool:
+    """Whether code of the user's runs within ``block``: it may write to a weight, which each operation notices."""
+    modules = [*block.modules()]
+    return users_code(modules) is not None or any(m._forward_pre_hooks or m._forward_hooks for m in modules)
+
+
 def block_weights(
     model: nn.Module, blocks: Sequence[nn.Module], keeps: Collection[int]
 ) -> dict[nn.Module, list[nn.Parameter]]:
-    """The frozen weights of each block that nothing else uses, without those whose ids are in ``keeps``."""
+    """The frozen weights of each block that nothing else uses, without adapters and those whose ids are in ``keeps``.
+
+    An adapter of PEFT may be none of the run's: another one, such as the reference of TRL's DPO, or one added later.
+    """
     users = Counter(id(p) for module in model.modules() for p in set(module._parameters.values()))
     stay = {key for key, count in users.items() if count > 1} | set(keeps)
+    for layer in (module for block in blocks for module in block.modules() if isinstance(module, BaseTunerLayer)):
+        stay |= {id(p) for p in layer.parameters()} - {id(p) for p in layer.get_base_layer().parameters()}
     return {block: [p for p in block.parameters() if not p.requires_grad and id(p) not in stay] for block in blocks}
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..errors import RunError
+from ..errors import ModelError, RunError
 
 __all__ = [
     "FileSource", "HostSource", "Offloaded", "Source", "WeightsFile",
@@ -165,8 +165,9 @@ _DESCRIBE = {
     *("is_floating_point", "is_complex", "is_contiguous", "is_inference", "is_signed", "get_device", "has_names"),
     *("untyped_storage", "data_ptr", "is_shared", "_is_view", "_use_count", "__hash__"),
 }
-# What changes a parameter, or is to stay with it.
+# What changes a parameter, lets others change it, or is to stay with it.
 _CHANGE = {
+    *("__dlpack__", "storage", "_typed_storage"),
     *("__setitem__", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"),
     "_has_compatible_shallow_copy_type",  # Module.to() asks, and then writes to the parameter or replaces it
     *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")),
@@ -186,6 +187,15 @@ class Offloaded(nn.Parameter):
 
     away: _Away
 
+    def __new__(cls, data: Any = None, requires_grad: bool = True) -> Any:
+        """An ordinary parameter, for code that makes one of the class of another."""
+        return nn.Parameter(data, requires_grad)
+
+    @classmethod
+    def of(cls, described: Tensor, requires_grad: bool) -> Any:
+        """One without data yet, with the shape of a ``meta`` tensor."""
+        return nn.Parameter.__new__(cls, described, requires_grad)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -195,20 +205,27 @@ class Offloaded(nn.Parameter):
                 attribute = func.__self__.__name__
                 if attribute == "device":
                     return args[0].away.device
-                to_train = name == "__set__" and attribute == "requires_grad" and bool(args[1])
+                if attribute == "is_meta" and _caller() == "_load_from_state_dict":
+                    return False  # it would warn that nothing is copied
+                to_train = name == "__set__" and (
+                    (attribute == "requires_grad" and bool(args[1])) or (attribute == "grad" and args[1] is not None)
+                )
                 if not to_train and (attribute not in _DATA_ATTRIBUTES or (name == "__set__" and args[0] is args[1])):
                     return func(*args, **kwargs)
             elif name in _DESCRIBE or (name == "requires_grad_" and not _is_true(*args[1:], **kwargs)):
                 return func(*args, **kwargs)
-            if name == "detach" and sys._getframe(1).f_code.co_name == "_save_to_state_dict":
+            if name == "detach" and _caller() == "_save_to_state_dict":
                 return args[0].away.source.load()  # the device need not take what is only saved
+            if name == "detach" and _caller() == "__new__":  # nn.Parameter(weight) wants what has the class of weight
+                bring_back(args[0])
+                return nn.Parameter(args[0].data, requires_grad=False)
             if name == "to" and _is_there(args[0], *args[1:], **kwargs):
                 return args[0]
             if name == "_has_compatible_shallow_copy_type" and args[0] is args[1]:
                 return True
             own = {id(one): one for one in tree_leaves((args, kwargs)) if isinstance(one, Offloaded)}
             trains = torch.is_grad_enabled() and any(one.requires_grad for one in own.values())
-            if trains or _changes(name, kwargs):
+            if trains or _changes(func, kwargs):
                 return _with_data(own.values(), func, args, kwargs)
             if func is nn.functional.embedding:
                 return _look_up(*args, **kwargs)
@@ -286,9 +303,18 @@ def _shares(value: Any, storages: set[int]) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and value.untyped_storage()._cdata in storages
 
 
-def _changes(name: str, kwargs: dict[str, Any]) -> bool:
+def _changes(func: Any, kwargs: dict[str, Any]) -> bool:
+    name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in _CHANGE or name in ("__get__", "__set__") or kwargs.get("out") is not None
+    overloads: list[str] = getattr(func, "overloads", list)()  # of an operator of torch.ops
+    operators = [func] if hasattr(func, "_schema") else [getattr(func, one) for one in overloads]
+    mutable = any(operator._schema.is_mutable for operator in operators)
+    return in_place or mutable or name in _CHANGE or name in ("__get__", "__set__") or kwargs.get("out") is not None
+
+
+def _caller() -> str:
+    """The name of the function that called ``__torch_function__``."""
+    return sys._getframe(2).f_code.co_name
 
 
 def _is_there(parameter: Offloaded, *args: Any, **kwargs: Any) -> bool:
@@ -318,7 +344,7 @@ def offload(parameter: nn.Parameter, source: Source) -> bool:
     device, data = parameter.device, parameter.data
     strides = data.stride()
     described = torch.empty_strided(data.shape, strides, dtype=data.dtype, device="meta")
-    held: Any = Offloaded(described, parameter.requires_grad)
+    held = Offloaded.of(described, parameter.requires_grad)
     del data
     if not _swap(parameter, held):
         return False
@@ -341,7 +367,7 @@ def take_over(model: nn.Module) -> None:
                     if id(parameter) not in made:
                         source = _dispatched(hook.weights_map, name, parameter, files)
                         held = nn.Parameter(torch.empty(0, dtype=parameter.dtype, device=hook.execution_device), False)
-                        away: Any = Offloaded(parameter.data, parameter.requires_grad)
+                        away = Offloaded.of(parameter.data, parameter.requires_grad)
                         away.away = _Away(held, source, held.device, parameter.stride())
                         made[id(parameter)] = away
                     module._parameters[name] = made[id(parameter)]
@@ -362,6 +388,13 @@ def _dispatched(weights: Any, name: str, parameter: nn.Parameter, files: dict[st
         if path not in files:
             files[path] = WeightsFile(path)
         return FileSource(files[path], found.get("weight_name", name), parameter.dtype)
+    try:
+        weights[name]
+    except KeyError as error:
+        raise ModelError(
+            f"The weight {error.args[0]} is not in the files of the model, so it has no values.",
+            fix="Load it with from_pretrained of transformers, which makes new values, then save_pretrained(FOLDER).",
+        ) from error
     return _Dispatched(weights, name)
 
 
@@ -428,18 +461,26 @@ def resident(parameters: list[Offloaded], data: list[Tensor] | None = None) -> I
         parameters: offloaded ones.
         data: theirs, on their device; None: loaded now.
     """
-    there: list[tuple[nn.Parameter, _Away]] = []
+    there: list[tuple[nn.Parameter, _Away, tuple[Any, ...]]] = []
     try:
         for index, parameter in enumerate(parameters):
             away = parameter.away
             away.held.data = away.load() if data is None else data[index]
             if _return(parameter, away):
-                there.append((parameter, away))
+                there.append((parameter, away, _marks(parameter)))
             else:  # each operation on it loads it
                 away.empty()
         del data
         yield
     finally:
-        for once, away in there:
-            if _swap(once, away.held):  # else someone has kept a reference, and it is back
+        for once, away, marks in there:
+            if _marks(once) != marks:  # it was written to, or is to train
+                once.data = once.data.clone(memory_format=torch.preserve_format)
+            elif _swap(once, away.held):  # else someone has kept a reference, and it is back
                 away.empty()
+
+
+def _marks(parameter: nn.Parameter) -> tuple[Any, ...]:
+    """What is another one once somebody writes to a parameter, trains it, or adds a hook."""
+    hooks = len(parameter._backward_hooks or ())
+    return parameter._version, parameter.data_ptr(), parameter.requires_grad, parameter.grad is None, hooks

@@ -67,6 +67,7 @@ class Rows:
     def _read_inputs(self) -> None:
         self._read: dict[str, Tensor] = {}
         self._context: list[str] = []
+        self._flags: list[str] = []
         for name, value in self.inputs.items():
             self._sort(name, value)
         self._host = _on_host(self._read)
@@ -79,7 +80,9 @@ class Rows:
             self._read[name] = value.detach()
         elif isinstance(value, Tensor) and value.ndim:
             raise NotBySample(f"{name} has the shape {tuple(value.shape)}, which is not one entry per sample")
-        elif isinstance(value, (bool, int, float, str)):
+        elif isinstance(value, bool):
+            self._flags.append(f"{name}={value}")
+        elif isinstance(value, (int, float, str)):
             self._context.append(f"{name}={value}")
         elif isinstance(value, Tensor):
             self._context.append(f"{name}={value.item()}")
@@ -90,7 +93,8 @@ class Rows:
         """Names, ranks and dtypes of the inputs, whether there are several samples, and whether any side is padded."""
         tensors = sorted((name, value.ndim, str(value.dtype)) for name, value in self._read.items())
         others = sorted(name for name in self.inputs if name not in self._read)
-        return tuple(tensors), tuple(others), tuple(self._context), self.count > 1, tuple(map(self.is_padded, (0, 1)))
+        plain = (*self._context, *self._flags)
+        return tuple(tensors), tuple(others), plain, self.count > 1, tuple(map(self.is_padded, (0, 1)))
 
     is_packed = False
     """Whether the samples are documents in one row."""
@@ -116,9 +120,15 @@ class Rows:
         """Whether any position is padding."""
         return any(span != (0, self._widths[side]) for span in self._spans[side])
 
-    def keys(self, salt: str = "") -> list[bytes]:
-        """A 128-bit hash per sample of its unpadded inputs, their names, shapes and dtypes, and ``salt``."""
-        return [self._key(row, f"{salt};{';'.join(self._context)}") for row in range(self.count)]
+    def keys(self, salt: str = "", *, flags: bool = True) -> list[bytes]:
+        """A 128-bit hash per sample of its unpadded inputs, their names, shapes and dtypes, and ``salt``.
+
+        Args:
+            salt: whatever else tells samples apart.
+            flags: arguments that are True or False (``use_cache``) tell them apart, too.
+        """
+        context = f"{salt};{';'.join([*self._context, *(self._flags if flags else [])])}"
+        return [self._key(row, context) for row in range(self.count)]
 
     def _key(self, row: int, context: str) -> bytes:
         digest = xxhash.xxh3_128(context.encode())
@@ -141,6 +151,12 @@ class Rows:
         """The inputs with other values for those in ``OF_THE_BATCH``."""
         numbers = {name: self.inputs.get(name) for name in OF_THE_BATCH}
         return self.inputs | {name: n + 1 for name, n in numbers.items() if isinstance(n, (int, float, Tensor))}
+
+    def without_flags(self) -> dict[str, Any] | None:
+        """The inputs without those that are True or False; None if there are none."""
+        if not self._flags:
+            return None
+        return {name: value for name, value in self.inputs.items() if not isinstance(value, bool)}
 
     def take(self, rows: Sequence[int], inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The inputs (default: the batch's own) of these samples, at the width of the batch."""

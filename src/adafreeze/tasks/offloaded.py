@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import logging
+import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import nn
 
 from ..errors import ConfigError, ModelError
@@ -23,7 +27,7 @@ __all__ = ["from_pretrained", "load_offloaded"]
 
 
 def from_pretrained(
-    name: str,
+    name: str | os.PathLike[str],
     auto_class: str = "AutoModelForCausalLM",
     *,
     offload: str = "disk",
@@ -47,7 +51,7 @@ def from_pretrained(
 
     Args:
         name: a folder, or a name on the Hub.
-        auto_class: of transformers.
+        auto_class: of transformers, such as ``"AutoModelForSequenceClassification"``.
         offload: ``"disk"`` or ``"cpu"``.
         device: of the rest; default: the accelerator, or the CPU.
         dtype: of the weights; "auto": as saved.
@@ -58,8 +62,8 @@ def from_pretrained(
         options: more arguments of transformers' ``from_pretrained``, such as ``num_labels``.
 
     Raises:
-        ConfigError: ``offload`` is another place, or ``device_map`` is given.
-        ModelError: the model cannot be loaded, or has no stack of blocks.
+        ConfigError: ``offload`` is another place, ``auto_class`` is none, or an option does not go with it.
+        ModelError: the model cannot be loaded, is quantized, lacks weights of its blocks, or has no stack of blocks.
     """
     if offload not in ("disk", "cpu"):
         raise ConfigError(f"offload is {offload!r}, but must be 'disk' or 'cpu'.", fix='offload="disk"')
@@ -68,8 +72,19 @@ def from_pretrained(
             "device_map is given, but here it follows from the model: all blocks stay away.",
             fix="Leave it out; device=... says where the rest goes.",
         )
+    if "output_loading_info" in options:
+        raise ConfigError(
+            "output_loading_info is given, but the model alone is returned.", fix="Leave out output_loading_info."
+        )
+    if not auto_class.startswith("Auto") or not hasattr(transformers, auto_class):
+        known = [name for name in dir(transformers) if name.startswith("AutoModel")]
+        close = difflib.get_close_matches(auto_class, known, 1)
+        raise ConfigError(
+            f"auto_class is {auto_class!r}, but must be a class AutoModel... of transformers.",
+            fix=f'auto_class="{close[0] if close else "AutoModelForCausalLM"}"',
+        )
     source = Source(
-        name,
+        os.fspath(name),
         revision=revision,
         cache_dir=cache_dir,
         token=token,
@@ -86,9 +101,16 @@ def load_offloaded(
     device = torch.device(device) if device is not None else _accelerator()
     loading = {"dtype", "ignore_mismatched_sizes"}
     config = load("AutoConfig", source, **{name: value for name, value in options.items() if name not in loading})
+    if options.get("quantization_config") is not None or getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{source.name} is to be quantized as it is loaded, which needs its weights on the device.",
+            fix='Load it with from_pretrained of transformers; SafeConfig(offload="cpu") moves frozen blocks later.',
+        )
     places = _device_map(config, auto_class, source, device)
     try:
-        with logging_from("accelerate.big_modeling", logging.ERROR):  # it warns of what is on disk, as was asked for
+        # They warn of what is on disk, as was asked for, and of buffers that are in no file.
+        with logging_from("accelerate.big_modeling", logging.ERROR), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The following device_map keys")
             model: PreTrainedModel = load(auto_class, source, device_map=places, **options)
     except ModelError as error:
         if "offload_folder" not in str(error):
@@ -104,8 +126,6 @@ def load_offloaded(
 
 def _device_map(config: PretrainedConfig, auto_class: str, source: Source, device: torch.device) -> dict[str, Any]:
     """The place of every module: "disk" or "cpu" for blocks and input embeddings that no head uses, or ``device``."""
-    import transformers
-
     with torch.device("meta"), keep_random_state():
         model = getattr(transformers, auto_class).from_config(copy.deepcopy(config))
     away = {stack.block_name(index) for stack in find_stacks(model) for index in range(len(stack))}
