@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import math
 import os
@@ -291,9 +292,10 @@ class SafeConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
                 raise ConfigError(
                     f"SafeConfig has no field {name!r}; its fields are {', '.join(known)}.",
-                    fix=f"Remove {name!r}, or correct its spelling.",
+                    fix=f"Did you mean {close[0]!r}?" if close else f"Remove {name!r}, or correct its spelling.",
                 )
         return cls(**dict(values))
 

@@ -84,7 +84,7 @@ def test_filling_again_computes_nothing(cache, flags, caplog):
 
 def test_under_torchrun_each_process_fills_its_share(cache, flags, tmp_path, caplog):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "-m", "adafreeze.cli", "cache", "fill", *flags, "--prefix_cache_dir", str(tmp_path / "states")]
+    command = [*launch, "-m", "adafreeze", "cache", "fill", *flags, "--prefix_cache_dir", str(tmp_path / "states")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     # Batches of 16, four times those of training: one each.

@@ -36,7 +36,7 @@ def in_terminal(*call, **environment):
 def test_a_run_in_a_terminal_shows_its_stack_and_restores_the_terminal(bert, tmp_path):
     data = write(tmp_path / "rows.csv", reviews(8))
     code, shown = in_terminal(
-        sys.executable, "-m", "adafreeze.cli", "train", "--model_name_or_path", bert, "--task", "text-classification",
+        sys.executable, "-m", "adafreeze", "train", "--model_name_or_path", bert, "--task", "text-classification",
         "--train_file", data, "--max_steps", "12", "--per_device_train_batch_size", "4", "--use_cpu",
         "--logging_steps", "2", "--report_to", "none", "--output_dir", str(tmp_path / "run"),
     )  # fmt: skip

@@ -14,6 +14,7 @@ __all__ = ["main"]
 # Each command is a module of this folder with a main(argv), imported when it is used.
 COMMANDS = {
     "train": "fine-tune a model with adapters that freeze themselves",
+    "run": "a script or tool of your own, with a SafeCallback in its Trainers",
     "plan": "memory and FLOPs of a run before it starts: will it fit?",
     "doctor": "what adafreeze finds in a model or a script, before anything is trained",
     "export-config": "the PEFT configuration of the next run, from the scores of a run",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from ..model.obstacles import find_obstacles, remedies
 from ..model.units import some
 from ..sizes import readable
 from ..tasks.weightless import adapted, build, configuration, example_inputs
+from .script import run
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -98,12 +97,9 @@ def examine_script(script: str, arguments: Sequence[str]) -> list[Finding]:
         safe.close()
         raise _SeenEnoughError
 
-    argv, path = sys.argv, list(sys.path)
     try:
         Safe.on_made.append(look)
-        sys.argv = [script, *arguments]
-        sys.path.insert(0, str(Path(script).resolve().parent))
-        runpy.run_path(script, run_name="__main__")
+        run(script, arguments)
     except _SeenEnoughError:
         return found
     except SystemExit as ended:
@@ -121,7 +117,6 @@ def examine_script(script: str, arguments: Sequence[str]) -> list[Finding]:
         ) from error
     finally:
         Safe.on_made.remove(look)
-        sys.argv, sys.path[:] = argv, path
     raise ConfigError(
         f"{script} ended without a Safe, and without training a Trainer with a SafeCallback.",
         fix="callbacks=[SafeCallback()] in its Trainer, or Safe(model, ...) before its loop",

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from ..config import SafeConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, warn
 from ..tasks import GLUE, TASKS
 from .parser import Parser, build, flag
 
@@ -142,9 +142,16 @@ class RunArguments:
 
 
 class _TrainingFlags(TrainingArguments):
-    # Puts the hundred flags of Trainer into their own group, behind ours, in --help.
+    # Puts the hundred flags of Trainer into their own group, behind ours. --help shows those that most runs set.
     _argument_group_name = "training (transformers.TrainingArguments)"
 
+
+_SHOWN = {
+    *("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
+    *("learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "optim", "bf16", "gradient_checkpointing"),
+    *("activation_checkpointing", "eval_strategy", "save_strategy", "logging_steps", "report_to", "seed", "use_cpu"),
+    "resume_from_checkpoint",
+}
 
 # --seed and --cache_dir have another meaning in all of transformers' scripts: the run's seed, the Hub's downloads.
 _CACHE = ("cache", "cache_budget", "cache_dir", "cache_dtype")
@@ -188,6 +195,7 @@ def build_parser() -> Parser:
         description="Fine-tune a model with adapters that freeze themselves.",
         conflict_handler="resolve",  # transformers 4.57 still has overwrite_output_dir, which it does not use
     )
+    parser.hide(_TrainingFlags._argument_group_name, _SHOWN)
     switches = {_SAFE_FLAGS[entry.name] for entry in dataclasses.fields(SafeConfig) if isinstance(entry.default, bool)}
     for action in parser._actions:
         if action.dest in switches:  # the flag alone means True, as for those with a default
@@ -251,6 +259,11 @@ def parse(words: Sequence[str], *, read_file: bool = True) -> Arguments:
     given = {name: values[name_of_flag] for name, name_of_flag in _SAFE_FLAGS.items()}
     given = {name: value for name, value in given.items() if value is not None}
     safe = None
+    if method == "none" and given.get("offload") in ("cpu", "disk"):
+        warn(
+            f"--offload {given['offload']} moves nothing with --method none, which freezes nothing.",
+            fix="--method safe, or leave out --offload.",
+        )
     if method != "none":
         safe = SafeConfig.paper(**given) if method == "safe-paper" else SafeConfig.from_dict(given)
     try:
@@ -275,7 +288,7 @@ def contradiction(error: Exception) -> ConfigError:
     """What transformers refuses, as an error of the flags."""
     return ConfigError(
         f"The training arguments do not go together: {str(error).strip().splitlines()[0]}",
-        fix="Change the flag that this names; `adafreeze train --help` lists all flags.",
+        fix="Change the flag that this names; `adafreeze train --help-all` lists all flags.",
     )
 
 

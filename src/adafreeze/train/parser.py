@@ -6,8 +6,8 @@ import dataclasses
 import difflib
 import json
 import re
-from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentError, ArgumentParser, Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentError, ArgumentParser, Namespace
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 
 from ..errors import ConfigError
 
-__all__ = ["Parser", "build", "flag"]
+__all__ = ["Parser", "build", "flag", "read_yaml"]
 
 
 def flag(help: str, default: Any = None, *, aliases: Sequence[str] = (), choices: Iterable[str] | None = None) -> Any:
@@ -35,22 +35,58 @@ class _Formatter(ArgumentDefaultsHelpFormatter):
         """Without "(default: None)" and "(default: False)"."""
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
+    def _format_action_invocation(self, action: Action) -> str:
+        """One spelling of two, and the value once: ``--learning_rate LEARNING_RATE``."""
+        names = [name for name in action.option_strings if "-" not in name.lstrip("-") or name == "--help-all"]
+        values = self._format_args(action, self._get_default_metavar_for_optional(action)) if names else ""
+        return " ".join([", ".join(names), values]).strip() if names else super()._format_action_invocation(action)
+
+
+class _HelpAll(Action):
+    def __call__(self, parser: Any, *_: Any) -> NoReturn:
+        for action, text in parser.hidden.items():
+            action.help = text
+        parser.print_help()
+        raise SystemExit(0)
+
 
 class Parser(HfArgumentParser):
     """HfArgumentParser that raises ConfigError instead of printing two screens of usage.
 
     Flags cannot be abbreviated: an abbreviation would change its meaning when a flag with the same beginning is added.
+
+    Attributes:
+        hidden: flags that ``--help`` leaves out, and their texts.
     """
 
     def __init__(self, *groups: type, **options: Any) -> None:
+        if groups:  # argparse would list every flag
+            options.setdefault("usage", "%(prog)s [--flag value ...]")
         super().__init__(groups, allow_abbrev=False, formatter_class=_Formatter, **options)  # type: ignore[arg-type]
+
+        self.hidden: dict[Action, str | None] = {}
+
+    def hide(self, title: str, but: Collection[str]) -> None:
+        """Leave the flags of the group ``title`` to ``--help-all``, but for some."""
+        group = next(group for group in self._action_groups if group.title == title)
+        for action in group._group_actions:
+            if action.dest not in but:
+                self.hidden[action] = action.help
+                action.help = SUPPRESS
+        self.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all flags of this group, too")
+        group._group_actions.append(self._actions[-1])
+        self._optionals._group_actions.pop()
+
+    @property
+    def _lists_all(self) -> str:
+        return f"`{self.prog} {'--help-all' if self.hidden else '--help'}` lists all flags"
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""
         message = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)  # one spelling of two
         raise ConfigError(
             message[0].upper() + message[1:].rstrip(".") + ".",
-            fix=f"`{self.prog} --help` lists all flags and their values.",
+            fix=f"{self._lists_all} and their values.",
         )
 
     def parse_args(self, words: Sequence[str]) -> Namespace:  # type: ignore[override]
@@ -78,7 +114,7 @@ class Parser(HfArgumentParser):
             path = first.parse_known_args(list(words))[0].config
         except ArgumentError:  # --config without a file: `parse_args` raises the error
             path = None
-        return list(words) if path is None else [*self.words(_read_yaml(path), path), *words]
+        return list(words) if path is None else [*self.words(read_yaml(path), path), *words]
 
     def words(self, settings: Mapping[Any, Any], source: str) -> list[str]:
         """Settings as command-line words, so that a value in ``source`` is converted and checked like a typed one.
@@ -109,10 +145,15 @@ class Parser(HfArgumentParser):
 
     def _closest(self, name: str, known: Iterable[str]) -> str:
         close = difflib.get_close_matches(name, list(known), n=1)
-        return f"Did you mean {close[0]}?" if close else f"`{self.prog} --help` lists all flags."
+        return f"Did you mean {close[0]}?" if close else f"{self._lists_all}."
 
 
-def _read_yaml(path: str) -> dict[Any, Any]:
+def read_yaml(path: str) -> dict[Any, Any]:
+    """The flags and values in the file that ``--config`` names.
+
+    Raises:
+        ConfigError: it cannot be read, or is something else.
+    """
     try:
         values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
