@@ -13,8 +13,8 @@ dispatch mode over the whole run.
 plan: the shape of Llama-3.1-8B in bf16, one sample of 1,024 tokens, LoRA on all linear layers, against plain PEFT; and
 with nf4 weights on 6 GiB.
 
-cards: the flags that ``plan`` proposes for three models on three cards, four samples of 1,024 tokens. These two parts
-run nothing; together they take twenty minutes on one core.
+cards: the flags that ``plan`` proposes for three models on three cards, four samples of 1,024 tokens, or one where four
+do not fit. These two parts run nothing; together they take twenty minutes on one core.
 """
 
 from __future__ import annotations
@@ -249,8 +249,12 @@ def cards(_: Path) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name, config in MODELS.items():
         for card in ("RTX 3070", "RTX 3060", "RTX 4090"):
-            found = adafreeze.plan(config, LORA, batch_size=4, max_length=1024, dtype="bfloat16", device_memory=card)
-            made.setdefault(name, {"plain": found.plain.peak})[card] = found.proposal
+            for rows in (4, 1):
+                settings = {"batch_size": rows, "max_length": 1024, "dtype": "bfloat16", "device_memory": card}
+                found = adafreeze.plan(config, LORA, **settings)
+                made.setdefault(name, {"plain": found.plain.peak})[card] = {"samples": rows, "flags": found.proposal}
+                if found.proposal is not None:
+                    break
     return made
 
 
