@@ -14,14 +14,28 @@ OFFLOAD = ["offload", "offload_before"]
 FSDP = ["fsdp2", "fsdp2_bert", "fsdp2_t5", "fsdp2_local"]
 LEAN = ["autocast", "fsdp2_autocast"]
 ALL = [*EXACT, *BY_HAND, *OTHER, *OFFLOAD, *FSDP, *LEAN]
+# The others show the same already.
+SLOW = {
+    *("static_graph", "bucket_view", "small_buckets", "builtin_hook", "hidden", "hidden_by_hand"),
+    *("fsdp2_local", "fsdp2_autocast", "offload_before"),
+}
 FAMILY = {"bert": "bert", "t5": "t5", "fsdp2_bert": "bert", "fsdp2_t5": "t5"}
 
 
+def scenarios(names):
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
+    )
+
+
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """All scenarios on two ranks, in one start of the processes."""
+def two(tmp_path_factory, request):
+    """The scenarios of the tests that were selected on two ranks, in one start of the processes."""
     folder = tmp_path_factory.mktemp("two")
-    wait(start("worker.py", 2, folder, *ALL, CACHE_DIR=str(folder / "cache")), folder)
+    calls = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
+    selected = {call.params.get("name") for call in calls} | set(OTHER)
+    names = [name for name in ALL if name in selected]
+    wait(start("worker.py", 2, folder, *names, CACHE_DIR=str(folder / "cache")), folder)
     return folder
 
 
@@ -46,7 +60,7 @@ def largest_difference(one: dict, other: dict) -> float:
     )
 
 
-@pytest.mark.parametrize("name", ALL)
+@scenarios(ALL)
 def test_ranks_agree_at_every_step_and_nothing_frozen_moves(two, name):
     first, second = found(two, name, 0), found(two, name, 1)
     assert first["history"] == second["history"] and first["history"][-1], "nothing froze"
@@ -58,14 +72,14 @@ def test_ranks_agree_at_every_step_and_nothing_frozen_moves(two, name):
     assert "freeze" in second["events"] and second["scores"] == first["scores"]
 
 
-@pytest.mark.parametrize("name", EXACT)
+@scenarios(EXACT)
 def test_ddp_is_bit_identical_to_one_process(two, alone, name):
     one, many = alone(FAMILY.get(name, "llama")), found(two, name)
     assert many["history"] == one["history"]
     assert many["weights"] == one["weights"]
 
 
-@pytest.mark.parametrize("name", BY_HAND)
+@scenarios(BY_HAND)
 def test_frozen_by_hand_before_the_first_step(two, alone, name):
     one = alone(config={"freeze": ["model.layers.0"], "policy": "bottom_up"})
     many = found(two, name)
@@ -113,7 +127,7 @@ def test_ranks_share_a_cache_on_disk(two):
         assert cache["misses"] == 12 and cache["hits"] + cache["advanced"] == 5 * 12
 
 
-@pytest.mark.parametrize("name", OFFLOAD)
+@scenarios(OFFLOAD)
 def test_each_rank_moves_its_own_weights(two, alone, name):
     for rank in (0, 1):
         many = found(two, name, rank)
@@ -122,7 +136,7 @@ def test_each_rank_moves_its_own_weights(two, alone, name):
         assert many["weights"] == alone(config={"freeze_at_start": 0.5})["weights"]
 
 
-@pytest.mark.parametrize("name", LEAN)
+@scenarios(LEAN)
 def test_lean_layers_train_like_one_process_whose_layers_are_not(two, alone, name):
     one, many = alone(autocast=True, config={"lean": False}), found(two, name)
     assert many["history"] == one["history"]
@@ -133,7 +147,7 @@ def test_lean_layers_train_like_one_process_whose_layers_are_not(two, alone, nam
         assert largest_difference(many, one) < 1e-4
 
 
-@pytest.mark.parametrize("name", FSDP)
+@scenarios(FSDP)
 def test_fsdp2_equals_one_process_up_to_rounding(two, alone, name):
     settings = {"config": {"score": "local_cka"}} if name == "fsdp2_local" else {}
     one, many = alone(FAMILY.get(name, "llama"), **settings), found(two, name)

@@ -52,6 +52,7 @@ def test_one_rank_writes_the_journal(folder):
     assert len({json.dumps(line) for line in lines}) == len(lines)
 
 
+@pytest.mark.slow
 def test_find_unused_parameters_works(folder):
     run(folder, "unused", "--find_unused")
     assert checked(folder, "unused")["weights"] == found(folder, "ddp")["weights"]
