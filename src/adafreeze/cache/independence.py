@@ -67,7 +67,9 @@ class IndependenceCheck:
                 if kind.recounted:
                     raise Refused("a training pass does not reach the boundary of every stack")
                 return None  # this pass shows how often its stacks are called
-            self._find_layouts(kind, rows, call, whole, below)
+            group, part = self._find_layouts(kind, rows, call, whole, below)
+        with traceless(prefix.modules):
+            kind.flags_matter = kind.own_code is not None or self._flags_matter(rows, group, call, part, below)
         inside = {id(module) for block in prefix.blocks for module in block.modules()}
         for module, name in written:
             if id(module) in inside:
@@ -79,7 +81,8 @@ class IndependenceCheck:
 
     def _find_layouts(
         self, kind: PassKind, rows: Rows, call: Call, whole: Computed, below: Callable[[Sequence[int]], Starts]
-    ) -> None:
+    ) -> tuple[list[int], Computed]:
+        """Returns the rows of which a part of the batch was computed, and what came of it."""
         count, until = rows.count, list(whole.boundary)
         # A quarter of the rows, from last to first. What only the others would show is noticed when stored states are
         # first compared with those of the model's own pass, which has all rows.
@@ -91,7 +94,6 @@ class IndependenceCheck:
             raise Refused(f"a pass on a part of the batch fails ({error_line(error)})") from error
         if part is None:
             raise Refused("a training pass on a part of the batch does not reach the boundary of every stack")
-        kind.flags_matter = kind.own_code is not None or self._flags_matter(rows, group, call, part, below)
         for slot in until:
             path = slot[0]
             hidden, piece = whole.boundary[slot], part.boundary[slot]
@@ -124,6 +126,7 @@ class IndependenceCheck:
                 kind.entry_layouts[slot] = replace(
                     entry, interleaved=found.interleaved, by_position=by_position, side=side
                 )
+        return group, part
 
     def _flags_matter(
         self,
