@@ -12,8 +12,9 @@ linear layers. Every cell is a process of its own, and is kept in the output: th
   before left (``keep_cache``); ``half+offload``: and the weights of that half are on the disk;
 - ``two-thirds+checkpointing``: two thirds from the start.
 
-FLOPs and bytes are counted: ``peak`` is the most that a step saves for the backward pass, ``weights`` what is resident
-in its last step. CPU time is that of the process in ``train()``, which the first step of each kind counts slower.
+FLOPs and bytes are counted: ``peak`` is the most that a step saves for the backward pass, ``weights`` the least that is
+on the device after a step. CPU time is that of the process in ``train()``, which counting makes longer in the first
+step of each kind.
 """
 
 from __future__ import annotations

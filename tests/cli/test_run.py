@@ -1,4 +1,4 @@
-"""``adafreeze run``: scripts that know nothing of adafreeze, in processes of their own."""
+"""``adafreeze run``: scripts that know nothing of adafreeze."""
 
 from __future__ import annotations
 

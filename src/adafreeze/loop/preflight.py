@@ -18,7 +18,7 @@ from ..model.backends import Backend
 from ..model.batch import forward_names
 from ..model.blocks import device_of
 from ..model.obstacles import find_obstacles, remedies, units_below
-from ..model.offloaded import Offloaded
+from ..model.offloaded import any_away
 from ..model.patches import owners
 from ..model.traces import traceless
 from ..model.units import some
@@ -132,7 +132,7 @@ def offload_kind(config: SafeConfig, model: nn.Module, wrapped: nn.Module, paral
     if config.offload == "auto":
         return None if config.memory_budget is None else "disk" if device.type == "cpu" else "cpu"
     if config.offload == "cpu" and device.type == "cpu":
-        if not any(isinstance(parameter, Offloaded) for parameter in model.parameters()):
+        if not any_away(model):
             warn(
                 'SafeConfig.offload is "cpu", and the model is on the CPU already: nothing moves.',
                 fix='SafeConfig(offload="disk") frees host memory.',

@@ -28,7 +28,7 @@ from ..model import find_stacks, find_units
 from ..model.backends import find_backend
 from ..model.blocks import device_of, unwrap
 from ..model.flow import chains_of
-from ..model.offloaded import Offloaded
+from ..model.offloaded import any_away
 from ..model.patches import claim, forwarders, release
 from ..model.units import blocks_below, something_else_trains, units_along
 from ..parallel import Ranks, find_parallel
@@ -450,7 +450,7 @@ class Safe:
 
     def _offload(self) -> Offload | None:
         kind = offload_kind(self.config, self.model, self._wrapped, self.parallel)
-        if kind is None and not any(isinstance(parameter, Offloaded) for parameter in self.model.parameters()):
+        if kind is None and not any_away(self.model):
             return None
         adapters = (id(parameter) for unit in self.units.values() for parameter in unit.all_parameters())
         made = Offload(kind, self.prefix, adapters, self.journal, self.cache.home)

@@ -151,8 +151,7 @@ class Offload:
         self._said = self.nbytes
         everything = sum(parameter.nbytes for parameter in self.model.parameters())
         stays = self._what_stays()
-        every = (*self._tables, *(p for own in self._away.values() for p in own))
-        to = "cpu" if all(isinstance(p.away.source, HostSource) for p in every) else "disk"
+        to = "cpu" if all(isinstance(p.away.source, HostSource) for p in self._every) else "disk"
         self.journal.write(
             "offload",
             step=step,
@@ -304,7 +303,7 @@ class Offload:
     @property
     def has_returned(self) -> bool:
         """Whether others brought weights back by writing to them."""
-        return not all(type(one) is Offloaded for own in (*self._away.values(), self._tables) for one in own)
+        return not all(type(one) is Offloaded for one in self._every)
 
     @property
     def _place(self) -> tuple[Any, ...]:
@@ -346,7 +345,7 @@ class Offload:
     def _return_all(self) -> None:
         self._ahead.clear()
         given = {id(p) for p in self._given}
-        for parameter in [p for own in (*self._away.values(), self._tables) for p in own]:
+        for parameter in self._every:
             if id(parameter) not in given:
                 self._return(parameter)
         self._count()
@@ -354,7 +353,12 @@ class Offload:
     def _count(self) -> None:
         self._away = {block: left for block, own in self._away.items() if (left := [*filter(_is_away, own)])}
         self._tables = [*filter(_is_away, self._tables)]
-        self.nbytes = sum(parameter.nbytes for own in (*self._away.values(), self._tables) for parameter in own)
+        self.nbytes = sum(parameter.nbytes for parameter in self._every)
+
+    @property
+    def _every(self) -> list[Offloaded]:
+        """All that left, by the last count."""
+        return [parameter for own in (*self._away.values(), self._tables) for parameter in own]
 
     @staticmethod
     def _return(parameter: nn.Parameter) -> None:

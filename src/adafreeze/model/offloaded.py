@@ -22,7 +22,7 @@ from ..errors import ModelError, RunError
 
 __all__ = [
     "FileSource", "HostSource", "Offloaded", "Source", "WeightsFile",
-    "bring_back", "data_of", "offload", "resident", "take_over",
+    "any_away", "bring_back", "data_of", "offload", "resident", "take_over",
 ]  # fmt: skip
 
 
@@ -280,6 +280,11 @@ def _reloaded(loaded: Iterable[tuple[Offloaded, Tensor]]) -> AbstractContextMana
         return torch.as_strided(data, *view)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def any_away(model: nn.Module) -> bool:
+    """Whether any parameter of ``model`` is offloaded."""
+    return any(isinstance(parameter, Offloaded) for parameter in model.parameters())
 
 
 def data_of(tensor: Tensor) -> Tensor:

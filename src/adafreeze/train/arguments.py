@@ -259,13 +259,13 @@ def parse(words: Sequence[str], *, read_file: bool = True) -> Arguments:
     given = {name: values[name_of_flag] for name, name_of_flag in _SAFE_FLAGS.items()}
     given = {name: value for name, value in given.items() if value is not None}
     safe = None
-    if method == "none" and given.get("offload") in ("cpu", "disk"):
+    if method != "none":
+        safe = SafeConfig.paper(**given) if method == "safe-paper" else SafeConfig.from_dict(given)
+    elif given.get("offload") in ("cpu", "disk"):
         warn(
             f"--offload {given['offload']} moves nothing with --method none, which freezes nothing.",
             fix="--method safe, or leave out --offload.",
         )
-    if method != "none":
-        safe = SafeConfig.paper(**given) if method == "safe-paper" else SafeConfig.from_dict(given)
     try:
         training = build(TrainingArguments, values)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # from its __post_init__

@@ -63,7 +63,6 @@ class Parser(HfArgumentParser):
         if groups:  # argparse would list every flag
             options.setdefault("usage", "%(prog)s [--flag value ...]")
         super().__init__(groups, allow_abbrev=False, formatter_class=_Formatter, **options)  # type: ignore[arg-type]
-
         self.hidden: dict[Action, str | None] = {}
 
     def hide(self, title: str, but: Collection[str]) -> None:
@@ -73,9 +72,7 @@ class Parser(HfArgumentParser):
             if action.dest not in but:
                 self.hidden[action] = action.help
                 action.help = SUPPRESS
-        self.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all flags of this group, too")
-        group._group_actions.append(self._actions[-1])
-        self._optionals._group_actions.pop()
+        group.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all flags of this group, too")
 
     @property
     def _lists_all(self) -> str:
