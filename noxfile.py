@@ -59,6 +59,13 @@ HOSTS = {
         packages=("lightning==2.6.6",),
         tests=("tests/integrations/test_lightning.py", "tests/test_examples.py", "-k", "lightning"),
     ),
+    "sentence-transformers": Host(
+        packages=("sentence-transformers==6.2.0", "setfit==1.2.0"),
+        tests=(
+            *("tests/hosts/test_sentence_transformers.py", "tests/hosts/test_setfit.py", "tests/test_examples.py"),
+            *("-k", "sentence_transformers or setfit"),
+        ),
+    ),
 }
 ALWAYS = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 

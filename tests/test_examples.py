@@ -11,7 +11,12 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
-NEEDS = {"lightning_trainer.py": "lightning", "trl_sft.py": "trl"}
+NEEDS = {
+    "lightning_trainer.py": "lightning",
+    "sentence_transformers_pairs.py": "sentence_transformers",
+    "setfit_texts.py": "setfit",
+    "trl_sft.py": "trl",
+}
 LAUNCH = {"accelerate_loop.py": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]}
 
 

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 from ..errors import RunError, note
-from ..measure.draw import LARGER, batch_size_of, collated, length_of, train_samples
+from ..measure.draw import LARGER, batch_size_of, calls_of, collated, length_of, train_samples
 from ..model.batch import Call, as_mapping
 from ..model.blocks import device_of
 from ..model.restore import keep_random_state, temporarily
@@ -49,8 +49,8 @@ def fill(cache: PrefixCache, source: Any, *, rank: int = 0, ranks: int = 1, stri
         bar = tqdm(total=sum(map(len, batches)), desc="filling the prefix cache", unit="samples", disable=rank > 0)
         for number, indices in enumerate(batches):
             samples = [dataset[index] for index in indices]
-            for batch in collated(collate, samples) if by_sample else [collate(samples[0])]:
-                inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), as_mapping(batch) or {})
+            for call in collated(collate, samples) if by_sample else calls_of(collate(samples[0])):
+                inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), as_mapping(call) or {})
                 stored, new = cache.fill(Call.of(model, (), inputs))
                 found, computed = found + stored, computed + new
             bar.update(len(indices))

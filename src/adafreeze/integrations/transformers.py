@@ -25,6 +25,7 @@ from ..loop.safe import Safe
 from ..measure.draw import MOST_SAMPLES, samples_of, train_samples
 from ..model.batch import arguments, packed, rows_of, unpacked
 from ..model.patches import forward_pre_hook
+from .texts import TextColumns, calls_by_column
 
 __all__ = ["SafeCallback"]
 
@@ -35,7 +36,7 @@ class SafeCallback(TrainerCallback, ExportableState):
         trainer = Trainer(model=peft_model, ..., callbacks=[SafeCallback()])
 
     The probe is drawn from the train dataloader's dataset. If that is a stream, or differs from what the model gets
-    (TRL's GRPO generates it, sentence-transformers' loss takes it apart), the probe is what the model gets in the first
+    (TRL's GRPO generates it, the loss of a cross-encoder makes pairs), the probe is what the model gets in the first
     step. ``safe/...`` scalars appear in the Trainer's logs and in all trackers. The Trainer saves the adapter in PEFT's
     own format. After training only the weights of the model differ. Checkpoints contain the state of the freezing;
     ``resume_from_checkpoint`` restores it. With ``restore_callback_states_from_checkpoint=True`` the Trainer replaces
@@ -99,12 +100,13 @@ class SafeCallback(TrainerCallback, ExportableState):
         callbacks.sort(key=lambda callback: callback is not self)  # before the trackers, which then get our scalars
         self._release()  # after an interrupted train()
         self.safe = self._recorder = None
+        model = kwargs.get("st_model") or kwargs["model"]  # SetFit passes an object around it as "model"
         if args.torch_compile and self.config is not None and self.config.offload in ("cpu", "disk"):
             warn_compiled(self.config)
             self.config = self.config.changed(offload="off")
         self._start = partial(
             Safe,
-            kwargs["model"],
+            model,
             optimizer=kwargs["optimizer"],
             total_steps=state.max_steps,
             batch_size=args.train_batch_size,
@@ -115,10 +117,10 @@ class SafeCallback(TrainerCallback, ExportableState):
         resumes = state.global_step > 0 and name in known  # at step 0 an entry is of an earlier train()
         kept = _attributes(known[name]) if resumes else {}
         if kept.get("seen") is not None:
-            self._recorder = _BatchRecorder(kwargs["model"], unpacked(kept["seen"]))
+            self._recorder = _BatchRecorder(model, unpacked(kept["seen"]))
             self._start_recorded()
         else:
-            self._draw(kwargs["model"], kwargs["train_dataloader"])
+            self._draw(model, kwargs["train_dataloader"])
         known.setdefault(name, self.state())  # saving fails without an entry
         if self.safe is None or state.global_step == 0:
             return
@@ -145,7 +147,7 @@ class SafeCallback(TrainerCallback, ExportableState):
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add ``safe/...`` to training logs, and to the history that the Trainer has just written."""
-        if self.safe is None or logs is None or "loss" not in logs:
+        if self.safe is None or logs is None or not logs.keys() & {"loss", "embedding_loss"}:  # the latter: SetFit
             return
         scalars = self.safe.logs()
         logs.update(scalars)
@@ -164,13 +166,22 @@ class SafeCallback(TrainerCallback, ExportableState):
 
     def _draw(self, model: nn.Module, dataloader: Any) -> None:
         """Start with a probe from the dataloader, or record the first step."""
+        budget = None if self.config is None else self.config.memory_budget
+        columns = calls_by_column(model)
+        if columns and budget is not None:
+            raise ConfigError(
+                f"SafeConfig.memory_budget is {budget!r}, but a budget counts one call of the model in a step, and "
+                "losses of sentence-transformers make several.",
+                fix="SafeConfig(freeze_at_start=0.5), which lowers the peak from the first step on.",
+            )
         try:
-            probe = train_samples(dataloader) if self.probe is None else self.probe
-            self.safe = self._start(self.config, probe=probe, samples_per_epoch=samples_of(dataloader))
+            source = TextColumns(dataloader, model) if columns else dataloader
+            probe = train_samples(source) if self.probe is None else self.probe
+            self.safe = self._start(self.config, probe=probe, samples_per_epoch=samples_of(source))
         except ProbeError as error:
             if self.probe is not None:
                 raise
-            if self.config is not None and self.config.memory_budget is not None:
+            if budget is not None:
                 raise ProbeError(
                     f"{error.fact} A memory budget needs samples before the first step, as the model gets them.",
                     fix='SafeCallback(..., probe=[tokenizer(texts, padding=True, return_tensors="pt")])',

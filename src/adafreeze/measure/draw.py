@@ -31,7 +31,9 @@ from ..model.untouched import untouched
 
 __all__ = [
     "LARGER",
+    "Calls",
     "batch_size_of",
+    "calls_of",
     "collated",
     "collect",
     "length_of",
@@ -51,11 +53,25 @@ MOST_SAMPLES = 512
 # Names with one entry per sample in every collator. For other names, samples are also collated alone to check.
 BY_SAMPLE = {*INPUTS, "attention_mask", "token_type_ids", "labels", "decoder_input_ids", "decoder_attention_mask"}
 
+
+class Calls(list[Chunk]):
+    """A batch that the host takes apart: the inputs of each call of the model."""
+
+
+def calls_of(batch: Any) -> list[Any]:
+    """A batch as the list of what the model is called with."""
+    return list(batch) if isinstance(batch, Calls) else [batch]
+
+
 OWN_SAMPLES = "Pass your own samples: SafeCallback(probe=[batch, ...]) or Safe(..., probe=[batch, ...])"
 
 
 def split(batch: Any, pad_token_id: int | None = None) -> Iterator[Chunk]:
     """Check a batch and cut it into chunks of CHUNK samples, if it can be cut; an empty batch yields nothing."""
+    if isinstance(batch, Calls):
+        for call in batch:
+            yield from split(call, pad_token_id)
+        return
     chunk = as_mapping(batch)
     if chunk is None:
         raise ProbeError(
@@ -171,21 +187,22 @@ def length_of(sample: Any) -> int:
 
 
 def collated(collate: Any, samples: list[Any]) -> list[Any]:
-    """These samples in one batch if that can be cut by sample, else one batch per sample."""
+    """What the model is called with for these samples: together if that can be cut by sample, else for each sample."""
 
-    def _together(some: list[Any]) -> Any:  # copies, since some collators pop from the samples
-        return collate([copy.copy(one) if isinstance(one, (dict, list)) else one for one in some])
+    def _together(some: list[Any]) -> list[Any]:  # copies, since some collators pop from the samples
+        return calls_of(collate([copy.copy(one) if isinstance(one, (dict, list)) else one for one in some]))
 
     with suppress(Exception):  # lengths that cannot be stacked, as in training with batches of one
-        batch = _together(samples)
-        inputs = as_mapping(batch) or {}
-        if main_input(inputs) is None:
-            return [batch]  # which ``split`` refuses
+        calls = _together(samples)
+        inputs = [as_mapping(call) or {} for call in calls]
+        if any(main_input(one) is None for one in inputs):
+            return calls  # which ``split`` refuses
         # A padding-free collator puts all samples into one row.
-        fits = by_sample(inputs) and rows_of(inputs) >= len(samples)
-        if fits and (inputs.keys() <= BY_SAMPLE or all(_has_one_each(_together([sample])) for sample in samples)):
-            return [batch]
-    return [_together([sample]) for sample in samples]
+        fits = all(by_sample(one) and rows_of(one) >= len(samples) for one in inputs)
+        known = {path[-1] for one in inputs for path, _ in leaves(one)} <= BY_SAMPLE
+        if fits and (known or all(map(_has_one_each, itertools.chain(*(_together([sample]) for sample in samples))))):
+            return calls
+    return [call for sample in samples for call in _together([sample])]
 
 
 def _has_one_each(batch: Any) -> bool:
@@ -193,8 +210,8 @@ def _has_one_each(batch: Any) -> bool:
 
 
 def samples_of(source: Any) -> int | None:
-    """Number of samples in a dataloader; None if unknown."""
-    dataset: Any = getattr(source, "dataset", None)
+    """Number of samples in a dataloader; None if unknown, or if the same sample may be in many rows."""
+    dataset: Any = None if getattr(source, "rows_repeat", False) else getattr(source, "dataset", None)
     return len(dataset) if hasattr(dataset, "__len__") and hasattr(source, "collate_fn") else None
 
 
@@ -220,8 +237,8 @@ def varies(source: Any) -> bool:
         index = range(min(CHUNK if batched else 1, len(dataset)))
         with untouched(dataset, collate), keep_random_state():
             one, other = (
-                dict(leaves(as_mapping(collate([dataset[i] for i in index] if batched else dataset[0]))))
-                for _ in range(2)
+                dict(leaves(dict(enumerate(map(as_mapping, calls_of(collate(samples)))))))
+                for samples in ([dataset[i] for i in index] if batched else dataset[0] for _ in range(2))
             )
         return one.keys() != other.keys() or any(
             not torch.equal(value, other[path])

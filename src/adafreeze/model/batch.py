@@ -18,9 +18,9 @@ from .blocks import base_model
 
 __all__ = [
     "CHUNK", "INPUTS", "REAL_TOKENS", "Call", "Chunk",
-    "arguments", "as_mapping", "by_sample", "chunks_of", "cut", "forward_names", "leaves", "loss_in", "main_input",
-    "masks", "packed", "padded_tokens", "real_tokens", "repeated", "rows_of", "tensors_as_text", "tensors_of_text",
-    "unpacked",
+    "arguments", "as_mapping", "by_sample", "chunks_of", "columns_of", "cut", "forward_names", "leaves", "loss_in",
+    "main_input", "masks", "packed", "padded_tokens", "real_tokens", "repeated", "rows_of", "tensors_as_text",
+    "tensors_of_text", "unpacked",
 ]  # fmt: skip
 
 Chunk = dict[str, Any]
@@ -85,6 +85,20 @@ def _kind(name: str) -> str | None:
     if name.startswith("decoder_"):
         return None
     return next((known for known in INPUTS if name == known or name.endswith(f"_{known}")), None)
+
+
+def columns_of(batch: Mapping[str, Any]) -> list[Chunk]:
+    """The inputs of each column of a batch whose names begin with that of the column.
+
+    >>> columns_of({"a_input_ids": 1, "a_attention_mask": 2, "b_input_ids": 3, "label": 4})
+    [{'input_ids': 1, 'attention_mask': 2}, {'input_ids': 3}]
+    """
+    kinds = {name: kind for name in batch if (kind := _kind(name)) not in (None, name)}
+    prefixes = dict.fromkeys(name.removesuffix(str(kind)) for name, kind in kinds.items())
+    return [
+        {name.removeprefix(prefix): value for name, value in batch.items() if name.startswith(prefix)}
+        for prefix in prefixes
+    ]
 
 
 def main_input(chunk: Mapping[str, Any]) -> Tensor | None:
