@@ -165,9 +165,7 @@ class Safe:
         )
         self.budget: Budget | None = None
         if (limit := self.config.memory_limit) is None:
-            note(
-                "The first steps have the peak memory of the run: a larger freeze_at_start or a memory_budget lowers it."
-            )
+            note("The first steps have the peak of the run: a larger freeze_at_start or a memory_budget lowers it.")
         else:
             self.budget = Budget(limit, probe, self._batch_size, self.prefix, self.freezer.optimizer, self.journal)
         paying = paying_units(self.config, self.model, self.stacks, self.units, flows, self.backend)
