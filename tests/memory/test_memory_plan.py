@@ -180,6 +180,15 @@ def test_planning_does_not_change_a_module():
         assert torch.equal(model(**batch).logits, logits)
 
 
+def test_micro_batches_with_the_checkpointing_that_was_asked_for():
+    without, made = (planned("llama", device_memory="8MiB", checkpointing=flag) for flag in (False, True))
+    assert made.plain.peak == made.checkpointed.peak < without.plain.peak
+    fits = made.micro_batches
+    assert set(fits) == {"plain", "safe", "checkpointed"}
+    assert without.micro_batches["plain"] < fits["plain"] <= fits["safe"] <= fits["checkpointed"]
+    assert without.micro_batches["checkpointed"] == fits["checkpointed"]
+
+
 def test_micro_batches_that_fit():
     everything = planned("bert", device_memory="64MiB")
     fits = [everything.micro_batches[name] for name in ("checkpointed", "safe", "plain")]

@@ -68,6 +68,7 @@ class RunCache:
         self._folder: str | None = None
         self._resumed: Mapping[str, Any] | None = None
         self._announced = self._was_announced = False
+        self._outlook: str | None = None
         self._counts_flops = False
         self._reason: str | None = "cache='off'" if config.cache == "off" else None
         if self._reason is None and config.prefix_dropout:
@@ -76,7 +77,7 @@ class RunCache:
             DiskTier.check_installed()
 
     def announce(self, blocks: int, at_start: int = 0) -> None:
-        """Log once what the cache is expected to save, or why it is off.
+        """Decide whether the run is long enough for the cache, and log once why it is off. See ``say_expected``.
 
         Args:
             blocks: of all stacks.
@@ -97,13 +98,29 @@ class RunCache:
             return
         if self._was_announced:
             return
-        frozen_at = (self.config.warmup + self.config.ramp_end) / 2
-        line = f"Prefix cache off: {self._reason}."
         if self._reason is None:
-            line = expected_savings(blocks, epoch, total, frozen_at, at_start=at_start)
+            frozen_at = (self.config.warmup + self.config.ramp_end) / 2
+            self._outlook = expected_savings(blocks, epoch, total, frozen_at, at_start=at_start)
+            return
+        line = f"Prefix cache off: {self._reason}."
         self.journal.write("cache_outlook", step=self.length.steps, off=self._reason, text=line)
         if self.config.cache != "off":
             note(line)
+
+    def say_expected(self) -> None:
+        """Log once what the cache is expected to save; call it after each step.
+
+        Not before a training pass has shown that the rows can be told apart, and where the length of an epoch is not
+        known (generated samples), not before one came a second time: a promise is not taken back in the next line.
+        """
+        cache = self.prefix_cache
+        if self._outlook is None or cache is None or cache.off is not None:
+            return
+        if self.length.epoch_steps is None and not cache.stats.hits:
+            return
+        self.journal.write("cache_outlook", step=self.length.steps, off=None, text=self._outlook)
+        note(self._outlook)
+        self._outlook = None
 
     def update(self, room: int | None) -> None:
         """Follow a changed prefix.
@@ -244,7 +261,7 @@ class RunCache:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain JSON values."""
         return {
-            "announced": self._announced,
+            "announced": self._announced and self._outlook is None,
             "folder": self._folder,
             "cache": self.prefix_cache.state_dict() if self.prefix_cache is not None else self._resumed,
         }

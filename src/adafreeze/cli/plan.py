@@ -90,12 +90,16 @@ def _show(plan: Plan) -> None:
     selective = dict(zip(plan.steps, plan.selective, strict=False))  # empty where the model does not allow it
     rows: list[tuple[str, PlannedStep]] = [(f"{step.prefix} of {plan.blocks}", step) for step in plan.steps]
     away = dict(zip(plan.steps, plan.offloaded, strict=True))
-    rows.append(("all checkpointed", plan.checkpointed))
+    if plan.checkpointed != plan.plain:
+        rows.append(("all checkpointed", plan.checkpointed))
     if plan.steps[0] != plan.plain:
         rows.insert(0, ("plain PEFT", plan.plain))
     settings = plan.settings
     tokens = "" if settings["task"] == "image-classification" else f" of {settings['max_length']} tokens"
-    title = f"{plan.model}, micro-batches of {settings['batch_size']} samples{tokens}, {settings['target'].upper()}"
+    way = ", gradient checkpointing" if settings["checkpointing"] else ""
+    title = (
+        f"{plan.model}, micro-batches of {settings['batch_size']} samples{tokens}{way}, {settings['target'].upper()}"
+    )
     console = Console(width=max(158, Console().width))
     parts = ("weights", "adapters", "gradients", "optimizer", "saved", "transient", "peak")
     also = ("selective", "of plain")
@@ -137,9 +141,10 @@ def _conclusions(plan: Plan) -> list[str]:
     lines = []
     if plan.limit is not None:
         fits = plan.micro_batches
+        way = " with gradient checkpointing" if plan.settings["checkpointing"] else ""
         selective = f', {fits["selective"]} with checkpointing="selective"' if "selective" in fits else ""
         lines.append(
-            f"Of {plan.settings['device_memory']}, {readable(plan.limit)} can be used. Micro-batches that fit: "
+            f"Of {plan.settings['device_memory']}, {readable(plan.limit)} can be used. Micro-batches that fit{way}: "
             f"{fits['plain']} plain, {fits['safe']} with SafeConfig(){selective}, up to {fits['checkpointed']} with "
             'memory_budget="auto", which recomputes as needed.'
         )

@@ -292,6 +292,7 @@ class Safe:
             self._announce()
             self.decider.prepare(self.steps, self.length.step_samples * self.length.rows_per_sample)
             self._measured()
+        self.cache.say_expected()
         self.freezing.weights_may_move()
         if not self.decider.due(self.steps):
             return []

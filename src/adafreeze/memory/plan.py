@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from ..model.batch import rows_of
 from ..model.blocks import users_class
 from ..sizes import readable
 from ..tasks.weightless import PLANNED_TASKS, adapted, build, configuration, example_inputs
-from ._planner import PEFT, QUANTIZED, PlannedStep, StepPlanner, Way
+from ._planner import QUANTIZED, PlannedStep, StepPlanner, Way
 from .checkpointing import CAN_BE_SELECTIVE
 from .optimizer import optimizer_names
 from .rehearsal import failing_module, largest_that_fits
@@ -47,12 +48,12 @@ class Plan:
             or the model's own code fails under it.
         offloaded: the steps with ``SafeConfig(offload="cpu", fill="before")`` and selective checkpointing, or full if
             that was asked for; None where nothing is frozen. Their ``job`` is the peak of the whole run.
-        plain: plain adapter-tuning: PEFT's layers, nothing frozen, no activation checkpointing.
+        plain: plain adapter-tuning: PEFT's layers, nothing frozen, activation checkpointing only if it was asked for.
         checkpointed: the same with activation checkpointing of every block.
         limit: usable bytes of the device; None without a device.
         micro_batches: samples that fit: ``"plain"``, ``"safe"`` (SafeConfig() at the start), ``"selective"`` (the same,
-            selectively checkpointed), and ``"checkpointed"``, the most that a memory budget can reach. Empty without a
-            device.
+            selectively checkpointed, where no other checkpointing was asked for), and ``"checkpointed"``, the most that
+            a memory budget can reach. Empty without a device.
         causes: what costs avoidable memory, each with its fix.
         advice: what to change if not even one sample fits.
         proposal: the flags of the cheapest way to fit the batch on the device; None if none was found, or without a
@@ -82,7 +83,7 @@ class Plan:
 
 
 def plan(
-    model: str | PretrainedConfig | nn.Module,
+    model: str | os.PathLike[str] | PretrainedConfig | nn.Module,
     adapter: PeftConfig | None = None,
     *,
     task: str = "causal-lm",
@@ -210,9 +211,10 @@ def plan(
 def _plan(
     planner: StepPlanner, rows: int, checkpointing: bool, limit: int | None, settings: Mapping[str, Any], *, given: bool
 ) -> Plan:
-    plain, checkpointed = planner.step(rows), planner.step(rows, Way(False, "full"))
-    causes = list(planner.causes(rows))
     own = Way(True, "full" if checkpointing or planner.was_checkpointed else None)
+    without = own._replace(lean=False)
+    plain, checkpointed = planner.step(rows, without), planner.step(rows, Way(False, "full"))
+    causes = list(planner.causes(rows))
     micro_batches = {}
 
     def fit(name: str, way: Way) -> None:
@@ -234,8 +236,7 @@ def _plan(
                 fix="Plan with a batch of the size that the run will use.",
             )
 
-    fit("plain", PEFT)
-    fit("checkpointed", Way(True, "full"))
+    fit("plain", without)
     steps, selective = [planner.step(rows, own)], []
     offloaded: list[PlannedStep | None] = [None]
     if CAN_BE_SELECTIVE:
@@ -262,7 +263,8 @@ def _plan(
                 ways += _ways(flag, steps[-1], selective[-1] if selective else None, offloaded[-1], own)
         if names == frozenset(at_start):
             fit("safe", own)
-            if selective:
+            fit("checkpointed", Way(True, "full"))
+            if selective and own.checkpointing is None:
                 fit("selective", SELECTIVE)
     cheapest = [way[1:] for way in sorted(ways, key=lambda way: way[0])]
     estimated = []

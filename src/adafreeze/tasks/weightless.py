@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,14 +28,15 @@ PLANNED_TASKS = {name: (task.auto_class, task.peft_task_type) for name, task in 
 PLANNED_TASKS["seq2seq-lm"] = ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM")
 
 
-def configuration(model: str | PretrainedConfig, **options: Any) -> PretrainedConfig:
+def configuration(model: str | os.PathLike[str] | PretrainedConfig, **options: Any) -> PretrainedConfig:
     """A configuration by Hub name, folder, or path of a config.json; ``options`` are fields of ``Source``.
 
     Raises:
         ModelError: there is none, or it cannot be used.
     """
-    if not isinstance(model, str):
+    if not isinstance(model, (str, os.PathLike)):
         return model
+    model = os.fspath(model)
     path = Path(model).expanduser()
     if path.suffix == ".json":
         if path.name != "config.json" or not path.is_file():
