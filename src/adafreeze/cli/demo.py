@@ -59,8 +59,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--smoke", action="store_true", help="a tiny version that only shows that it runs")
     options = parser.parse_args(argv)
     samples, epochs = (64, 2) if options.smoke else FULL if options.full else SHORT
-    options.train_samples = options.train_samples or samples
-    options.epochs = options.epochs or epochs
+    options.train_samples = samples if options.train_samples is None else options.train_samples
+    options.epochs = epochs if options.epochs is None else options.epochs
     output = Path(options.output_dir)
     results = output / "results.json"
     if results.exists() and not options.overwrite_output_dir:
