@@ -5,7 +5,9 @@ A further host is one entry in ``HOSTS``.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import nox
 
@@ -88,6 +90,29 @@ def docs(session: nox.Session) -> None:
         "-c", "constraints.txt", *nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["docs"]
     )
     session.run("mkdocs", "build", "--strict", "--quiet")
+
+
+@nox.session
+def tour(session: nox.Session) -> None:
+    """Run docs/tour.py and write docs/tour.md and its pictures: the page is the output of the script."""
+    session.install("-c", "constraints.txt", "torch==2.13.0")
+    session.install(
+        "-c", "constraints.txt", "-e", ".[disk]", "matplotlib", "scikit-learn", "jupytext", "nbconvert", "ipykernel"
+    )
+    session.install("--no-deps", "--require-hashes", "-r", "requirements-demo.txt")
+    folder = Path(session.create_tmp()).resolve()
+    script, page = Path("docs/tour.py").resolve(), Path("docs/tour.md").resolve()
+    pictures = page.with_name("tour_files")
+    with session.chdir(folder):
+        shutil.rmtree("tour", ignore_errors=True)  # of an earlier run
+        session.run("jupytext", "--to", "ipynb", "--execute", str(script), "-o", "tour.ipynb", env=ALWAYS)
+        session.run(
+            "jupyter", "nbconvert", "--to", "markdown", "--CoalesceStreamsPreprocessor.enabled=True", "tour.ipynb"
+        )
+        shutil.rmtree(pictures, ignore_errors=True)
+        shutil.copytree("tour_files", pictures)
+    text = (folder / "tour.md").read_text().replace(f"{folder}/", "")
+    page.write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n")
 
 
 for name in HOSTS:

@@ -1,8 +1,8 @@
 """Language models as people train them: TRL's SFTTrainer, with packing and checkpointing, plain and with adafreeze.
 
     python benchmarks/llm.py [--weights smollm2] [--data ../shared/data] [--rows 192] [--length 256] [--batch 4]
-                             [--epochs 3] [--packing] [--dtype float32] [--methods plain plain+checkpointing ...]
-                             [--seeds 0] [-o benchmarks/results/llm.json]
+                             [--epochs 3] [--learning_rate 2e-4] [--packing] [--dtype float32]
+                             [--methods plain plain+checkpointing ...] [--seeds 0] [-o benchmarks/results/llm.json]
 
 SmolLM2-135M on worked answers of GSM8K (prompt and completion; the loss is on the completion), LoRA r = 16 on all
 linear layers. Every cell is a process of its own, and is kept in the output: the same command continues. Methods:
@@ -85,9 +85,9 @@ def train(options: argparse.Namespace, method: str, seed: int, folder: Path) -> 
         model=model,
         args=SFTConfig(
             output_dir=str(folder), num_train_epochs=options.epochs, per_device_train_batch_size=options.batch,
-            learning_rate=2e-4, max_length=options.length, packing=options.packing, seed=seed, logging_steps=4,
-            gradient_checkpointing=checkpointing, bf16=False, use_cpu=True, report_to=[], save_strategy="no",
-            eval_strategy="no", disable_tqdm=True,
+            learning_rate=options.learning_rate, max_length=options.length, packing=options.packing, seed=seed,
+            logging_steps=4, gradient_checkpointing=checkpointing, bf16=False, use_cpu=True, report_to=[],
+            save_strategy="no", eval_strategy="no", disable_tqdm=True,
         ),
         train_dataset=rows(options.data, "train", options.rows),
         eval_dataset=rows(options.data, "test", options.rows // 3),
@@ -103,7 +103,7 @@ def train(options: argparse.Namespace, method: str, seed: int, folder: Path) -> 
     found["train_loss"] = result.metrics["train_loss"]
     found["eval_loss"] = trainer.evaluate()["eval_loss"]
     if callback is not None:
-        found["hit_rate"] = callback.safe.logs().get("safe/cache_hit_rate")
+        found["hit_rate"] = max(entry.get("safe/cache_hit_rate", 0.0) for entry in trainer.state.log_history)
     return found
 
 
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--packing", action="store_true")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
@@ -142,6 +143,8 @@ def main() -> None:
         return
     setting = f"{options.weights} {options.rows}x{options.length} batch {options.batch}, {options.epochs} epochs"
     setting += f", {options.dtype}{', packed' if options.packing else ''}"
+    if options.learning_rate != parser.get_default("learning_rate"):
+        setting += f", rate {options.learning_rate:g}"
     for seed in options.seeds:
         for method in options.methods:
             key = f"{method}|{setting}, seed {seed}"

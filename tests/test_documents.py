@@ -13,6 +13,20 @@ def test_the_site_includes_all_examples_and_no_page_has_a_placeholder():
     assert not [path for path, text in PAGES.items() if "@@" in text]
 
 
+def test_the_tour_is_the_output_of_its_script():
+    page = (ROOT / "docs/tour.md").read_text()
+    cells = re.split(r"^# %%.*\n", (ROOT / "docs/tour.py").read_text(), flags=re.MULTILINE)[1:]
+    texts = [cell for cell in cells if cell.startswith("# ")]
+    written = [
+        "\n".join(line.removeprefix("#").removeprefix(" ") for line in text.split("\n")).strip() for text in texts
+    ]
+    code = [cell.strip() for cell in cells if not cell.startswith("# ")]
+    assert re.findall(r"^```python\n(.*?)\n```$", page, re.MULTILINE | re.DOTALL) == code, "run nox -s tour"
+    assert len(written) > 5 and all(text in page for text in written), "run nox -s tour"
+    for picture in re.findall(r"\((tour_files/.+?)\)", page):
+        assert (ROOT / "docs" / picture).is_file()
+
+
 def test_every_result_is_cited_and_every_cited_result_exists():
     results = {path.name for path in (ROOT / "benchmarks/results").iterdir()}
     cited = {name for text in PAGES.values() for name in re.findall(r"[\w-]+\.json\b", text)}
