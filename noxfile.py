@@ -83,6 +83,33 @@ def run(session: nox.Session) -> None:
     session.run("pytest", "-q", "--durations=5", *host.tests, *session.posargs, env=ALWAYS | host.environment)
 
 
+# What another version of transformers, PEFT or accelerate breaks first, in about three minutes.
+SLICE = (
+    *("tests/integrations/test_transformers.py", "tests/integrations/test_export.py", "tests/loop/test_safe.py"),
+    *("tests/cache/test_cache.py", "tests/memory/test_lean.py", "tests/resume/test_checkpoints.py"),
+    *("tests/resume/test_restored.py", "tests/test_readme.py"),
+)
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """The lowest versions that pyproject.toml allows, of all but torch; what they bring is the newest that fits."""
+    project = nox.project.load_toml("pyproject.toml")["project"]
+    direct = [*project["dependencies"], *project["optional-dependencies"]["disk"]]
+    session.install("torch==2.13.0")
+    session.install(*(one.replace(">=", "==") for one in direct if not one.startswith("torch")), *PYTEST, "hypothesis")
+    session.install("--no-deps", "-e", ".")
+    session.run("pytest", "-q", "-n", "2", "--durations=5", *SLICE, *session.posargs, env=ALWAYS)
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """The newest versions of everything but torch, without constraints.txt: shows early what a release breaks."""
+    session.install("torch==2.13.0")
+    session.install("-U", "--upgrade-strategy", "eager", "torch==2.13.0", "-e", ".[disk]", *PYTEST, "hypothesis")
+    session.run("pytest", "-q", "-n", "2", "--durations=5", *SLICE, *session.posargs, env=ALWAYS)
+
+
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the site into site/; a dead link or a name that is not there fails. adafreeze is read, not imported."""

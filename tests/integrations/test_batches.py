@@ -182,6 +182,7 @@ def test_the_probe_calls_the_model_in_the_same_way_as_training(tmp_path, kind, w
         assert set(callback.safe.decider.probe.chunks[0]["input"]) == {"input_ids", "attention_mask"}
 
 
+@cases.resumes_in_an_epoch
 def test_a_resumed_run_has_the_probe_of_its_first_step(tmp_path):
     settings = {"kind": FeaturesTrainer, "save_strategy": "steps", "save_steps": 6}
     config, data = SafeConfig(freeze_at_start=0, cache="off"), cases.Samples("bert", 16, length=10)

@@ -122,6 +122,7 @@ def test_checkpointing_and_accumulation_in_the_trainer(tmp_path):
     assert callback.safe.prefixes["model.layers"] > 0
 
 
+@cases.resumes_in_an_epoch
 def test_resume_restores_the_freeze(tmp_path):
     # No cache: the samples come at other widths than before, which changes rounding.
     settings = {"save_strategy": "steps", "save_steps": 12, "lr_scheduler_type": "constant"}

@@ -69,6 +69,8 @@ EVERY = [(host, *chain) for host in ("trainer", "loop") for chain in CHAINS]
 
 @pytest.mark.parametrize(("host", "family", "cache"), cases.slow_but(BRIEF, EVERY))
 def test_killed_ten_times_it_is_the_run_that_was_never_stopped(host, family, cache, forge, never_stopped, tmp_path):
+    if host == "trainer" and cases.LOSES_THE_EPOCH:
+        pytest.skip("accelerate before 1.15 loses the epoch")
     whole = never_stopped(host=host, family=family)
     freezes = {event["step"] for event in lines(whole[0]) if event["event"] == "freeze" and event["step"]}
     at = moments(f"{host} {family} {cache}", host)

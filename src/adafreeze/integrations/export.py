@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import re
@@ -324,21 +325,22 @@ def _select(config: PeftConfig, kept: Sequence[str], layers: Sequence[_Layer]) -
         path, number = name.rsplit(".", 1)
         numbers.setdefault(path, []).append(int(number))
     targets = settings.target_modules
-    if hasattr(config, "layers_to_transform") and not isinstance(targets, str) and len(numbers) == 1:
+    by_number = hasattr(config, "layers_to_transform") and not isinstance(targets, str) and len(numbers) == 1
+    if by_number:
         (path, indices), *_ = numbers.items()
         settings.layers_to_transform, settings.layers_pattern = indices, re.escape(path)
-    elif targets and targets != "all-linear":
+    if not by_number or not _finds_block(config, kept[0]):
+        if not targets or targets == "all-linear":
+            raise ModelError(
+                f"target_modules is {targets!r}, which does not name the adapted layers.",
+                fix=f"--adapter_config FOLDER with an {CONFIG} in which PEFT has filled in the names",
+            )
         if hasattr(config, "layers_to_transform"):
             settings.layers_to_transform = settings.layers_pattern = None
         if not isinstance(targets, str):
             targets = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(targets)))})"
         blocks = "|".join(rf"{re.escape(path)}\.(?:{'|'.join(map(str, n))})" for path, n in numbers.items())
         settings.target_modules = rf"(?=(?:.*\.)?(?:{blocks})\.)(?:{targets})"
-    else:
-        raise ModelError(
-            f"target_modules is {targets!r}, which does not name the adapted layers.",
-            fix=f"--adapter_config FOLDER with an {CONFIG} in which PEFT has filled in the names",
-        )
     wrong = [x.name for x in layers if bool(check_target_module_exists(config, x.name)) != (x.block in kept)]
     if wrong or getattr(config, "target_parameters", None):
         reason = f"its rules do not fit {wrong[0]}" if wrong else "target_parameters cannot be limited to blocks"
@@ -346,3 +348,12 @@ def _select(config: PeftConfig, kept: Sequence[str], layers: Sequence[_Layer]) -
             f"PEFT cannot adapt only {', '.join(kept[:3])}{', ...' if len(kept) > 3 else ''}: {reason}.",
             fix="Write target_modules by hand, as a pattern of full names.",
         )
+
+
+def _finds_block(config: PeftConfig, block: str) -> bool:
+    """Whether PEFT finds ``block`` by its number: before 0.21 not where the ``layers_pattern`` is how names begin."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    probe: Any = copy.copy(config)
+    probe.target_modules = {"layer"}
+    return bool(check_target_module_exists(probe, f"{block}.layer"))
