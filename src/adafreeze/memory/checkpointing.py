@@ -10,11 +10,11 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     SelectiveCheckpointContext,
-    checkpoint,
     create_selective_checkpoint_contexts,
 )
 
@@ -60,6 +60,16 @@ LEAST_INNER = 64
 LEFT_FACTOR = {"aten::mm": 0, "aten::addmm": 1, "aten::bmm": 0, "aten::baddbmm": 1}
 # The one factor is no weight: keep such a product if it is no larger than a factor, so not the n × n attention scores.
 BATCHED = {"aten::bmm", "aten::baddbmm"}
+
+
+def _own_of_torch() -> Callable[..., Any]:
+    """``torch.utils.checkpoint.checkpoint``, also where Unsloth has put one in its place that is always reentrant.
+
+    Through that one the block above the prefix, whose input needs no gradient, would get none.
+    """
+    module = torch.utils.checkpoint
+    own: Callable[..., Any] = getattr(module, "_unsloth_pristine_checkpoint", module.checkpoint)
+    return own
 
 
 class Checkpointing:
@@ -144,7 +154,7 @@ class Checkpointing:
             # Without the key-value cache: the second forward pass would append the same entries again.
             args, kwargs = without_cache(args, kwargs)
             context: dict[str, Any] = {"context_fn": _selective_contexts} if selective else {}
-            return checkpoint(original, *args, use_reentrant=False, **context, **kwargs)
+            return _own_of_torch()(original, *args, use_reentrant=False, **context, **kwargs)
 
         return forward
 

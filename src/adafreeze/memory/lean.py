@@ -277,8 +277,10 @@ def _is_unpatched(module: nn.Module) -> bool:
 
 def _is_own(module: nn.Module) -> bool:
     """Whether it is PEFT's LoRA layer with a formula that is known here."""
-    of_peft = type(module).__module__.startswith("peft.") and isinstance(module, LoraLayer)
-    return of_peft and (type(module).forward is Linear.forward or _is_quantized(module))
+    kind = type(module)
+    # Unsloth gives PEFT's classes a forward that rounds differently.
+    of_peft = all(str(getattr(one, "__module__", "")).startswith("peft.") for one in (kind, kind.forward))
+    return of_peft and isinstance(module, LoraLayer) and (kind.forward is Linear.forward or _is_quantized(module))
 
 
 def _is_quantized(module: nn.Module) -> bool:
