@@ -163,3 +163,18 @@ def test_adapters_only_on_top_blocks_do_not_change_the_run_before_a_freeze(tmp_p
         for callbacks in ([], [SafeCallback()])
     )
     assert losses(safe) == losses(plain)
+
+
+def test_a_sampler_that_fills_batches_by_length_does_not_change_the_epochs(tmp_path, caplog):
+    class Packed(Trainer):
+        def get_train_dataloader(self):
+            groups = torch.arange(32).split(8)  # more samples in a batch than its size says, as in Axolotl's packing
+            batches = [group.tolist() for group in groups]
+            return torch.utils.data.DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=cases.collate)
+
+    callback = SafeCallback()
+    args = arguments(tmp_path, num_train_epochs=2)
+    model, data = cases.lora_model("llama"), cases.Samples("llama", 32)
+    Packed(model, args, train_dataset=data, data_collator=cases.collate, callbacks=[callback]).train()
+    assert (callback.safe.length.step_samples, callback.safe.length.epoch_steps) == (8, 4)
+    assert "Prefix cache on: 2 epochs" in caplog.text

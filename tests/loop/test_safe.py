@@ -312,6 +312,15 @@ def test_a_padded_probe_without_a_mask_is_warned_of():
     assert int(safe.decider.probe.chunks[0]["real_tokens"].sum()) == 17
 
 
+def test_packed_rows_without_a_mask_are_no_reason_to_warn(recwarn):
+    batch = cases.collate([cases.sample("llama", 0, 12), cases.sample("llama", 1, 5)])
+    del batch["attention_mask"]
+    batch["position_ids"] = torch.arange(12).repeat(2, 1)
+    safe = start(probe=[batch])
+    assert not [warning for warning in recwarn if "attention_mask" in str(warning.message)]
+    assert int(safe.decider.probe.chunks[0]["real_tokens"].sum()) == 17
+
+
 def test_a_one_way_stream_is_not_used_up():
     class Stream(torch.utils.data.IterableDataset):
         taken = 0

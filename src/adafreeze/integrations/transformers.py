@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers.trainer_utils import has_length
 
 from ..config import SafeConfig
 from ..decide.policy import POLICIES
@@ -110,7 +111,7 @@ class SafeCallback(TrainerCallback, ExportableState):
             optimizer=kwargs["optimizer"],
             total_steps=state.max_steps,
             batch_size=args.train_batch_size,
-            samples_per_step=args.train_batch_size * args.gradient_accumulation_steps,
+            samples_per_step=_batch_samples(args, kwargs["train_dataloader"]) * args.gradient_accumulation_steps,
             journal=self.journal,
         )
         known: Any = state.stateful_callbacks
@@ -262,6 +263,17 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return isinstance(value, (Tensor, Mapping, bool, int, float, str))
+
+
+def _batch_samples(args: TrainingArguments, dataloader: Any) -> int:
+    """Samples of one batch on one rank: the batch size, unless the dataloader's own sampler packs more into a batch.
+
+    Axolotl's does: a batch has as many samples as fit into ``train_batch_size`` times the sequence length.
+    """
+    samples = samples_of(dataloader)
+    batches = len(dataloader) * args.world_size if samples and has_length(dataloader) else 0
+    average = samples / batches if samples and batches else 0
+    return round(average) if average > args.train_batch_size else args.train_batch_size
 
 
 def _running_callbacks() -> list[TrainerCallback]:

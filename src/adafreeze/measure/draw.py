@@ -90,11 +90,12 @@ def split(batch: Any, pad_token_id: int | None = None) -> Iterator[Chunk]:
     if isinstance(ids, Tensor) and chunk.get("attention_mask") is None and pad_token_id is not None and ids.ndim == 2:
         real = ids != pad_token_id
         if not bool((real[:, 0] & real[:, -1]).all()):
-            warn(
-                "The probe has padded rows and no attention_mask: the model attends to the padding, in training too; "
-                "only the scores leave it out.",
-                fix="Return attention_mask from the collator.",
-            )
+            if chunk.get("position_ids") is None:  # packed rows come without a mask, and their padding is at the end
+                warn(
+                    "The probe has padded rows and no attention_mask: the model attends to the padding, in training "
+                    "too; only the scores leave it out.",
+                    fix="Return attention_mask from the collator.",
+                )
             chunk[REAL_TOKENS] = real
     if rows_of(chunk):
         yield from chunks_of(chunk)
