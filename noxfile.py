@@ -27,6 +27,7 @@ class Host:
         packages: beside torch, adafreeze and pytest.
         tests: for pytest.
         without: what a package brings, and no test needs.
+        without_dependencies: of tools that also require GPU packages or other versions, with what they import.
         constraints: versions of all else.
         environment: variables while the tests run.
     """
@@ -34,6 +35,7 @@ class Host:
     packages: tuple[str, ...]
     tests: tuple[str, ...]
     without: tuple[str, ...] = ()
+    without_dependencies: tuple[str, ...] = ()
     constraints: str = "constraints.txt"
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -46,6 +48,18 @@ HOSTS = {
             "tests/tasks/test_squad.py",  # the official metric went with transformers 5
         ),
         constraints="constraints-adapters.txt",
+    ),
+    "axolotl": Host(
+        packages=("bitsandbytes", "colorama", "pillow", "platformdirs", "pydantic", "requests", "six"),
+        without_dependencies=(
+            *("axolotl==0.19.0", "axolotl-contribs-lgpl==0.0.7", "axolotl-contribs-mit==0.0.6", "trl==1.9.0"),
+            *("addict==2.4.0", "art==6.5", "backoff==2.2.1", "distro==1.9.0", "einops==0.8.2", "evaluate==0.4.6"),
+            *("fastcore==2.2.41", "fire==0.7.1", "httpcore==1.0.9", "httpx==0.28.1", "kernels==0.16.0"),
+            *("kernels-data==0.16.2", "llvmlite==0.50.0", "numba==0.68.1", "opentelemetry-api==1.45.2"),
+            *("posthog==6.7.11", "protobuf==7.36.2", "python-dotenv==1.2.4", "schedulefree==1.4.1"),
+            *("termcolor==3.3.0", "triton==3.9.0", "wandb==0.31.0"),
+        ),
+        tests=("tests/hosts/test_axolotl.py",),
     ),
     "curvlinops": Host(  # an oracle; the torchvision that it brings is CUDA's, and fails beside a torch for CPUs
         packages=("curvlinops-for-pytorch",),
@@ -68,6 +82,17 @@ HOSTS = {
             *("-k", "sentence_transformers or setfit"),
         ),
     ),
+    "ms-swift": Host(
+        packages=("attrs", "matplotlib", "pillow", "requests", "six", "sortedcontainers", "trl"),
+        without_dependencies=(
+            *("ms-swift==4.6.0", "modelscope==1.40.2", "modelscope-hub==0.5.1", "addict==2.4.0", "aiohttp==3.14.5"),
+            *("aiohappyeyeballs==2.7.1", "aiosignal==1.4.0", "attrdict==2.0.1", "binpacking==2.0.1", "cffi==2.1.1"),
+            *("cryptography==50.0.2", "dacite==1.9.2", "einops==0.8.2", "fastapi==0.165.0", "frozenlist==1.8.0"),
+            *("json-repair==0.64.6", "multidict==7.2.1", "openai==3.57.0", "propcache==0.5.4"),
+            *("simplejson==4.3.0", "starlette==1.10.0", "yarl==1.25.1"),
+        ),
+        tests=("tests/hosts/test_ms_swift.py",),
+    ),
 }
 ALWAYS = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -78,6 +103,8 @@ def run(session: nox.Session) -> None:
     # torch first and alone: left to a dependency, pip may take a CUDA build of several gigabytes.
     session.install("-c", host.constraints, "torch==2.13.0")
     session.install("-c", host.constraints, "-e", ".", *PYTEST, *host.packages)
+    if host.without_dependencies:
+        session.install("--no-deps", *host.without_dependencies)
     if host.without:
         session.run("python", "-m", "pip", "uninstall", "-q", "-y", *host.without)
     session.run("pytest", "-q", "--durations=5", *host.tests, *session.posargs, env=ALWAYS | host.environment)
