@@ -361,3 +361,29 @@ def test_expected_savings_without_an_epoch_and_of_a_long_run():
         expected_savings(6, None, 100, 0.3) == "Prefix cache on: a sample seen before starts above the frozen prefix."
     )
     assert "58% (76% without cache) with 4 of 6 blocks" in expected_savings(6, 100_000, 600_000, 0.3)
+
+
+def test_rows_into_which_a_sampler_packs_other_samples_each_epoch_switch_it_off(tmp_path):
+    def in_one_row(samples):
+        ids = torch.cat([torch.as_tensor(one["input_ids"]) for one in samples])[None]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    class Packed(Trainer):
+        def get_train_dataloader(self):
+            class Batches:
+                def __len__(self):
+                    return 8
+
+                def __iter__(self):
+                    yield from torch.randperm(32).reshape(8, 4).tolist()
+
+            return torch.utils.data.DataLoader(self.train_dataset, batch_sampler=Batches(), collate_fn=in_one_row)
+
+    callback = SafeCallback(SafeConfig(freeze_at_start=0.5, freeze_share=0.0))
+    arguments = TrainingArguments(
+        output_dir=tmp_path, num_train_epochs=6, per_device_train_batch_size=1, report_to=[], save_strategy="no",
+        disable_tqdm=True, use_cpu=True, remove_unused_columns=False,
+    )  # fmt: skip
+    Packed(lora_model("llama", BLOCKS), arguments, train_dataset=Samples("llama", 32), callbacks=[callback]).train()
+    (event,) = [e for e in callback.safe.journal.events if e["event"] == "cache_off"]
+    assert "came a second time" in event["reason"] and 8 < event["step"] < 24

@@ -20,7 +20,7 @@ class Progress(NamedTuple):
 class RunLength:
     """Counts the steps and rows of a run; estimates from them what the host does not state.
 
-    A row is one entry of a batch. A sample may be several rows: DPO compares two.
+    A row is one entry of a batch. A sample may be several rows (DPO compares two), or a part of one (packing).
 
     Args:
         total_steps: optimizer steps of the whole run.
@@ -51,10 +51,12 @@ class RunLength:
         return self.samples_per_step or (self.rows - rows) // max(1, self.steps - steps) or self._before or 1
 
     @property
-    def rows_per_sample(self) -> int:
-        """Rows that the model gets for one sample of the data."""
+    def rows_per_sample(self) -> float:
+        """Rows that the model gets for one sample of the data; less than one if a sampler packs samples into a row."""
         steps, rows = self._since
-        return max(1, round((self.rows - rows) / (max(1, self.steps - steps) * self.step_samples)))
+        ratio = (self.rows - rows) / (max(1, self.steps - steps) * self.step_samples)
+        # Between the two: batches that were not full.
+        return ratio if 0 < ratio < 0.75 else max(1, round(ratio))
 
     @property
     def epoch_steps(self) -> int | None:
@@ -65,8 +67,8 @@ class RunLength:
     def progress(self) -> Progress:
         """Where the run stands, in rows on this rank."""
         rows = self.rows_per_sample
-        remaining = max(0, self.total_steps - self.steps) * self.step_samples * rows
-        return Progress(self.steps, remaining, self._rank_epoch and self._rank_epoch * rows)
+        remaining = round(max(0, self.total_steps - self.steps) * self.step_samples * rows)
+        return Progress(self.steps, remaining, self._rank_epoch and round(self._rank_epoch * rows))
 
     @property
     def _rank_epoch(self) -> int | None:

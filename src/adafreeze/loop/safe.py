@@ -290,7 +290,7 @@ class Safe:
         self.steps += 1
         if self.decider.plan is None:
             self._announce()
-            self.decider.prepare(self.steps, self.length.step_samples * self.length.rows_per_sample)
+            self.decider.prepare(self.steps, round(self.length.step_samples * self.length.rows_per_sample))
             self._measured()
         self.cache.say_expected()
         self.freezing.weights_may_move()
