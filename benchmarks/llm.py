@@ -9,8 +9,8 @@ linear layers. Every cell is a process of its own, and is kept in the output: th
 
 - ``plain`` and ``safe`` without activation checkpointing, ``+checkpointing`` with it, as TRL's SFTConfig sets it;
 - ``half``: the lower half of the blocks is frozen from the start, nothing else; ``half+kept``: its states are kept
-  (``keep_cache``), which the first cell with the same data computes; ``half+offload``: they are there before step 0, and
-  the weights of that half are on the disk;
+  (``keep_cache``), which the first cell with the same data computes; ``half+offload``: they are there before step 0,
+  and the weights of that half are on the disk;
 - ``two-thirds+checkpointing``: two thirds from the start.
 
 FLOPs and bytes are counted: ``peak`` is the most that a step saves for the backward pass, ``weights`` the least that is
