@@ -71,6 +71,16 @@ HOSTS = {
         tests=("tests/distributed/test_deepspeed.py", "tests/distributed/test_zero_trainer.py"),
         environment={"DS_ACCELERATOR": "cpu"},
     ),
+    "llama-factory": Host(  # with its own older versions, and without its web page, sound, images and model hubs
+        packages=(
+            *("datasets", "einops", "fastapi", "fire", "matplotlib", "omegaconf", "protobuf", "pydantic"),
+            *("sentencepiece", "sse-starlette", "tiktoken", "uvicorn"),
+        ),
+        without_dependencies=("llamafactory==0.9.5", "trl==0.24.0"),
+        tests=("tests/hosts/test_llama_factory.py",),
+        constraints="constraints-llama-factory.txt",
+        environment={"PYTHONPATH": "tests/hosts/stubs"},
+    ),
     "lightning": Host(
         packages=("lightning==2.6.6",),
         tests=("tests/integrations/test_lightning.py", "tests/test_examples.py", "-k", "lightning"),

@@ -15,6 +15,7 @@ FILES = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ya
 SCRIPTS = sorted(FILES - OF_HOSTS)
 NEEDS = {
     "lightning_trainer.py": "lightning",
+    "llamafactory_sft.py": "llamafactory",
     "sentence_transformers_pairs.py": "sentence_transformers",
     "setfit_texts.py": "setfit",
     "trl_sft.py": "trl",

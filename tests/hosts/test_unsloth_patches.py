@@ -9,6 +9,7 @@ checkpoint that moves its input to the host in the place of torch's.
 from __future__ import annotations
 
 import types
+from functools import partial
 
 import peft.tuners.lora.layer as lora
 import pytest
@@ -16,6 +17,7 @@ import torch
 import torch.utils.checkpoint
 import transformers.modeling_utils
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama import modeling_llama as llama
 
@@ -38,23 +40,25 @@ def of_unsloth(function):
 
 
 @of_unsloth
-def model_forward(self, input_ids=None, causal_mask=None, attention_mask=None, use_cache=None, **kwargs):
+def model_forward(self, input_ids=None, causal_mask=None, attention_mask=None, packed_seq_lengths=None, **kwargs):
     hidden = self.embed_tokens(input_ids)
     width = input_ids.shape[1]
     positions = torch.arange(width)[None]
     seen = torch.ones(width, width, dtype=torch.bool).tril()[None, None]
-    seen = seen & attention_mask[:, None, None].bool() | torch.eye(width, dtype=torch.bool)
+    if attention_mask is not None:
+        seen = seen & attention_mask[:, None, None].bool() | torch.eye(width, dtype=torch.bool)
+    if packed_seq_lengths is not None:
+        document = torch.repeat_interleave(packed_seq_lengths)
+        positions = torch.cat([torch.arange(length) for length in packed_seq_lengths])[None]
+        seen = seen & (document[:, None] == document)
     embeddings = self.rotary_emb(hidden, positions)
+    more = {"causal_mask": causal_mask, "attention_mask": seen, "past_key_value": None, "use_cache": False}
     for layer in self.layers:
-        (hidden,) = layer(
-            hidden,
-            causal_mask=causal_mask,
-            attention_mask=seen,
-            past_key_value=None,
-            use_cache=False,
-            position_embeddings=embeddings,
-            **{name: value for name, value in kwargs.items() if name == "packed_seq_lengths"},
-        )
+        run = partial(layer, position_embeddings=embeddings, **more)
+        # Where transformers checkpoints in ``forward`` and not in ``__call__``, a forward put in its place does not.
+        if layer.gradient_checkpointing and self.training and "__call__" not in vars(GradientCheckpointingLayer):
+            run = partial(torch.utils.checkpoint.checkpoint, run, use_reentrant=True)
+        (hidden,) = run(hidden)
     return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
 
 
@@ -155,6 +159,8 @@ def unsloth_forward(self, x, *args, **kwargs):
 class Offloaded(torch.autograd.Function):
     """Reentrant checkpointing whose input waits in another storage."""
 
+    runs = 0
+
     @staticmethod
     def forward(ctx, function, hidden, *rest):
         ctx.function, ctx.rest = function, rest
@@ -164,6 +170,7 @@ class Offloaded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
+        Offloaded.runs += 1
         hidden = ctx.saved_tensors[0].detach().requires_grad_()
         with torch.enable_grad():
             output = ctx.function(hidden, *ctx.rest)
@@ -222,13 +229,32 @@ def plain(model, batches, freezes):
 def test_losses_are_those_of_a_plain_loop_with_the_same_freezes(patched, checkpointed):
     batches = list(epochs("llama", collator=pad_to(16)))
     depths = {1: 1, 4: 3}
+    before = Offloaded.runs
     control = plain(patched(checkpointed), batches, depths)
+    assert (Offloaded.runs > before) == checkpointed
     off = train("llama", config(depths, cache="off", lean=False), batches, model=patched(checkpointed))
     on = train("llama", config(depths), batches, model=patched(checkpointed))
     assert_same(off, control)
     assert_same(on, control)
     hits, advanced, _ = counts(on[2])
     assert hits and advanced
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_packed_rows_are_not_cached_and_a_line_says_so(positions, patched, caplog):
+    def packed(samples):
+        lengths = torch.tensor([len(one["input_ids"]) for one in samples], dtype=torch.int32)
+        row = {name: torch.cat([one[name] for one in samples])[None] for name in ("input_ids", "labels")}
+        more = {"position_ids": torch.cat([torch.arange(length) for length in lengths])[None]} if positions else {}
+        return {**row, **more, "packed_seq_lengths": lengths}
+
+    rows = list(epochs("llama", epochs=1, collator=packed))
+    batches = rows * 3
+    control = plain(patched(), batches, {1: 2})
+    with caplog.at_level("INFO", logger="adafreeze"):
+        on = train("llama", config({1: 2}), batches, model=patched(), count=len(rows))
+    assert_same(on, control)
+    assert "packed_seq_lengths has the shape" in caplog.text
 
 
 def test_scores_are_those_of_an_unpatched_model(patched, monkeypatch):
@@ -262,6 +288,8 @@ def test_a_memory_budget_uses_the_checkpoint_of_torch(patched):
     roomy = train("llama", config({1: 2}, memory_budget="1GiB"), batches, model=patched())[2]
     peak = next(e["plain_peak"] for e in roomy.journal.events if e["event"] == "recompute")
     control = train("llama", config({1: 2}, cache="off"), batches, model=patched(True))
+    before = Offloaded.runs
     on = train("llama", config({1: 2}, cache="off", memory_budget=int(0.9 * peak)), batches, model=patched(True))
     assert any(e["blocks"] or e["selective"] for e in on[2].journal.events if e["event"] == "recompute")
     assert_same(on, control)
+    assert Offloaded.runs == before
