@@ -51,7 +51,7 @@ def test_at_dynamic_padding_each_step_agrees_from_equal_weights(family, tier, tm
     assert hits and advanced and misses == COUNT
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("family", ["bert", "llama", pytest.param("t5", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tier", ["ram", "disk"])
 def test_a_prefix_that_grows_twice_mid_epoch_advances_its_entries(family, tier, tmp_path):
     depths = {1: 1, 5: 3, 10: 6} if family == "t5" else {1: 1, 5: 2, 10: 3}  # T5's third reaches into the decoder
@@ -81,7 +81,7 @@ def test_gradient_accumulation():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("family", ["bert", "llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_checkpointing_above_the_prefix(family, reentrant):
     def model():
         made = lora_model(family, BLOCKS)

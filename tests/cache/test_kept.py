@@ -58,7 +58,7 @@ def evaluated(model, batches):
         return [model(**one).logits for one in batches]
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "qwen3", "t5", "vit"])
+@pytest.mark.parametrize("family", ["bert", "llama", "qwen3", pytest.param("t5", marks=pytest.mark.slow), "vit"])
 def test_the_second_run_computes_nothing_below_the_boundary(family, tmp_path, monkeypatch):
     batches = list(epochs(family, epochs=2))
     train(family, settings(tmp_path), batches, model=lora_model(family, BLOCKS))
@@ -74,7 +74,7 @@ def test_the_second_run_computes_nothing_below_the_boundary(family, tmp_path, mo
     assert family == "t5" or seen[-1] == calls.before
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("family", ["bert", "llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_another_seed_rank_head_and_kind_of_adapter_find_the_same_states(family, tmp_path):
     batches = list(epochs(family, epochs=2))
     train(family, settings(tmp_path), batches, model=lora_model(family, BLOCKS))
@@ -241,7 +241,7 @@ def test_a_damaged_file_is_filled_again(tmp_path):
     assert stores_in(tmp_path)[0].samples == COUNT
 
 
-@pytest.mark.parametrize("name", ["info.json", "verified.json"])
+@pytest.mark.parametrize("name", ["info.json", pytest.param("verified.json", marks=pytest.mark.slow)])
 def test_damaged_notes_beside_the_states_do_not_matter(name, tmp_path):
     batches = list(epochs("bert", epochs=2))
     train("bert", settings(tmp_path), batches, model=lora_model("bert", BLOCKS))

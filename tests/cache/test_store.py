@@ -146,6 +146,7 @@ def identities(model, depths=(2,)):
     return Identity(model, find_stacks(model), PeftBackend(model)).of(depths)
 
 
+@pytest.mark.slow
 def test_the_identity_is_the_same_in_another_process():
     program = """
         from cases import lora_model
@@ -378,6 +379,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_start_leaves_only_memory(small_disk):
     """With no room for the lock, which is mapped, and with room for it alone."""
     program = """

@@ -82,6 +82,7 @@ def test_filling_again_computes_nothing(cache, flags, caplog):
     assert "24 samples were stored, 0 are new" in caplog.text
 
 
+@pytest.mark.slow
 def test_under_torchrun_each_process_fills_its_share(cache, flags, tmp_path, caplog):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, "-m", "adafreeze", "cache", "fill", *flags, "--prefix_cache_dir", str(tmp_path / "states")]

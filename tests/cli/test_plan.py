@@ -65,6 +65,7 @@ def test_the_folder_of_a_model_is_planned_by_its_configuration_alone(plan, confi
     assert plan(model=str(tmp_path))[1] == plan()[1]
 
 
+@pytest.mark.slow
 def test_a_device_on_which_nothing_fits(plan):
     code, text, _ = plan("--device_memory", "1.0000001GiB")
     assert code == 0

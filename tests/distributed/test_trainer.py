@@ -59,6 +59,7 @@ def test_find_unused_parameters_works(folder):
 
 
 @pytest.mark.parametrize("step", [pytest.param(4, marks=pytest.mark.slow), 8, pytest.param(17, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_run_can_be_resumed_after_a_rank_dies(folder, step):
     name = f"dying-{step}"
     run(folder, name, "--die", str(step), fine=False)

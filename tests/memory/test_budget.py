@@ -93,7 +93,7 @@ def run_pair(family, blocks, share, dropout=0.0, steps=16, accumulate=1, **optio
     return (losses, plain), (*train(model, family, limit, steps, accumulate=accumulate, **options), model), limit
 
 
-BRIEF = [("bert", 8, 0.35), ("llama", 8, 0.75)]
+BRIEF = [("llama", 8, 0.75)]
 EVERY = [(f, n, s) for f in ("bert", "llama") for n in (8, 12) for s in (0.35, 0.5, 0.75)]
 
 
@@ -127,6 +127,7 @@ def test_as_few_blocks_as_possible_are_checkpointed():
     assert budget._total(step) > limit
 
 
+@pytest.mark.slow
 def test_with_accumulation():
     (losses, _), (budgeted, peaks, *_), limit = run_pair("llama", 8, 0.5, accumulate=3, steps=8)
     assert max(peaks) <= limit and budgeted == losses
@@ -141,6 +142,7 @@ def test_with_the_cache(cache, tmp_path):
 
 
 @pytest.mark.parametrize("reentrant", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
 def test_only_blocks_that_the_user_checkpoints_are_candidates(reentrant):
     def checkpointed():
         model = make("llama", 8)
@@ -222,6 +224,7 @@ def test_a_budget_that_cannot_be_met_names_the_micro_batch_that_fits():
         Safe(model, SafeConfig(memory_budget=limit), probe=cases.loader("bert", rows=fits + 1), total_steps=9)
 
 
+@pytest.mark.slow
 def test_blocks_frozen_at_the_start_need_a_smaller_budget():
     def enough(budget: int, **config) -> bool:
         try:
@@ -312,6 +315,7 @@ def measured_by(safe, beyond):
     budget.measured_peak = lambda: budget._current.peak - budget.excess + beyond if budget._current is not None else 0
 
 
+@pytest.mark.slow
 def test_a_peak_above_the_plan_checkpoints_more_and_a_reset_peak_no_less():
     _, _, (held, most) = plain_run("bert")
     limit = int(held + 0.6 * (most - held))
@@ -341,6 +345,7 @@ def test_a_peak_above_the_plan_checkpoints_more_and_a_reset_peak_no_less():
     assert counts[-most] == counts[0] < counts[more]
 
 
+@pytest.mark.slow
 def test_the_excess_of_a_short_batch_is_added_to_a_long_one_not_scaled():
     short, long = cases.batch("bert", rows=4, length=8), cases.batch("bert", rows=16, length=24)
 
@@ -395,11 +400,15 @@ def test_trainer_with_its_own_checkpointing_and_logs(tmp_path):
 def test_without_a_budget_the_log_suggests_one(caplog):
     with caplog.at_level("INFO", logger="adafreeze"):
         Safe(make("bert"), SafeConfig(), probe=cases.loader("bert"), total_steps=9)
-    assert "the first steps have the peak of the run" in caplog.text
+    assert (
+        "The first steps have the peak of the run: a larger freeze_at_start or a memory_budget lowers it" in caplog.text
+    )
 
 
 @pytest.mark.parametrize("dropout", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", cases.FAMILIES)
+@pytest.mark.parametrize(
+    "family", [f if f != "t5" else pytest.param(f, marks=pytest.mark.slow) for f in cases.FAMILIES]
+)
 def test_every_family_under_a_budget(family, dropout):
     def once(budget):
         model = cases.lora_model(family, blocks=4, dropout=dropout, lora_dropout=dropout)
