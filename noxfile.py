@@ -156,7 +156,7 @@ def docs(session: nox.Session) -> None:
     session.run("mkdocs", "build", "--strict", "--quiet")
 
 
-@nox.session
+@nox.session(default=False)  # it writes into docs/
 def tour(session: nox.Session) -> None:
     """Run docs/tour.py and write docs/tour.md and its pictures: the page is the output of the script."""
     session.install("-c", "constraints.txt", "torch==2.13.0")
