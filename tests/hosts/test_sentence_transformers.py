@@ -7,15 +7,17 @@ import torch
 
 pytest.importorskip("sentence_transformers")
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from sentence_cases import LORA, encoder, pairs, save_encoder
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
 from sentence_transformers.cross_encoder import losses as of_pairs
 from sentence_transformers.sentence_transformer import losses as of_texts
+from sentence_transformers.sentence_transformer import modules
 from transformers import AutoModel
 
-from adafreeze import ConfigError, SafeCallback, SafeConfig
+from adafreeze import ConfigError, ModelError, Safe, SafeCallback, SafeConfig
+from adafreeze.model.batch import called_by_column
 
 SETTINGS = {
     "num_train_epochs": 2, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "logging_steps": 1,
@@ -131,3 +133,47 @@ def test_the_adapter_loads_with_peft_alone(tmp_path):
 def test_a_memory_budget_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="make several"):
         trained(tmp_path, "ranking", SafeConfig(memory_budget="1GiB"))
+
+
+def test_both_encoders_of_a_router_have_a_prefix_without_dropout(tmp_path):
+    def router_losses(config):
+        parts = [encoder(tmp_path / f"{config.cache}{number}") for number in range(2)]
+        router = modules.Router.for_query_document(query_modules=list(parts[0]), document_modules=list(parts[1]))
+        model = SentenceTransformer(modules=[router], device="cpu")
+        acts = set()
+        for name, module in model.named_modules():
+            # With a hook that reads the prefix, nothing is served.
+            if config.cache == "off" and isinstance(module, torch.nn.Dropout) and "lora" not in name:
+                module.register_forward_hook(
+                    lambda _m, inputs, output, name=name: acts.add(name) if not torch.equal(inputs[0], output) else None
+                )
+        args = SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path / "out"), router_mapping={"anchor": "query", "positive": "document"}, **SETTINGS
+        )
+        callback = SafeCallback(config)
+        loss = of_texts.MultipleNegativesRankingLoss(model)
+        trainer = SentenceTransformerTrainer(
+            model=model, args=args, loss=loss, train_dataset=pairs(), callbacks=[callback]
+        )
+        trainer.train()
+        assert config.cache != "off" or {name.split(".")[2] for name in acts} == {"query", "document"}
+        assert not any(".embeddings." in name or ".layer.0." in name for name in acts), "below the prefix"
+        return trainer
+
+    control, served = router_losses(SafeConfig(**HALF, cache="off")), router_losses(SafeConfig(**HALF))
+    of = [[entry["loss"] for entry in one.state.log_history if "loss" in entry] for one in (control, served)]
+    assert of[0] == of[1] and hit_rate(served) > 0.5
+
+
+def test_a_peft_model_around_it_is_called_by_column_too(tmp_path):
+    model = get_peft_model(SentenceTransformer(save_encoder(tmp_path / "base"), device="cpu"), LoraConfig(**LORA))
+    assert called_by_column(model) and not called_by_column(torch.nn.Linear(1, 1))
+    without = SentenceTransformer(str(tmp_path / "base"), device="cpu")
+    with pytest.raises(ModelError, match="has no adapters") as caught:
+        Safe(without, probe=[], total_steps=1)
+    assert "add_adapter" in str(caught.value)
+
+
+def test_filling_pairs_that_the_loss_makes_is_refused_with_the_reason(tmp_path, caplog):
+    trained(tmp_path, "binary", SafeConfig(**HALF, fill="before"), pair=True)
+    assert "what the model is called with is known only from the first step on" in caplog.text

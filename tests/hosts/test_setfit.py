@@ -45,3 +45,11 @@ def test_before_the_first_freeze_it_is_the_hosts_own_run(tmp_path):
     first = min(event["step"] for event in callback.safe.journal.events if event["event"] == "freeze")
     losses, without = ([entry["embedding_loss"] for entry in part] for part in (history, plain))
     assert first > 0 and losses[:first] == without[:first] and losses != without
+
+
+def test_states_that_are_filled_are_found(tmp_path, caplog):
+    config = {"freeze_at_start": 0.5, "freeze_share": 0.0}
+    control, _, _ = trained(tmp_path / "control", SafeConfig(**config, cache="off"))
+    history, _, _ = trained(tmp_path / "safe", SafeConfig(**config, fill="before"))
+    assert [entry["embedding_loss"] for entry in history] == [entry["embedding_loss"] for entry in control]
+    assert "Prefix cache filled" in caplog.text and "of no use" not in caplog.text

@@ -412,7 +412,7 @@ class PrefixCache:
                 self._write(now, everyone, now.filling.boundary, now.origins(everyone, now.filling.entered))
             if not now.admitted:
                 now.hits = now.advanced = now.work = 0
-            if self.filled and now.keys and not self._evaluates:
+            if self.filled and now.keys and now.reads and not self._evaluates:
                 if not (now.hits or now.advanced) and now.kind.verified:
                     note(
                         f"Filling the prefix cache was of no use: none of its {self.filled:,} samples is in this "
@@ -615,6 +615,7 @@ class PrefixCache:
         width = max(rows.width(0), 1)
         with self._now.stats.timed(self._now.stats.read, rows.count * width):
             # While it is not known whether anything reads padding, all rows are computed, with their padding.
+            now.reads = trusted
             depths, groups, entries = self._grouped(now, reads=trusted)
             found, missing = groups.pop(depths, []), groups.get((0,) * len(depths), [])
         now.hits, now.advanced = len(found), rows.count - len(found) - len(missing)

@@ -32,6 +32,7 @@ class OnePass:
         served: it starts above the prefix.
         expected: fingerprints that must enter block 0 if it is served.
         admitted: they did, in all calls.
+        reads: what is stored may be looked up; not while it is not known whether anything reads padding.
         filling: what the pass computes itself, to be stored at its end.
         ahead: it is none of the run, and fills the cache for those that come.
     """
@@ -45,6 +46,7 @@ class OnePass:
     served: bool = False
     expected: dict[Slot, Tensor] = field(default_factory=dict)
     admitted: bool = True
+    reads: bool = True
     filling: Computed | None = None
     ahead: bool = False
 

@@ -160,6 +160,8 @@ class RunCache:
                 fill(self.prefix_cache, self._source, rank=rank, ranks=ranks, strict=strict)
         except ProbeError as error:
             reason = f"the train dataloader has no samples by index ({error.fact.rstrip('.')})"
+            if isinstance(self._source, list):  # recorded, where the host makes the inputs in each step
+                reason = "what the model is called with is known only from the first step on"
         if reason is not None and strict:
             raise RunError(f"The states of this model cannot be stored: {reason}.", fix="Train without filling.")
         if reason is not None:

@@ -9,12 +9,7 @@ from torch import nn
 from ..measure.draw import Calls
 from ..model.batch import as_mapping, columns_of, forward_names
 
-__all__ = ["TextColumns", "calls_by_column"]
-
-
-def calls_by_column(model: nn.Module) -> bool:
-    """Whether ``model`` is of sentence-transformers, whose losses call it on each column of a batch."""
-    return any(kind.__module__.partition(".")[0] == "sentence_transformers" for kind in type(model).__mro__)
+__all__ = ["TextColumns"]
 
 
 class TextColumns:

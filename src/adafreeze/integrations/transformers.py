@@ -24,9 +24,9 @@ from ..journal import Journal
 from ..loop.preflight import warn_compiled
 from ..loop.safe import Safe
 from ..measure.draw import MOST_SAMPLES, samples_of, train_samples
-from ..model.batch import arguments, packed, rows_of, unpacked
+from ..model.batch import arguments, called_by_column, packed, rows_of, unpacked
 from ..model.patches import forward_pre_hook
-from .texts import TextColumns, calls_by_column
+from .texts import TextColumns
 
 __all__ = ["SafeCallback"]
 
@@ -168,7 +168,7 @@ class SafeCallback(TrainerCallback, ExportableState):
     def _draw(self, model: nn.Module, dataloader: Any) -> None:
         """Start with a probe from the dataloader, or record the first step."""
         budget = None if self.config is None else self.config.memory_budget
-        columns = calls_by_column(model)
+        columns = called_by_column(model)
         if columns and budget is not None:
             raise ConfigError(
                 f"SafeConfig.memory_budget is {budget!r}, but a budget counts one call of the model in a step, and "

@@ -116,14 +116,16 @@ class Probe:
         return found.hexdigest()
 
     def kinds(self, device: torch.device) -> list[Chunk]:
-        """Model inputs of the shortest sample for each set of input names, of at most MOST_KINDS.
+        """Model inputs of the shortest sample for each set of input names and of flags, of at most MOST_KINDS.
 
-        In mixed data (with and without images), different parameters feed a stack.
+        In mixed data (with and without images), different parameters feed a stack. A flag or a word may choose the
+        stack (``task`` of a Router of sentence-transformers).
         """
-        smallest: dict[frozenset[tuple[str, ...]], Chunk] = {}
+        smallest: dict[frozenset[Any], Chunk] = {}
         for chunk in self.chunks:
             one = _first_of(chunk)
-            kind = frozenset(path for path, value in leaves(one) if value is not None)
+            values = [(path, value) for path, value in leaves(one) if value is not None]
+            kind = frozenset((path, value if isinstance(value, (bool, str)) else None) for path, value in values)
             if kind not in smallest or padded_tokens(one) < padded_tokens(smallest[kind]):
                 smallest[kind] = one
         return [_model_inputs(one, device) for one in list(smallest.values())[:MOST_KINDS]]

@@ -18,9 +18,9 @@ from .blocks import base_model
 
 __all__ = [
     "CHUNK", "INPUTS", "REAL_TOKENS", "Call", "Chunk",
-    "arguments", "as_mapping", "by_sample", "chunks_of", "columns_of", "cut", "forward_names", "leaves", "loss_in",
-    "main_input", "masks", "packed", "padded_tokens", "real_tokens", "repeated", "rows_of", "tensors_as_text",
-    "tensors_of_text", "unpacked",
+    "arguments", "as_mapping", "by_sample", "called_by_column", "chunks_of", "columns_of", "cut", "forward_names",
+    "leaves", "loss_in", "main_input", "masks", "packed", "padded_tokens", "real_tokens", "repeated", "rows_of",
+    "tensors_as_text", "tensors_of_text", "unpacked",
 ]  # fmt: skip
 
 Chunk = dict[str, Any]
@@ -69,6 +69,11 @@ def forward_names(model: nn.Module) -> list[str]:
     if not names and base_model(model) is not model:  # PeftModel passes everything on
         return forward_names(base_model(model))
     return names or [INPUTS[0]]
+
+
+def called_by_column(model: nn.Module) -> bool:
+    """Whether ``model`` is of sentence-transformers, whose losses call it on each column of a batch."""
+    return any(kind.__module__.partition(".")[0] == "sentence_transformers" for kind in type(base_model(model)).__mro__)
 
 
 def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

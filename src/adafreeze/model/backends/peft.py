@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...errors import ModelError, warn
+from ..batch import called_by_column
 from ..blocks import user_name
 from ..patches import patched
 from ..restore import temporarily
@@ -42,7 +43,9 @@ class PeftBackend(Backend):
         if not self.matches(model):
             raise ModelError(
                 f"{type(model).__name__} has no adapters.",
-                fix='model = get_peft_model(model, LoraConfig(target_modules="all-linear"))',
+                fix='model.add_adapter(LoraConfig(target_modules="all-linear"))'
+                if called_by_column(model)
+                else 'model = get_peft_model(model, LoraConfig(target_modules="all-linear"))',
             )
         self._allocators = [m for m in model.modules() if callable(getattr(m, "update_and_allocate", None))]
         self.moves_ranks = bool(self._allocators)
