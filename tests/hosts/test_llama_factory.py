@@ -13,11 +13,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from adafreeze.journal import read_journal
+from host_cases import EXAMPLES, frozen_at
 
 pytest.importorskip("llamafactory", reason="LLaMA-Factory has an environment of its own: nox -s llama-factory")
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "llamafactory_sft.py"
+EXAMPLE = EXAMPLES / "llamafactory_sft.py"
 COMMAND = str(Path(sys.executable).parent / "llamafactory-cli")
 STEPS = 128
 
@@ -67,7 +67,7 @@ def test_until_the_first_freeze_losses_of_its_command_line_are_its_own(ran, tmp_
     (tmp_path / "adafreeze.yaml").write_text("freeze_at_start: 0\n")
     execute(tmp_path, COMMAND, "train", "alone.yaml")
     execute(tmp_path, "-m", "adafreeze", "run", "--config", "adafreeze.yaml", COMMAND, "train", "with.yaml")
-    frozen = {e["step"] for e in read_journal(tmp_path / "with" / "journal.jsonl") if e["event"] == "freeze"}
+    frozen = frozen_at(tmp_path / "with")
     alone, own = losses(tmp_path / "alone"), losses(tmp_path / "with")
     assert len(alone) == STEPS and 0 < min(frozen) < STEPS
     assert own[: min(frozen)] == alone[: min(frozen)] and own != alone

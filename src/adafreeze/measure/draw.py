@@ -200,7 +200,9 @@ def collated(collate: Any, samples: list[Any]) -> list[Any]:
             return calls  # which ``split`` refuses
         # A padding-free collator puts all samples into one row.
         fits = all(by_sample(one) and rows_of(one) >= len(samples) for one in inputs)
-        known = {path[-1] for one in inputs for path, _ in leaves(one)} <= BY_SAMPLE
+        # Of tensors only: words and flags beside them are no reason to collate every sample once more.
+        tensors = {path[-1] for one in inputs for path, value in leaves(one) if isinstance(value, Tensor)}
+        known = tensors <= BY_SAMPLE
         if fits and (known or all(map(_has_one_each, itertools.chain(*(_together([sample]) for sample in samples))))):
             return calls
     return [call for sample in samples for call in _together([sample])]
