@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import SafeConfig
 from ..errors import note, warn
 from ..journal import JOURNAL_FILE
-from .transformers import SafeCallback
+from .transformers import SafeCallback, has_callback, output_folder
 
 __all__ = ["TRIED", "AdafreezeArgs", "AdafreezePlugin"]
 
@@ -53,11 +52,11 @@ class _Hooks:
         Not in ``add_callbacks_post_trainer``: Axolotl collects what all plugins return there before it adds any, so a
         SafeCallback of another plugin could not be seen.
         """
-        if any(isinstance(callback, SafeCallback) for callback in trainer.callback_handler.callbacks):
+        if has_callback(trainer):
             note("The Trainer already has a SafeCallback, which is used, with its own settings.")
             return
-        folder = Path(str(trainer.args.output_dir)).expanduser()
-        trainer.add_callback(SafeCallback(dict(cfg.adafreeze or {}), journal=folder / JOURNAL_FILE))
+        journal = output_folder(trainer) / JOURNAL_FILE
+        trainer.add_callback(SafeCallback(dict(cfg.adafreeze or {}), journal=journal))
 
 
 class _NamedAxolotl(logging.Filter):

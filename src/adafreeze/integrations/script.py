@@ -21,7 +21,7 @@ from ..config import SafeConfig
 from ..errors import ConfigError, note, warn
 from ..journal import JOURNAL_FILE
 from ..loop.safe import Safe
-from .transformers import SafeCallback
+from .transformers import SafeCallback, has_callback, output_folder
 
 __all__ = ["run", "run_with_safe"]
 
@@ -98,10 +98,10 @@ def _in_every_trainer(config: SafeConfig | None) -> Iterator[list[Trainer]]:
     def make_with_safe(self: Trainer, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
         made.append(self)
-        if any(isinstance(callback, SafeCallback) for callback in self.callback_handler.callbacks):
+        if has_callback(self):
             note("The script gives its Trainer a SafeCallback of its own, which is used.")
             return
-        folder = Path(str(self.args.output_dir)).expanduser()
+        folder = output_folder(self)
         journals[folder] += 1
         name = JOURNAL_FILE if journals[folder] == 1 else f"{journals[folder]}-{JOURNAL_FILE}"
         self.add_callback(SafeCallback(config, journal=folder / name))

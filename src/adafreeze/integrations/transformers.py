@@ -8,7 +8,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,10 @@ from ..model.batch import arguments, called_by_column, packed, rows_of, unpacked
 from ..model.patches import forward_pre_hook
 from .texts import TextColumns
 
-__all__ = ["SafeCallback"]
+if TYPE_CHECKING:
+    from transformers import Trainer  # which imports datasets
+
+__all__ = ["SafeCallback", "has_callback", "output_folder"]
 
 
 class SafeCallback(TrainerCallback, ExportableState):
@@ -198,6 +202,16 @@ class SafeCallback(TrainerCallback, ExportableState):
         with self._recorder.initial_weights():
             self.safe.decider.begin()
         return self.safe
+
+
+def has_callback(trainer: Trainer) -> bool:
+    """Whether a SafeCallback was given to ``trainer`` already."""
+    return any(isinstance(callback, SafeCallback) for callback in trainer.callback_handler.callbacks)
+
+
+def output_folder(trainer: Trainer) -> Path:
+    """Where ``trainer`` writes, and so the journal of a callback that is added to it."""
+    return Path(str(trainer.args.output_dir)).expanduser()
 
 
 class _BatchRecorder:
