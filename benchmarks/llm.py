@@ -1,11 +1,12 @@
 """Language models as people train them: TRL's SFTTrainer, with packing and checkpointing, plain and with adafreeze.
 
     python benchmarks/llm.py [--weights smollm2] [--data ../shared/data] [--rows 192] [--length 256] [--batch 4]
-                             [--epochs 3] [--learning_rate 2e-4] [--packing] [--dtype float32]
+                             [--epochs 3] [--learning_rate 2e-4] [--packing] [--dtype float32] [--task gsm8k]
                              [--methods plain plain+checkpointing ...] [--seeds 0] [-o benchmarks/results/llm.json]
 
-SmolLM2-135M on worked answers of GSM8K (prompt and completion; the loss is on the completion), LoRA r = 16 on all
-linear layers. Every cell is a process of its own, and is kept in the output: the same command continues. Methods:
+SmolLM2-135M on worked answers of GSM8K (prompt and completion), or on E2E NLG as a chat in the model's own template;
+the loss is on the completion. LoRA r = 16 on all linear layers. ``--dtype`` is that of the weights below the adapters:
+with bfloat16 and nf4 (QLoRA), the adapters are in float32 and the steps under autocast. Every cell is a process of its own, and is kept in the output: the same command continues. Methods:
 
 - ``plain`` and ``safe`` without activation checkpointing, ``+checkpointing`` with it, as TRL's SFTConfig sets it;
 - ``half``: the lower half of the blocks is frozen from the start, nothing else; ``half+kept``: its states are kept
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from weights import fetch
 
@@ -66,12 +67,36 @@ class Metered(MeteredTrainer, SFTTrainer):
     """TRL's trainer, whose steps are counted."""
 
 
-def rows(data: Path, split: str, count: int) -> Dataset:
+def rows(data: Path, task: str, split: str, count: int) -> Dataset:
     """The first rows as prompt and completion."""
-    found = Dataset.from_parquet(str(data / "gsm8k" / f"{split}.parquet")).select(range(count))
-    return found.map(
-        lambda row: {"prompt": f"{row['question']}\n", "completion": row["answer"]}, remove_columns=found.column_names
-    )
+    found = Dataset.from_parquet(str(data / task / f"{split}.parquet")).select(range(count))
+    return found.map(AS_PROMPT[task], remove_columns=found.column_names)
+
+
+def question(row: dict[str, str]) -> dict[str, str]:
+    return {"prompt": f"{row['question']}\n", "completion": row["answer"]}
+
+
+def chat(row: dict[str, str]) -> dict[str, Any]:
+    asked = f"Describe this restaurant in a sentence or two: {row['mr']}"
+    return {
+        "prompt": [{"role": "user", "content": asked}],
+        "completion": [{"role": "assistant", "content": row["ref"]}],
+    }
+
+
+AS_PROMPT = {"gsm8k": question, "e2e_nlg": chat}
+
+
+def loaded(name: str, dtype: str) -> Any:
+    """The weights, in nf4 as the QLoRA paper stores them (double quantization, products in bfloat16)."""
+    if dtype != "nf4":
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    stored = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, quantization_config=stored)
 
 
 def train(options: argparse.Namespace, method: str, seed: int, folder: Path) -> dict[str, Any]:
@@ -79,7 +104,7 @@ def train(options: argparse.Namespace, method: str, seed: int, folder: Path) -> 
     settings, checkpointing = METHODS[method]
     name = str(fetch(options.weights))
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype)
+    model = loaded(name, options.dtype)
     config = None if settings is None else SafeConfig(**settings, cache_dir=options.states)
     callback = SafeCallback(config, journal=folder / "journal.jsonl") if config is not None else None
     trainer = Metered(
@@ -87,11 +112,11 @@ def train(options: argparse.Namespace, method: str, seed: int, folder: Path) -> 
         args=SFTConfig(
             output_dir=str(folder), num_train_epochs=options.epochs, per_device_train_batch_size=options.batch,
             learning_rate=options.learning_rate, max_length=options.length, packing=options.packing, seed=seed,
-            logging_steps=4, gradient_checkpointing=checkpointing, bf16=False, use_cpu=True, report_to=[],
+            logging_steps=4, gradient_checkpointing=checkpointing, bf16=options.dtype != "float32", use_cpu=True, report_to=[],
             save_strategy="no", eval_strategy="no", disable_tqdm=True,
         ),
-        train_dataset=rows(options.data, "train", options.rows),
-        eval_dataset=rows(options.data, "test", options.rows // 3),
+        train_dataset=rows(options.data, options.task, "train", options.rows),
+        eval_dataset=rows(options.data, options.task, "test", options.rows // 3),
         processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"),
         callbacks=[callback] if callback else [],
@@ -129,7 +154,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--packing", action="store_true")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "nf4"])
+    parser.add_argument("--task", default="gsm8k", choices=AS_PROMPT)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "adafreeze-llm")
@@ -144,6 +170,8 @@ def main() -> None:
         return
     setting = f"{options.weights} {options.rows}x{options.length} batch {options.batch}, {options.epochs} epochs"
     setting += f", {options.dtype}{', packed' if options.packing else ''}"
+    if options.task != parser.get_default("task"):
+        setting = f"{options.task} as a chat, {setting}"
     if options.learning_rate != parser.get_default("learning_rate"):
         setting += f", rate {options.learning_rate:g}"
     for seed in options.seeds:
