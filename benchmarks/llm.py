@@ -6,7 +6,8 @@
 
 SmolLM2-135M on worked answers of GSM8K (prompt and completion), or on E2E NLG as a chat in the model's own template;
 the loss is on the completion. LoRA r = 16 on all linear layers. ``--dtype`` is that of the weights below the adapters:
-with bfloat16 and nf4 (QLoRA), the adapters are in float32 and the steps under autocast. Every cell is a process of its own, and is kept in the output: the same command continues. Methods:
+with bfloat16 and nf4 (QLoRA), the adapters are in float32 and the steps under autocast. Every cell is a process of its
+own, and is kept in the output: the same command continues. Methods:
 
 - ``plain`` and ``safe`` without activation checkpointing, ``+checkpointing`` with it, as TRL's SFTConfig sets it;
 - ``half``: the lower half of the blocks is frozen from the start, nothing else; ``half+kept``: its states are kept
@@ -112,8 +113,8 @@ def train(options: argparse.Namespace, method: str, seed: int, folder: Path) -> 
         args=SFTConfig(
             output_dir=str(folder), num_train_epochs=options.epochs, per_device_train_batch_size=options.batch,
             learning_rate=options.learning_rate, max_length=options.length, packing=options.packing, seed=seed,
-            logging_steps=4, gradient_checkpointing=checkpointing, bf16=options.dtype != "float32", use_cpu=True, report_to=[],
-            save_strategy="no", eval_strategy="no", disable_tqdm=True,
+            logging_steps=4, gradient_checkpointing=checkpointing, bf16=options.dtype != "float32", use_cpu=True,
+            report_to=[], save_strategy="no", eval_strategy="no", disable_tqdm=True,
         ),
         train_dataset=rows(options.data, options.task, "train", options.rows),
         eval_dataset=rows(options.data, options.task, "test", options.rows // 3),

@@ -107,6 +107,25 @@ _IA3 = {
 }
 
 
+def quantized(model: torch.nn.Module, bits: int) -> torch.nn.Module:
+    """A Llama whose linear layers are bitsandbytes' in nf4 (4 bits) or int8."""
+    bnb = pytest.importorskip("bitsandbytes")
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, linear in list(parent.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    sizes = linear.in_features, linear.out_features
+                    if bits == 4:
+                        stored = bnb.nn.Linear4bit(*sizes, False, linear.weight.dtype, quant_type="nf4")
+                        stored.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+                    else:
+                        stored = bnb.nn.Linear8bitLt(*sizes, False, has_fp16_weights=False)
+                        stored.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False)
+                    setattr(parent, name, stored.to("cpu"))
+    setattr(model, f"is_loaded_in_{bits}bit", True)
+    return model
+
+
 def adapter(family: str, kind: str = "lora", dropout: float = 0.0) -> PeftConfig:
     """The configuration of a small LoRA, DoRA (``"dora"``) or IA3 (``"ia3"``) adapter."""
     if kind == "ia3":

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import adafreeze
+import cases
 from adafreeze import ModelError, RunError
 from adafreeze.costs import SavedBytes, StorageTracker
 from adafreeze.memory.lean import lean_layers
@@ -143,21 +144,7 @@ def test_scaled_gradients_of_half_precision_are_those_of_peft():
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_quantized_bases(bits, dropout, autocast):
-    bnb = pytest.importorskip("bitsandbytes")
-    model = base("llama").to(torch.bfloat16)
-    for layer in model.model.layers:
-        for parent in (layer.self_attn, layer.mlp):
-            for name, linear in list(parent.named_children()):
-                if isinstance(linear, nn.Linear):
-                    sizes = linear.in_features, linear.out_features
-                    if bits == 4:
-                        quantized = bnb.nn.Linear4bit(*sizes, False, torch.bfloat16, quant_type="nf4")
-                        quantized.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
-                    else:
-                        quantized = bnb.nn.Linear8bitLt(*sizes, False, has_fp16_weights=False)
-                        quantized.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False)
-                    setattr(parent, name, quantized.to("cpu"))
-    setattr(model, f"is_loaded_in_{bits}bit", True)
+    model = cases.quantized(base("llama").to(torch.bfloat16), bits)
     model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", lora_dropout=dropout))
     for name, parameter in model.named_parameters():
         if "lora_" in name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,14 @@ _FORMULAS = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         aten._scaled_dot_product_flash_attention_backward
     ],
+}
+# Of packages that register their operators when they are imported. B has one row per output: A · Bᵀ.
+_OF_PACKAGES: dict[str, Callable[..., int]] = {
+    "bitsandbytes::gemm_4bit": lambda a, b, shape, *_, **__: 2 * a.numel() * shape[0],
+    "bitsandbytes::gemv_4bit": lambda a, b, shape, *_, **__: 2 * a.numel() * shape[0],
+    "bitsandbytes::int8_linear_matmul": lambda a, b, *_, **__: 2 * a.numel() * b.shape[0],
+    "bitsandbytes::int8_scaled_mm": lambda a, b, *_, **__: 2 * a.numel() * b.shape[0],
+    "bitsandbytes::int8_mixed_scaled_mm": lambda a, quantized, b, *_, **__: 2 * a.numel() * b.shape[0],
 }
 
 
@@ -54,5 +63,5 @@ class CountFlops(TorchDispatchMode):
 
 def flops_of(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     """FLOPs of one call of an operator that returned ``result``."""
-    formula = _FORMULAS.get(func._overloadpacket)
+    formula = _FORMULAS.get(func._overloadpacket) or _OF_PACKAGES.get(func._schema.name)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))

@@ -26,6 +26,7 @@ from ..model.blocks import (
 )
 from ..model.flow import Flow, graph_leaves, tensors_in
 from ..model.patches import Hook, forward_hook, forward_pre_hook, held_attribute, patched, patched_forward
+from ..model.quantized import mode_chooses_kernel
 from ..model.traces import captures_outputs, read_by, without_users_hooks
 
 __all__ = ["Computed", "NoKeys", "Prefix", "Server", "Slot", "Start", "Starts", "Weights", "autocast_now"]
@@ -616,8 +617,8 @@ def _beside(output: Any) -> tuple[Any, ...] | bool | None:
 class _KeptInEvaluation:
     """Keeps ``block`` in evaluation mode through ``model.train()``, which hosts call before each micro-step.
 
-    This disables its dropout, also functions that read the flag. Norms with running statistics (BatchNorm) keep their
-    mode, because they would compute something else.
+    This disables its dropout, also functions that read the flag. Norms with running statistics (BatchNorm) and layers
+    of bitsandbytes keep their mode, because they would compute something else.
     """
 
     def __init__(self, block: nn.Module, model: nn.Module) -> None:
@@ -626,14 +627,15 @@ class _KeptInEvaluation:
 
     def __enter__(self) -> None:
         self._was = self.model.training
-        norms = [module for module in self.block.modules() if isinstance(module, _NormBase)]
-        self._flags = [(m, m.training) for m in self.block.modules() if not isinstance(m, _NormBase)]
+        modules = list(self.block.modules())
+        by_mode = [module for module in modules if _computes_by_mode(module)]
+        self._flags = [(module, module.training) for module in modules if not _computes_by_mode(module)]
         for module, _ in self._flags:
             self._undo.enter_context(patched(module, "training", False, in_copies=lambda: self.model.training))
 
         def train(mode: bool = True) -> nn.Module:
-            for norm in norms:
-                norm.train(mode)
+            for module in by_mode:
+                module.train(mode)
             return self.block
 
         self._undo.enter_context(patched(self.block, "train", train))
@@ -642,6 +644,10 @@ class _KeptInEvaluation:
         self._undo.close()
         for module, flag in self._flags:
             module.training = flag if self.model.training == self._was else self.model.training
+
+
+def _computes_by_mode(module: nn.Module) -> bool:
+    return isinstance(module, _NormBase) or mode_chooses_kernel(module)
 
 
 def _input_embeddings(model: nn.Module, stacks: Sequence[Stack]) -> list[nn.Module]:

@@ -30,6 +30,7 @@ from ..model.blocks import device_of, unwrap
 from ..model.flow import chains_of
 from ..model.offloaded import any_away
 from ..model.patches import claim, forwarders, release
+from ..model.quantized import gradients_pass
 from ..model.units import blocks_below, something_else_trains, units_along
 from ..parallel import Ranks, find_parallel
 from .decider import Decider
@@ -153,6 +154,7 @@ class Safe:
             raise
         claim(self, self._claimed)
         self._lighter = ExitStack()
+        self._lighter.enter_context(gradients_pass(self.model.modules()))
         self.prefix = Prefix(self.model, self.stacks, flows, keep_dropout=self.config.prefix_dropout)
         given = self._journal if self.ranks.is_main else None
         self.journal = journal or (given if isinstance(given, Journal) else Journal(given))
