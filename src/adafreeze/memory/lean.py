@@ -12,6 +12,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from ..costs.memory import bytes_of
@@ -20,6 +21,9 @@ from ..freeze.prefix import autocast_now
 from ..model.patches import patched, patched_forward
 
 __all__ = ["lean", "lean_forward", "lean_layers"]
+
+# torch 2.6 has no function that looks at all of them.
+_GLOBAL_HOOKS = [f"_global_{when}_hooks" for when in ("forward", "forward_pre", "backward", "backward_pre")]
 
 # Forwards that are lean, over which others may be patched.
 _forwards: MutableSet[Any] = WeakSet()
@@ -244,7 +248,7 @@ def _fitting(layer: Any, x: Tensor) -> str | None:
         return None  # PEFT saves x by reference, too
     if computes.itemsize < x.dtype.itemsize and (x.is_leaf if x.requires_grad else drops):
         return None  # gradients of a leaf are summed in autocast's data type, and the dropped x would be narrower
-    if torch._C._functorch.peek_interpreter_stack() is not None or nn.modules.module._has_any_global_hook():
+    if torch._C._functorch.peek_interpreter_stack() is not None or any(map(vars(torch_module).get, _GLOBAL_HOOKS)):
         return None
     if forward_ad._current_level >= 0:
         return None
