@@ -59,6 +59,9 @@ def test_unknown_fields_are_named():
     assert "freeze_share," in str(caught.value)
     with pytest.raises(ConfigError, match="has no field 'tau'"):
         SafeConfig.paper(tau=0.1)
+    with pytest.raises(ConfigError, match="has no field 'frezze'") as caught:
+        SafeConfig(frezze=["layers.0"])
+    assert "Did you mean 'freeze'?" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 
 
 def _remember_given(cls: type[_T]) -> type[_T]:
-    """Let a frozen dataclass remember the names of the arguments that were given to it.
+    """Let a frozen dataclass remember the names of the arguments that were given to it, and name unknown ones.
 
     By wrapping ``__init__``: copies and pickles call ``__new__`` without arguments, and it would hide the signature.
     """
@@ -40,6 +40,12 @@ def _remember_given(cls: type[_T]) -> type[_T]:
 
     @functools.wraps(make)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs.keys() - set(names):
+            close = difflib.get_close_matches(name, names, n=1)
+            raise ConfigError(
+                f"{cls.__name__} has no field {name!r}; its fields are {', '.join(names)}.",
+                fix=f"Did you mean {close[0]!r}?" if close else f"Remove {name!r}, or correct its spelling.",
+            )
         make(self, *args, **kwargs)
         object.__setattr__(self, "_given", frozenset({*names[: len(args)], *kwargs}))
 
@@ -288,16 +294,8 @@ class SafeConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SafeConfig:
-        """Build from a mapping; raises a ConfigError for an unknown field."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in values:
-            if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                raise ConfigError(
-                    f"SafeConfig has no field {name!r}; its fields are {', '.join(known)}.",
-                    fix=f"Did you mean {close[0]!r}?" if close else f"Remove {name!r}, or correct its spelling.",
-                )
-        return cls(**dict(values))
+        """Build from a mapping, as a file has it; raises a ConfigError for an unknown field."""
+        return cls(**{str(name): value for name, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the journal; functions by their name."""

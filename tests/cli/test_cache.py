@@ -79,7 +79,7 @@ def test_fill_then_train_then_delete(cache, flags, tmp_path):
 def test_filling_again_computes_nothing(cache, flags, caplog):
     cache("fill", *flags)
     cache("fill", *flags)
-    assert "24 samples were stored, 0 are new" in caplog.text
+    assert "24 states were stored, 0 are new" in caplog.text
 
 
 @pytest.mark.slow
@@ -89,10 +89,10 @@ def test_under_torchrun_each_process_fills_its_share(cache, flags, tmp_path, cap
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     # Batches of 16, four times those of training: one each.
-    assert "filled by rank 0 of 2: 0 samples were stored, 16 are new" in done.stderr
+    assert "filled by rank 0 of 2: 0 states were stored, 16 are new" in done.stderr
     assert json.loads(cache("list", "--json")[1])[0]["samples"] == 24
     cache("fill", *flags)
-    assert "24 samples were stored, 0 are new" in caplog.text
+    assert "24 states were stored, 0 are new" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,13 @@ def test_each_text_is_served_and_no_loss_changes(loss, tmp_path, caplog):
     assert "in the first step" not in caplog.text
 
 
+def test_what_preprocess_returns_is_a_probe(tmp_path):
+    model = encoder(tmp_path / "base")
+    features = model.preprocess(pairs()["anchor"])
+    safe = Safe(model, SafeConfig(**HALF), probe=[features], total_steps=1)
+    assert safe.decider.probe.samples == len(pairs()) and set(safe.decider.probe.chunks[0]) == {"input"}
+
+
 @pytest.mark.parametrize("loss", PAIRS)
 def test_pairs_of_a_cross_encoder(loss, tmp_path):
     control, _ = trained(tmp_path / "control", loss, SafeConfig(**HALF, cache="off"), pair=True)
@@ -99,7 +106,7 @@ def test_states_are_filled_per_text_before_step_0(tmp_path, caplog):
     control, _ = trained(tmp_path / "control", "cached", SafeConfig(**HALF, cache="off"))
     losses, trainer = trained(tmp_path / "safe", "cached", SafeConfig(**HALF, fill="before"))
     assert losses == control
-    assert "0 samples were stored, 64 are new" in caplog.text, "texts of both columns"
+    assert "0 states were stored, 64 are new" in caplog.text, "texts of both columns"
     assert hit_rate(trainer) == 1
 
 

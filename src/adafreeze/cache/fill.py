@@ -72,7 +72,7 @@ def fill(cache: PrefixCache, source: Any, *, rank: int = 0, ranks: int = 1, stri
         return
     cache.filled = found + computed
     whose = f" by rank {rank} of {ranks}" if ranks > 1 else ""
-    note(f"Prefix cache filled{whose}: {found:,} samples were stored, {computed:,} are new.")
+    note(f"Prefix cache filled{whose}: {found:,} states were stored, {computed:,} are new.")
 
 
 def _batches(lengths: list[int], size: int) -> list[list[int]]:

@@ -15,7 +15,7 @@ from ..journal import Journal
 from ..measure import Probe
 from ..model import Flow, Stack, Unit, trace_flow
 from ..model.backends import Backend
-from ..model.batch import forward_names
+from ..model.batch import called_by_column, forward_names, with_features
 from ..model.blocks import device_of
 from ..model.obstacles import find_obstacles, remedies, units_below
 from ..model.offloaded import any_away
@@ -200,6 +200,8 @@ def drawn_by_main(source: Any, model: nn.Module, config: SafeConfig, ranks: Rank
     """The probe, as rank 0 draws it from ``source``."""
     pad = getattr(getattr(model, "config", None), "pad_token_id", None)
     drawn: list[Probe] = []
+    if called_by_column(model):
+        source = with_features(source, model)
     ranks.of_main(lambda: drawn.append(Probe.draw(source, config.probe_tokens, config.seed, pad)))
     if ranks.size == 1:
         return drawn[0]

@@ -20,7 +20,7 @@ __all__ = [
     "CHUNK", "INPUTS", "REAL_TOKENS", "Call", "Chunk",
     "arguments", "as_mapping", "by_sample", "called_by_column", "chunks_of", "columns_of", "cut", "forward_names",
     "leaves", "loss_in", "main_input", "masks", "packed", "padded_tokens", "real_tokens", "repeated", "rows_of",
-    "tensors_as_text", "tensors_of_text", "unpacked",
+    "tensors_as_text", "tensors_of_text", "unpacked", "with_features",
 ]  # fmt: skip
 
 Chunk = dict[str, Any]
@@ -74,6 +74,17 @@ def forward_names(model: nn.Module) -> list[str]:
 def called_by_column(model: nn.Module) -> bool:
     """Whether ``model`` is of sentence-transformers, whose losses call it on each column of a batch."""
     return any(kind.__module__.partition(".")[0] == "sentence_transformers" for kind in type(base_model(model)).__mro__)
+
+
+def with_features(batches: Any, model: nn.Module) -> Any:
+    """A batch or list of batches for ``model``; of sentence-transformers' features as the one argument that it takes.
+
+    So ``model.preprocess(texts)`` is a batch, as what a tokenizer returns is one for other models.
+    """
+    if isinstance(batches, list):
+        return [with_features(batch, model) for batch in batches]
+    features, argument = as_mapping(batches), forward_names(model)[0]
+    return batches if features is None or argument in features else {argument: features}
 
 
 def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
