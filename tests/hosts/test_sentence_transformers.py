@@ -16,7 +16,7 @@ from sentence_transformers.sentence_transformer import losses as of_texts
 from sentence_transformers.sentence_transformer import modules
 from transformers import AutoModel
 
-from adafreeze import ConfigError, ModelError, Safe, SafeCallback, SafeConfig
+from adafreeze import AdafreezeWarning, ConfigError, ModelError, Safe, SafeCallback, SafeConfig
 from adafreeze.model.batch import called_by_column
 
 SETTINGS = {
@@ -170,6 +170,16 @@ def test_both_encoders_of_a_router_have_a_prefix_without_dropout(tmp_path):
     control, served = router_losses(SafeConfig(**HALF, cache="off")), router_losses(SafeConfig(**HALF))
     of = [[entry["loss"] for entry in one.state.log_history if "loss" in entry] for one in (control, served)]
     assert of[0] == of[1] and hit_rate(served) > 0.5
+
+
+def test_an_encoder_that_no_sample_reaches_is_named(tmp_path):
+    parts = [encoder(tmp_path / str(number)) for number in range(2)]
+    model = SentenceTransformer(
+        modules=[modules.Router.for_query_document(query_modules=list(parts[0]), document_modules=list(parts[1]))],
+        device="cpu",
+    )
+    with pytest.warns(AdafreezeWarning, match=r"No sample of the probe reaches \S+\.document\.\S+: the adapters there"):
+        Safe(model, probe=[model.preprocess(pairs()["anchor"], task="query")], total_steps=1)
 
 
 def test_a_peft_model_around_it_is_called_by_column_too(tmp_path):

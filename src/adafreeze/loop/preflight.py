@@ -241,8 +241,12 @@ def frozen_at_start(
     return [*config.freeze, *lowest]
 
 
-def flows_of(model: nn.Module, stacks: list[Stack], probe: Probe, *, collective: bool = False) -> dict[str, Flow]:
+def flows_of(
+    model: nn.Module, stacks: list[Stack], units: Mapping[str, Unit], probe: Probe, *, collective: bool = False
+) -> dict[str, Flow]:
     """Trace one sample of each kind in the probe through the model: what feeds a stack may differ between kinds.
+
+    Warns of stacks with units that no sample reaches.
 
     Raises:
         ProbeError: the model does not take the probe.
@@ -261,6 +265,11 @@ def flows_of(model: nn.Module, stacks: list[Stack], probe: Probe, *, collective:
             fix="Pass batches as the model gets them in training, by the argument names of its forward "
             f"({', '.join(forward_names(model)[:4])}): probe=[batch, ...]",
         ) from error
+    if missed := [path for path in {unit.stack for unit in units.values()} if not flows[path].ran]:
+        warn(
+            f"No sample of the probe reaches {some(missed)}: the adapters there get no score, and do not freeze by it.",
+            fix="Pass samples of every kind that is trained on, as the model gets them: probe=[batch, ...]",
+        )
     return flows
 
 

@@ -148,7 +148,7 @@ class Safe:
         self.freezer = Freezer(self.units, self.backend, self._optimizer)
         warn_of_units_left_out(self.freezer.optimizer, self.units, self.parallel)
         try:
-            flows = flows_of(self.model, self.stacks, probe, collective=self.parallel.collective)
+            flows = flows_of(self.model, self.stacks, self.units, probe, collective=self.parallel.collective)
         except ProbeError:
             self.parallel.release()
             raise

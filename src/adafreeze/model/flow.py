@@ -27,11 +27,13 @@ class Flow:
             forward pass, so they are looked up at each use.
         dropouts: dropout modules outside the blocks that ran before block 0.
         reads: paths of the stacks that contain some of these parameters.
+        ran: whether a block of the stack ran at all.
     """
 
     places: list[tuple[nn.Module, str]] = field(default_factory=list)
     dropouts: list[nn.Module] = field(default_factory=list)
     reads: list[str] = field(default_factory=list)
+    ran: bool = False
 
     @property
     def upstream(self) -> list[nn.Parameter]:
@@ -46,6 +48,7 @@ class Flow:
         ran = {id(module) for module in self.dropouts}
         self.dropouts += [module for module in other.dropouts if id(module) not in ran]
         self.reads = sorted({*self.reads, *other.reads})
+        self.ran |= other.ran
 
     @property
     def live(self) -> bool:
@@ -77,7 +80,7 @@ def trace_flow(
             for module in model.modules():
                 places.update({id(p): (module, name) for name, p in module._parameters.items() if p is not None})
             if stack.path not in walked:
-                walked[stack.path] = set()
+                walked[stack.path], flows[stack.path].ran = set(), True
                 flows[stack.path].dropouts, ran[:] = list(ran), []
             found = graph_leaves((args, kwargs), walked[stack.path])
             # A hook that makes embeddings require grad creates a leaf that is not a Parameter.

@@ -36,8 +36,8 @@ def gradients_pass(modules: Iterable[nn.Module]) -> Iterator[None]:
     layers = [m for m in modules if mode_chooses_kernel(m) and m.__dict__.get(_AVX512) and _on_cpu(m)]
     if layers:
         note(
-            "Evaluations do not repack bitsandbytes' 4-bit weights, which takes the gradients from later steps on this "
-            "CPU."
+            "Evaluations do not repack the 4-bit weights for this CPU, as bitsandbytes does: later steps would lose "
+            "gradients."
         )
     with ExitStack() as undo:
         for layer in layers:
