@@ -79,7 +79,7 @@ HOSTS = {
         without_dependencies=("llamafactory==0.9.5", "trl==0.24.0"),
         tests=("tests/hosts/test_llama_factory.py",),
         constraints="constraints-llama-factory.txt",
-        environment={"PYTHONPATH": "tests/hosts/stubs"},
+        environment={"PYTHONPATH": str(Path("tests/hosts/stubs").resolve())},
     ),
     "lightning": Host(
         packages=("lightning==2.6.6",),

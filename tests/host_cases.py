@@ -17,7 +17,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def run(folder: Path, *words: str, fails: bool = False) -> str:
     """``python words``; what it printed."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "COLUMNS": "200"}
+    tools = {"AXOLOTL_DO_NOT_TRACK": "1", "DISABLE_VERSION_CHECK": "1"}  # the second is LLaMA-Factory's
+    env = {**os.environ, **tools, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     env.pop("RANK", None)
     done = subprocess.run(
         [sys.executable, *words], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -28,10 +29,9 @@ def run(folder: Path, *words: str, fails: bool = False) -> str:
 
 
 def losses(output: Path) -> list[float]:
-    """By step, from the last checkpoint."""
-    last = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
+    """By step, as the Trainer saved them at the end or in the last checkpoint."""
+    histories = [json.loads(path.read_text())["log_history"] for path in output.rglob("trainer_state.json")]
+    return [entry["loss"] for entry in max(histories, key=len) if "loss" in entry]
 
 
 def frozen_at(output: Path) -> dict[int, int]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from host_cases import EXAMPLES, frozen_at
+from host_cases import EXAMPLES, frozen_at, losses, run
 
 pytest.importorskip("llamafactory", reason="LLaMA-Factory has an environment of its own: nox -s llama-factory")
 
@@ -22,25 +20,11 @@ COMMAND = str(Path(sys.executable).parent / "llamafactory-cli")
 STEPS = 128
 
 
-def execute(folder: Path, *call: str) -> str:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DISABLE_VERSION_CHECK": "1", "PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, *call], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout + done.stderr
-
-
-def losses(folder: Path) -> list[float]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """The folder that the example has run in, and what it printed."""
     folder = tmp_path_factory.mktemp("example")
-    return folder, execute(folder, str(EXAMPLE))
+    return folder, run(folder, str(EXAMPLE))
 
 
 def test_the_example_freezes_and_looks_up(ran):
@@ -65,8 +49,8 @@ def test_until_the_first_freeze_losses_of_its_command_line_are_its_own(ran, tmp_
     for name in ("alone", "with"):
         (tmp_path / f"{name}.yaml").write_text(json.dumps({**settings, "output_dir": str(tmp_path / name)}))
     (tmp_path / "adafreeze.yaml").write_text("freeze_at_start: 0\n")
-    execute(tmp_path, COMMAND, "train", "alone.yaml")
-    execute(tmp_path, "-m", "adafreeze", "run", "--config", "adafreeze.yaml", COMMAND, "train", "with.yaml")
+    run(tmp_path, COMMAND, "train", "alone.yaml")
+    run(tmp_path, "-m", "adafreeze", "run", "--config", "adafreeze.yaml", COMMAND, "train", "with.yaml")
     frozen = frozen_at(tmp_path / "with")
     alone, own = losses(tmp_path / "alone"), losses(tmp_path / "with")
     assert len(alone) == STEPS and 0 < min(frozen) < STEPS

@@ -147,5 +147,5 @@ def _device_map(config: PretrainedConfig, auto_class: str, source: Source, devic
 
 
 def _accelerator() -> torch.device:
-    found = torch.accelerator.current_accelerator(check_available=True)
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return torch.device("cpu") if found is None else torch.device(found.type, torch.accelerator.current_device_index())
