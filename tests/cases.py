@@ -35,6 +35,11 @@ resumes_in_an_epoch = pytest.mark.skipif(
     LOSES_THE_EPOCH, reason="accelerate before 1.15 loses the epoch of a Trainer that resumes in the middle of one"
 )
 
+# Later versions (2.15 was run) compute a kept product again that was changed in place, with the same gradients.
+refuses_changes_in_place = pytest.mark.skipif(
+    Version(torch.__version__) >= Version("2.14"), reason="torch after 2.13 checkpoints products that change in place"
+)
+
 
 def slow_but(brief: list, every: list) -> list:
     """``every`` case as parameters of a test, those that are not in ``brief`` marked slow."""

@@ -158,6 +158,7 @@ def test_not_beside_a_budget():
         SafeConfig(checkpointing="selective", memory_budget="1GiB")
 
 
+@cases.refuses_changes_in_place
 def test_a_model_that_changes_a_product_in_place_is_refused(monkeypatch):
     from transformers.models.bert.modeling_bert import BertIntermediate
 
