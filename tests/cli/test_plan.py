@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from adafreeze.cli.main import main
 from adafreeze.journal import read_journal
@@ -72,6 +73,17 @@ def test_a_device_on_which_nothing_fits(plan):
     text = " ".join(text.split())
     assert re.search(r"Micro-batches that fit: 0 plain, 0 with SafeConfig\(\), 0 with .*, up to 0", text)
     assert re.search(r"Nothing fits\. .*--max_seq_length|Nothing fits\. .*max_length", text), text
+
+
+def test_weights_that_fit_only_in_4_bits_are_for_a_script_of_ones_own(plan, tmp_path):
+    LlamaConfig(
+        vocab_size=512, hidden_size=2048, intermediate_size=8192, num_hidden_layers=3, num_attention_heads=16,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    flags = ("--dtype", "bfloat16", "--target_modules", "all-linear")
+    code, text, _ = plan(*flags, "--device_memory", "1.25GiB", model=str(tmp_path))
+    assert code == 0 and "up to 0 with" in text
+    assert "nf4 weights, from BitsAndBytesConfig in your own script, with the defaults." in " ".join(text.split())
 
 
 @pytest.mark.parametrize(

@@ -557,6 +557,32 @@ def test_without_filling_a_model_that_never_came_waits_for_the_first_epoch(tmp_p
     assert "offload" in kinds and "offload_off" not in kinds
 
 
+def test_in_one_epoch_weights_leave_once_states_are_filled(tmp_path, caplog):
+    def run(offload, **more):
+        model = untied("llama", dropout=0.0)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        data = loader("llama", 16)
+        safe = Safe(
+            model, settings(tmp_path, offload, **more), optimizer=optimizer, probe=data, total_steps=len(data),
+            samples_per_step=4,
+        )  # fmt: skip
+        losses, shares = [], [resident_share(model)]
+        for one in data:
+            losses.append(model(**one).loss)
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            safe.step()
+            shares.append(resident_share(model))
+        safe.close()
+        return losses, shares
+
+    (losses, shares), (expected, _) = run("disk", fill="before"), run("off")
+    assert max(shares) < 0.75 and losses == expected
+    assert "no sample comes twice" in caplog.text.split("0 states were stored")[1], "for the run without filling"
+    assert "no sample comes twice" not in caplog.text.split("0 states were stored")[0]
+
+
 @pytest.mark.parametrize("more", [{"dry_run": True}, {"freeze_at_start": 0, "policy": lambda _: []}])
 def test_a_run_from_which_nothing_leaves_says_so(more, tmp_path, caplog):
     train("llama", settings(tmp_path, **more), epochs("llama"), model=untied("llama"))

@@ -89,7 +89,7 @@ class RunCache:
         if self.prefix_cache is not None and self.prefix_cache.off is not None:
             return  # logged when it was switched off
         epoch, total = self.length.epoch_steps, self.length.total_steps
-        if self._reason is None and epoch is not None and total <= epoch and not self.config.keep_cache:
+        if self._reason is None and self._serves_nothing:
             self._reason = ONE_EPOCH
         if self._reason is None and varies(self._source):
             self._reason = VARIES
@@ -106,6 +106,16 @@ class RunCache:
         self.journal.write("cache_outlook", step=self.length.steps, off=self._reason, text=line)
         if self.config.cache != "off":
             note(line)
+
+    @property
+    def _serves_nothing(self) -> bool:
+        """Whether no sample comes twice, and neither later runs nor weights that leave the device need the states.
+
+        States that are filled ahead cost no more than in the run, and let the weights below leave before step 0.
+        """
+        epoch = self.length.epoch_steps
+        leaves = self.config.fill == "before" and self.config.offload in ("cpu", "disk")
+        return epoch is not None and self.length.total_steps <= epoch and not (self.config.keep_cache or leaves)
 
     def say_expected(self) -> None:
         """Log once what the cache is expected to save; call it after each step.
@@ -148,9 +158,9 @@ class RunCache:
         Raises:
             RunError: ``strict``, and it is not possible.
         """
-        reason, epoch = self.off_because, self.length.epoch_steps
-        if reason is None and epoch is not None and self.length.samples_per_step and not self.config.keep_cache:
-            reason = ONE_EPOCH if self.length.total_steps <= epoch else None
+        reason = self.off_because
+        if reason is None and self.length.samples_per_step and self._serves_nothing:
+            reason = ONE_EPOCH
         if reason is None and varies(self._source):
             reason = VARIES
         if reason is None and self.prefix_cache is None:

@@ -10,7 +10,7 @@ from typing import Literal
 from rich.console import Console
 from transformers.utils import logging
 
-from ..memory.plan import Plan, PlannedStep, plan
+from ..memory.plan import NF4, Plan, PlannedStep, plan
 from ..sizes import readable
 from ..tasks.adapters import config_from_flags
 from ..tasks.weightless import PLANNED_TASKS
@@ -149,7 +149,10 @@ def _conclusions(plan: Plan) -> list[str]:
             'memory_budget="auto", which recomputes as needed.'
         )
         if plan.proposal is not None:
-            how = f"adafreeze train with {plan.proposal}" if plan.proposal else "adafreeze train as it is"
+            flags = plan.proposal.removeprefix(NF4).strip()
+            how = f"adafreeze train with {flags}" if flags else "adafreeze train as it is"
+            if (bits := plan.settings["quantization"]) or flags != plan.proposal:
+                how = f"{bits or 'nf4'} weights, from BitsAndBytesConfig in your own script, with {flags or 'the defaults'}"
             lines.append(f"The cheapest way to fit {plan.settings['batch_size']} samples: {how}.")
         if not fits["checkpointed"]:
             lines.append("Nothing fits. " + "; ".join(plan.advice) + ".")

@@ -185,7 +185,7 @@ def plan(
         if limit is None or found.proposal is not None or quantization is not None or target != "cuda":
             return found
         in_nf4 = planned("meta", target, fake=True, quantization="nf4").proposal
-        return dataclasses.replace(found, proposal=in_nf4 and _flags("--quantization nf4", in_nf4))
+        return dataclasses.replace(found, proposal=None if in_nf4 is None else _flags(NF4, in_nf4))
     except AdafreezeError:
         raise
     except Exception as error:  # from the model's own code, on tensors without data
@@ -303,6 +303,9 @@ def _ways(
         yield (3 if flag else 1), _flags(flag, light), selective.peak
     if offloaded is not None:
         yield 4, _flags(flag, light, "--fill before --offload cpu"), offloaded.job
+
+
+NF4 = "--quantization nf4"  # of plan: training takes it as transformers' BitsAndBytesConfig
 
 
 def _flags(*flags: str) -> str:
