@@ -28,7 +28,6 @@ LOGGED = (
     ("saved_bytes", "saved-bytes", "Saved bytes per micro-step, MiB", 2.0**-20),
     ("flops_per_step", "flops", "FLOPs per step, GFLOP", 1e-9),
     ("seconds_per_step", "seconds", "Seconds per step", 1.0),
-    ("safe/allocated_peak_mib", "allocator", "Peak of the CUDA allocator, MiB", 1.0),
     ("safe/cache_hit_rate", "hits", "Hit rate of the prefix cache since the last log", 1.0),
     ("learning_rate", "rate", "Learning rate", 1.0),
 )
