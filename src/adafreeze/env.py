@@ -24,7 +24,9 @@ def environment() -> dict[str, str]:
     >>> list(environment())[:4]
     ['adafreeze', 'python', 'platform', 'torch']
     """
-    found = {"adafreeze": __version__, "python": platform.python_version(), "platform": platform.platform(terse=True)}
+    # Not platform.platform(), whose kernel release may name a user's machine in a public report.
+    system = f"{platform.system()} {platform.machine()}"
+    found = {"adafreeze": __version__, "python": platform.python_version(), "platform": system}
     for package in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
