@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import RunError
@@ -25,8 +26,8 @@ from ..model.blocks import (
     without_cache,
 )
 from ..model.flow import Flow, graph_leaves, tensors_in
+from ..model.modes import mode_does_more
 from ..model.patches import Hook, forward_hook, forward_pre_hook, held_attribute, patched, patched_forward
-from ..model.quantized import mode_chooses_kernel
 from ..model.traces import captures_outputs, read_by, without_users_hooks
 
 __all__ = ["Computed", "NoKeys", "Prefix", "Server", "Slot", "Start", "Starts", "Weights", "autocast_now"]
@@ -156,6 +157,7 @@ class Prefix:
         stacks: in data-flow order.
         flows: what is upstream of each stack.
         keep_dropout: do not disable dropout in the prefix.
+        by_mode: blocks that compute something else in evaluation mode: only their dropouts are put into it.
 
     Attributes:
         server: asked before each training pass where to start.
@@ -170,9 +172,16 @@ class Prefix:
     """
 
     def __init__(
-        self, model: nn.Module, stacks: list[Stack], flows: Mapping[str, Flow], *, keep_dropout: bool = False
+        self,
+        model: nn.Module,
+        stacks: list[Stack],
+        flows: Mapping[str, Flow],
+        *,
+        keep_dropout: bool = False,
+        by_mode: Collection[nn.Module] = (),
     ) -> None:
         self.model = model
+        self.by_mode = by_mode
         self.stacks = stacks
         self.flows = flows
         self.keep_dropout = keep_dropout
@@ -247,7 +256,7 @@ class Prefix:
             depth = self.depths[stack.path]
             for index, block in enumerate(stack.blocks[:depth]):
                 if not self.keep_dropout:
-                    enter(_KeptInEvaluation(block, self.model))
+                    enter(_KeptInEvaluation(block, self.model, by_mode=block in self.by_mode))
                 enter(held_attribute(block, "gradient_checkpointing", False))
                 enter(patched_forward(block, self._graphless(stack, index, block)))
             if depth and not self.keep_dropout:
@@ -617,37 +626,39 @@ def _beside(output: Any) -> tuple[Any, ...] | bool | None:
 class _KeptInEvaluation:
     """Keeps ``block`` in evaluation mode through ``model.train()``, which hosts call before each micro-step.
 
-    This disables its dropout, also functions that read the flag. Norms with running statistics (BatchNorm) and layers
-    of bitsandbytes keep their mode, because they would compute something else.
+    This disables its dropout, also functions that read the flag. Norms with running statistics (BatchNorm) and
+    quantized layers keep their mode, because they would compute something else. So do, with ``by_mode``, all modules
+    but dropouts.
     """
 
-    def __init__(self, block: nn.Module, model: nn.Module) -> None:
-        self.block, self.model = block, model
+    def __init__(self, block: nn.Module, model: nn.Module, *, by_mode: bool = False) -> None:
+        self.block, self.model, self.by_mode = block, model, by_mode
         self._undo = ExitStack()
 
     def __enter__(self) -> None:
         self._was = self.model.training
         modules = list(self.block.modules())
-        by_mode = [module for module in modules if _computes_by_mode(module)]
-        self._flags = [(module, module.training) for module in modules if not _computes_by_mode(module)]
+        kept = [module for module in modules if self._keeps_mode(module)]
+        self._flags = [(module, module.training) for module in modules if not self._keeps_mode(module)]
         for module, _ in self._flags:
             self._undo.enter_context(patched(module, "training", False, in_copies=lambda: self.model.training))
 
         def train(mode: bool = True) -> nn.Module:
-            for module in by_mode:
-                module.train(mode)
+            for module in kept:
+                module.training = mode
             return self.block
 
         self._undo.enter_context(patched(self.block, "train", train))
+
+    def _keeps_mode(self, module: nn.Module) -> bool:
+        if self.by_mode:
+            return not isinstance(module, _DropoutNd)
+        return isinstance(module, _NormBase) or mode_does_more(module)
 
     def __exit__(self, *_: object) -> None:
         self._undo.close()
         for module, flag in self._flags:
             module.training = flag if self.model.training == self._was else self.model.training
-
-
-def _computes_by_mode(module: nn.Module) -> bool:
-    return isinstance(module, _NormBase) or mode_chooses_kernel(module)
 
 
 def _input_embeddings(model: nn.Module, stacks: Sequence[Stack]) -> list[nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from ..model import Flow, Stack, Unit, trace_flow
 from ..model.backends import Backend
 from ..model.batch import called_by_column, forward_names, with_features
 from ..model.blocks import device_of
+from ..model.flow import blocks_by_mode
 from ..model.obstacles import find_obstacles, remedies, units_below
 from ..model.offloaded import any_away
 from ..model.patches import owners
@@ -26,6 +28,7 @@ from ..parallel import Parallel, Ranks
 
 __all__ = [
     "check_parallel",
+    "by_mode_of",
     "check_run",
     "check_names",
     "close_earlier",
@@ -271,6 +274,22 @@ def flows_of(
             fix="Pass samples of every kind that is trained on, as the model gets them: probe=[batch, ...]",
         )
     return flows
+
+
+def by_mode_of(
+    model: nn.Module, stacks: list[Stack], probe: Probe, *, collective: bool = False
+) -> frozenset[nn.Module]:
+    """The blocks that must stay in training mode when they are frozen, to compute what they do in plain training."""
+    found: list[nn.Module] = []
+    # The longest, because short ones may have no pattern to differ in; two, because a batch may be treated as one.
+    with suppress(Exception), traceless(model.modules()):
+        found = blocks_by_mode(model, stacks, probe.longest(2, device_of(model)), to_the_end=collective)
+    if found:
+        note(
+            f"{len(found)} blocks ({type(found[0]).__name__}) compute something else in evaluation mode. Once frozen, "
+            "they stay in training mode, without dropout."
+        )
+    return frozenset(found)
 
 
 def paying_units(

@@ -28,14 +28,15 @@ from ..model import find_stacks, find_units
 from ..model.backends import find_backend
 from ..model.blocks import device_of, unwrap
 from ..model.flow import chains_of
+from ..model.modes import as_in_training
 from ..model.offloaded import any_away
 from ..model.patches import claim, forwarders, release
-from ..model.quantized import gradients_pass
 from ..model.units import blocks_below, something_else_trains, units_along
 from ..parallel import Ranks, find_parallel
 from .decider import Decider
 from .freezing import Freezing
 from .preflight import (
+    by_mode_of,
     check_names,
     check_parallel,
     check_run,
@@ -147,15 +148,18 @@ class Safe:
         check_names(self.config.freeze, self.units)
         self.freezer = Freezer(self.units, self.backend, self._optimizer)
         warn_of_units_left_out(self.freezer.optimizer, self.units, self.parallel)
+        collective = self.parallel.collective
         try:
-            flows = flows_of(self.model, self.stacks, self.units, probe, collective=self.parallel.collective)
+            flows = flows_of(self.model, self.stacks, self.units, probe, collective=collective)
         except ProbeError:
             self.parallel.release()
             raise
         claim(self, self._claimed)
         self._lighter = ExitStack()
-        self._lighter.enter_context(gradients_pass(self.model.modules()))
-        self.prefix = Prefix(self.model, self.stacks, flows, keep_dropout=self.config.prefix_dropout)
+        self._lighter.enter_context(as_in_training(self.model.modules()))
+        keep_dropout = self.config.prefix_dropout
+        by_mode = () if keep_dropout else by_mode_of(self.model, self.stacks, probe, collective=collective)
+        self.prefix = Prefix(self.model, self.stacks, flows, keep_dropout=keep_dropout, by_mode=by_mode)
         given = self._journal if self.ranks.is_main else None
         self.journal = journal or (given if isinstance(given, Journal) else Journal(given))
         self._write_start()

@@ -132,8 +132,16 @@ class Probe:
 
     def micro_batch(self, rows: int, device: torch.device) -> Chunk:
         """The shapes of at least ``rows`` samples of the longest length, without data: repeats the longest sample."""
-        longest = max(self.chunks, key=lambda chunk: padded_tokens(chunk) / rows_of(chunk))
-        return repeated(_model_inputs(_first_of(longest), device), rows)
+        return repeated(_model_inputs(_first_of(self._longest), device), rows)
+
+    def longest(self, rows: int, device: torch.device) -> Chunk:
+        """Model inputs of the first ``rows`` samples of the chunk with the longest ones; of all if it cannot be cut."""
+        chunk = self._longest
+        return _model_inputs(cut(chunk, slice(0, rows)) if by_sample(chunk) else chunk, device)
+
+    @property
+    def _longest(self) -> Chunk:
+        return max(self.chunks, key=lambda chunk: padded_tokens(chunk) / rows_of(chunk))
 
     def _pieces(self) -> list[tuple[int, int | None]]:
         """(chunk, row) of every sample; (chunk, None) for a chunk that cannot be cut."""

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import ModelError
+from .modes import mode_does_more
 from .patches import patched_forward
-from .quantized import mode_chooses_kernel
 from .restore import temporarily
 
 __all__ = [
@@ -233,7 +233,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     configs = configs_of(modules)
     changes = [
-        *((module, "training", False) for module in modules if not mode_chooses_kernel(module)),
+        *((module, "training", False) for module in modules if not mode_does_more(module)),
         *((m, "gradient_checkpointing", False) for m in modules if "gradient_checkpointing" in m.__dict__),
         *((config, "use_cache", False) for config in configs if hasattr(config, "use_cache")),
     ]

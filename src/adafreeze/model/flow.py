@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_map_only
 
-from .blocks import Stack, StopForward, modules_outside, quiet
+from .blocks import Stack, StopForward, hidden_states, modules_outside, quiet
 from .patches import patched_forward
+from .restore import temporarily
+from .traces import traceless
 
-__all__ = ["Flow", "chains_of", "graph_leaves", "tensors_in", "trace_flow"]
+__all__ = ["Flow", "blocks_by_mode", "chains_of", "graph_leaves", "tensors_in", "trace_flow"]
 
 
 @dataclass
@@ -111,6 +114,54 @@ def trace_flow(
         flow.places = [places.get(key) or (nn.ParameterList([reached[path][key]]), "0") for key in outside]
         flow.reads = sorted({inside[key] for key in outside if key in inside})
     return flows
+
+
+def blocks_by_mode(
+    model: nn.Module, stacks: list[Stack], batch: dict[str, Any], *, to_the_end: bool = False
+) -> list[nn.Module]:
+    """The blocks that compute something else in evaluation mode than in training mode without dropout.
+
+    Such as sparse attention whose pattern depends on the mode, capacities of experts, power iterations. Each block runs
+    three times on what enters it: twice in training mode, with its dropout modules off and other random numbers, then
+    in evaluation mode. Where the first two differ, functions that read the flag draw random numbers (most models drop
+    attention scores so), and evaluation mode is the way to disable that.
+    """
+    found: dict[nn.Module, bool] = {}
+
+    def compared(block: nn.Module, last: bool) -> Callable[..., Any]:
+        original = block.forward
+        modules = list(block.modules())
+        training = [(module, "training", True) for module in modules if not isinstance(module, _DropoutNd)]
+
+        def in_training(seed: int, args: Any, kwargs: Any) -> Tensor | None:
+            copies = tree_map_only(Tensor, torch.clone, (args, kwargs))
+            with suppress(Exception), traceless(modules), temporarily(training):
+                torch.manual_seed(seed)
+                return hidden_states(original(*copies[0], **copies[1]))
+            return None
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            trained = [] if block in found else [in_training(seed, args, kwargs) for seed in range(2)]
+            output = original(*args, **kwargs)
+            if trained:
+                one, other = trained
+                agree = one is not None and other is not None and torch.equal(one, other)
+                found[block] = agree and not torch.equal(one, hidden_states(output))  # type: ignore[arg-type]
+            if last and not to_the_end and len(found) == sum(map(len, stacks)):
+                raise StopForward
+            return output
+
+        return forward
+
+    with ExitStack() as undo:
+        undo.enter_context(quiet(model))
+        undo.enter_context(torch.no_grad())
+        for stack in stacks:
+            for block in stack.blocks:
+                undo.enter_context(patched_forward(block, compared(block, block is stack.blocks[-1])))
+        with suppress(StopForward):
+            model(**batch)
+    return [block for block, differs in found.items() if differs]
 
 
 def graph_leaves(value: Any, seen: set[Any] | None = None) -> Iterator[Tensor]:

@@ -102,11 +102,14 @@ def _undo(module: nn.Module) -> Callable[[], Iterator[str]]:
     containers = {name: restorer(v) for name, v in attributes.items() if type(v) in (list, dict, set)}
     hooks = {name: set(content[name]) for name in HOOK_TABLES}
     forwards = [restorer(vars(forward)) for forward in stateful_forward(module)]
+    # A model may put another module in the place of one (BigBird's attention for short inputs), and keep state in an
+    # object of its own (PEFT's sampler of MonteCLoRA).
+    beside = [restorer(content["_modules"]), *(restorer(vars(v)) for v in attributes.values() if _is_plain_object(v))]
     buffers = {name: (b, b.detach().clone()) for name, b in module._buffers.items() if b is not None}
 
     def restore() -> Iterator[str]:
-        for forward in forwards:
-            forward()
+        for put_one_back in (*forwards, *beside):
+            put_one_back()
         for name, keys in hooks.items():
             for key in content[name].keys() - keys:
                 del content[name][key]
@@ -122,6 +125,13 @@ def _undo(module: nn.Module) -> Callable[[], Iterator[str]]:
         yield from dict.fromkeys([*changed, *(name for name, one in containers.items() if one())])
 
     return restore
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether ``value`` may hold state of a module: an object of a class, and no module, tensor, function or config."""
+    if isinstance(value, (nn.Module, Tensor, type, types.ModuleType, torch.dtype, torch.device)) or callable(value):
+        return False
+    return hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in ("builtins", "enum")
 
 
 def users_code(modules: Iterable[nn.Module]) -> str | None:
