@@ -335,11 +335,16 @@ class Prefix:
     def _nested(self, this: _Pass) -> Iterator[None]:
         outer, root, autocast = self._pass, self._root, self.autocast
         self._pass, self._root = this, self.model
+        # Within a user's autocast, torch 2.6 hands casts that were made without a graph to later passes. A rehearsal is
+        # counted with the casts that a step keeps.
+        caches = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(caches and this.recorded is None)
         try:
             # No compiler will see this pass again, and user hooks should not count it.
             with torch.compiler.set_stance("force_eager"), without_users_hooks(self.modules):
                 yield
         finally:
+            torch.set_autocast_cache_enabled(caches)
             self._pass, self._root = outer, root
             if this.recorded is None:
                 self.autocast = autocast

@@ -124,9 +124,10 @@ def blocks_by_mode(
     Such as sparse attention whose pattern depends on the mode, capacities of experts, power iterations. Each block runs
     three times on what enters it: twice in training mode, with its dropout modules off and other random numbers, then
     in evaluation mode. Where the first two differ, functions that read the flag draw random numbers (most models drop
-    attention scores so), and evaluation mode is the way to disable that.
+    attention scores so), and evaluation mode is the way to disable that. Blocks of one class are alike: a short sample
+    may show it in one of them only.
     """
-    found: dict[nn.Module, bool] = {}
+    found: dict[nn.Module, bool | None] = {}  # None: random
 
     def compared(block: nn.Module, last: bool) -> Callable[..., Any]:
         original = block.forward
@@ -146,7 +147,7 @@ def blocks_by_mode(
             if trained:
                 one, other = trained
                 agree = one is not None and other is not None and torch.equal(one, other)
-                found[block] = agree and not torch.equal(one, hidden_states(output))  # type: ignore[arg-type]
+                found[block] = not torch.equal(one, hidden_states(output)) if agree else None  # type: ignore[arg-type]
             if last and not to_the_end and len(found) == sum(map(len, stacks)):
                 raise StopForward
             return output
@@ -161,7 +162,8 @@ def blocks_by_mode(
                 undo.enter_context(patched_forward(block, compared(block, block is stack.blocks[-1])))
         with suppress(StopForward):
             model(**batch)
-    return [block for block, differs in found.items() if differs]
+    kinds = {type(block) for block, differs in found.items() if differs}
+    return [block for block, differs in found.items() if differs is not None and type(block) in kinds]
 
 
 def graph_leaves(value: Any, seen: set[Any] | None = None) -> Iterator[Tensor]:
