@@ -102,9 +102,10 @@ def _undo(module: nn.Module) -> Callable[[], Iterator[str]]:
     containers = {name: restorer(v) for name, v in attributes.items() if type(v) in (list, dict, set)}
     hooks = {name: set(content[name]) for name in HOOK_TABLES}
     forwards = [restorer(vars(forward)) for forward in stateful_forward(module)]
-    # A model may put another module in the place of one (BigBird's attention for short inputs), and keep state in an
-    # object of its own (PEFT's sampler of MonteCLoRA).
-    beside = [restorer(content["_modules"]), *(restorer(vars(v)) for v in attributes.values() if _is_plain_object(v))]
+    # A model may put another module in the place of one (BigBird's attention for short inputs), and count in an object
+    # of its own (PEFT's sampler of MonteCLoRA). Only numbers there: bitsandbytes moves a weight into such an object.
+    beside = [restorer(content["_modules"])]
+    beside += [restorer(vars(v), skip=_is_no_number) for v in attributes.values() if _is_plain_object(v)]
     buffers = {name: (b, b.detach().clone()) for name, b in module._buffers.items() if b is not None}
 
     def restore() -> Iterator[str]:
@@ -132,6 +133,10 @@ def _is_plain_object(value: Any) -> bool:
     if isinstance(value, (nn.Module, Tensor, type, types.ModuleType, torch.dtype, torch.device)) or callable(value):
         return False
     return hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in ("builtins", "enum")
+
+
+def _is_no_number(_name: Any, *values: Any) -> bool:
+    return not all(isinstance(value, (int, float)) for value in values)
 
 
 def users_code(modules: Iterable[nn.Module]) -> str | None:
