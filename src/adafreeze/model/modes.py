@@ -29,17 +29,20 @@ def mode_does_more(module: nn.Module) -> bool:
 
 
 @contextmanager
-def as_in_training(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within the block, switch off what libraries do in evaluation mode at the cost of training or of adapters.
+def as_in_training(model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Until the exit, switch off what libraries do in evaluation mode at the cost of training or of adapters.
 
     - On a CPU with AVX512-BF16, a call in evaluation mode repacks a 4-bit weight of bitsandbytes for good, for a kernel
       without a backward pass: later training steps lose all gradients below that layer, with a warning of torch only
       (bitsandbytes 0.50). Scores and evaluations are such calls. Layers that are repacked already are put back.
     - The fast path of nn.TransformerEncoderLayer hands weights to one kernel, and so passes by PEFT's layers.
+
+    Args:
+        model: of the run.
+        blocks: that may be frozen.
     """
-    modules = list(modules)
     with ExitStack() as undo:
-        packing = [m for m in modules if mode_does_more(m) and m.__dict__.get(_AVX512) and _on_cpu(m)]
+        packing = [m for m in model.modules() if mode_does_more(m) and m.__dict__.get(_AVX512) and _on_cpu(m)]
         for layer in packing:
             if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
                 layer.state_dict()  # saving is what unpacks
@@ -49,10 +52,11 @@ def as_in_training(modules: Iterable[nn.Module]) -> Iterator[None]:
                 "Evaluations do not repack the 4-bit weights for this CPU, as bitsandbytes does: later steps would "
                 "lose gradients."
             )
-        if torch.backends.mha.get_fastpath_enabled() and any(_has_fast_path(module) for module in modules):
+        fast = any(_has_fast_path(module) for block in blocks for module in block.modules())
+        if fast and torch.backends.mha.get_fastpath_enabled():
             torch.backends.mha.set_fastpath_enabled(False)
             undo.callback(torch.backends.mha.set_fastpath_enabled, True)
-            note("torch's fast path of nn.TransformerEncoderLayer is off in this run: it passes by adapters.")
+            note("torch's fast path of nn.MultiheadAttention is off in this run: it passes by adapters.")
         yield
 
 
@@ -61,4 +65,4 @@ def _on_cpu(module: nn.Module) -> bool:
 
 
 def _has_fast_path(module: nn.Module) -> bool:
-    return isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention))
+    return isinstance(module, (nn.TransformerEncoderLayer, nn.MultiheadAttention))
