@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -11,7 +10,7 @@ from torch import nn
 from ..config import SafeConfig
 from ..decide.policy import PolicyInput, choose, is_prefix_only
 from ..decide.scores import resolve_score
-from ..errors import ConfigError, ProbeError, RunError, note, warn
+from ..errors import ConfigError, ProbeError, RunError, error_line, note, warn
 from ..journal import Journal
 from ..measure import Probe
 from ..model import Flow, Stack, Unit, trace_flow
@@ -280,10 +279,16 @@ def by_mode_of(
     model: nn.Module, stacks: list[Stack], probe: Probe, *, collective: bool = False
 ) -> frozenset[nn.Module]:
     """The blocks that must stay in training mode when they are frozen, to compute what they do in plain training."""
-    found: list[nn.Module] = []
-    # The longest, because short ones may have no pattern to differ in; two, because a batch may be treated as one.
-    with suppress(Exception), traceless(model.modules()):
-        found = blocks_by_mode(model, stacks, probe.longest(2, device_of(model)), to_the_end=collective)
+    try:
+        # The longest, because short ones may have no pattern to differ in; two, because a batch may be treated as one.
+        with traceless(model.modules()):
+            found = blocks_by_mode(model, stacks, probe.longest(2, device_of(model)), to_the_end=collective)
+    except Exception as error:  # from the model's own code
+        note(
+            f"A pass on two samples fails ({error_line(error)}), so it is not known whether a block computes something "
+            "else in evaluation mode, which frozen blocks are in."
+        )
+        return frozenset()
     if found:
         note(
             f"{len(found)} blocks ({type(found[0]).__name__}) compute something else in evaluation mode. Once frozen, "

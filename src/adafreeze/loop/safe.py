@@ -156,9 +156,8 @@ class Safe:
             raise
         claim(self, self._claimed)
         self._lighter = ExitStack()
-        self._lighter.enter_context(
-            as_in_training(self.model, [block for stack in self.stacks for block in stack.blocks])
-        )
+        blocks = [block for stack in self.stacks for block in stack.blocks]
+        self._lighter.enter_context(as_in_training(self.model, blocks))
         keep_dropout = self.config.prefix_dropout
         by_mode = () if keep_dropout else by_mode_of(self.model, self.stacks, probe, collective=collective)
         self.prefix = Prefix(self.model, self.stacks, flows, keep_dropout=keep_dropout, by_mode=by_mode)
