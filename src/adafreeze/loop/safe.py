@@ -12,6 +12,7 @@ from torch import nn
 
 from ..cache.run import RunCache
 from ..config import SafeConfig
+from ..costs import CountFlops
 from ..decide.policy import is_prefix_only
 from ..decide.run_length import RunLength
 from ..errors import ProbeError, note, warn
@@ -159,7 +160,9 @@ class Safe:
         blocks = [block for stack in self.stacks for block in stack.blocks]
         self._lighter.enter_context(as_in_training(self.model, blocks))
         keep_dropout = self.config.prefix_dropout
-        by_mode = () if keep_dropout else by_mode_of(self.model, self.stacks, probe, collective=collective)
+        with CountFlops() as check:
+            by_mode = () if keep_dropout else by_mode_of(self.model, self.stacks, probe, collective=collective)
+        self._flops_of_check = check.total
         self.prefix = Prefix(self.model, self.stacks, flows, keep_dropout=keep_dropout, by_mode=by_mode)
         given = self._journal if self.ranks.is_main else None
         self.journal = journal or (given if isinstance(given, Journal) else Journal(given))
@@ -253,8 +256,9 @@ class Safe:
 
     @property
     def flops_spent(self) -> int:
-        """FLOPs spent on measuring so far, on this rank."""
-        return self.decider.scorer.flops_spent if self.decider.scorer is not None else 0
+        """FLOPs spent so far, on this rank, on measuring and on the check of what evaluation mode changes."""
+        measured = self.decider.scorer.flops_spent if self.decider.scorer is not None else 0
+        return self._flops_of_check + measured
 
     @property
     def nested_flops(self) -> int:
