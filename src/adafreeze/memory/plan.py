@@ -252,6 +252,8 @@ def _plan(
     }
     choices |= {frozenset(planner.lowest(1)): None, frozenset(at_start): ""}  # only the topmost block is too little
     ways: list[tuple[int, str, int]] = []  # how much it costs: rank, then the order here; flags; peak
+    if not at_start:
+        ways += _ways("", steps[0], selective[0] if selective else None, None, own)
     for names, flag in sorted(choices.items(), key=lambda choice: len(choice[0])):
         if not planner.freezer.frozen.issuperset(names):
             planner.freeze(names)
