@@ -133,7 +133,7 @@ def rescaling():
 
 
 class Encoder(nn.Module):
-    """torch's encoder, whose fast path in evaluation mode passes by PEFT's layers; or one with a spectral norm."""
+    """torch's encoder, whose fast path in evaluation mode bypasses PEFT's layers; or one with a spectral norm."""
 
     def __init__(self, layer):
         super().__init__()

@@ -35,7 +35,7 @@ def as_in_training(model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[No
     - On a CPU with AVX512-BF16, a call in evaluation mode repacks a 4-bit weight of bitsandbytes for good, for a kernel
       without a backward pass: later training steps lose all gradients below that layer, with a warning of torch only
       (bitsandbytes 0.50). Scores and evaluations are such calls. Layers that are repacked already are put back.
-    - The fast path of nn.TransformerEncoderLayer hands weights to one kernel, and so passes by PEFT's layers.
+    - The fast path of nn.TransformerEncoderLayer hands weights to one kernel, and so bypasses PEFT's layers.
 
     Args:
         model: of the run.
@@ -56,7 +56,7 @@ def as_in_training(model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[No
         if fast and torch.backends.mha.get_fastpath_enabled():
             torch.backends.mha.set_fastpath_enabled(False)
             undo.callback(torch.backends.mha.set_fastpath_enabled, True)
-            note("torch's fast path of nn.MultiheadAttention is off in this run: it passes by adapters.")
+            note("torch's fast path of nn.MultiheadAttention is off in this run: it bypasses adapters.")
         yield
 
 
