@@ -61,14 +61,14 @@ def test_training_is_the_same_to_the_bit(family, tmp_path):
     assert not any(path.name.startswith("offload-") for path in tmp_path.iterdir())
 
 
-def away_model(family, tmp_path, **more):
+def away_model(family, tmp_path, total_steps=12, **more):
     """A model whose prefix is away before step 0, and an optimizer, and its Safe."""
     model = untied(family, dropout=0.0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     data = loader(family, 16)
     safe = Safe(
-        model, settings(tmp_path, fill="before", **more), optimizer=optimizer, probe=data, total_steps=12,
-        samples_per_step=4,
+        model, settings(tmp_path, **{"fill": "before", **more}), optimizer=optimizer, probe=data,
+        total_steps=total_steps, samples_per_step=4,
     )  # fmt: skip
     return model, optimizer, data, safe
 
@@ -558,14 +558,8 @@ def test_without_filling_a_model_that_never_came_waits_for_the_first_epoch(tmp_p
 
 
 def test_in_one_epoch_weights_leave_once_states_are_filled(tmp_path, caplog):
-    def run(offload, **more):
-        model = untied("llama", dropout=0.0)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        data = loader("llama", 16)
-        safe = Safe(
-            model, settings(tmp_path, offload, **more), optimizer=optimizer, probe=data, total_steps=len(data),
-            samples_per_step=4,
-        )  # fmt: skip
+    def run(**more):
+        model, optimizer, data, safe = away_model("llama", tmp_path, total_steps=4, **more)
         losses, shares = [], [resident_share(model)]
         for one in data:
             losses.append(model(**one).loss)
@@ -577,7 +571,7 @@ def test_in_one_epoch_weights_leave_once_states_are_filled(tmp_path, caplog):
         safe.close()
         return losses, shares
 
-    (losses, shares), (expected, _) = run("disk", fill="before"), run("off")
+    (losses, shares), (expected, _) = run(), run(offload="off", fill=None)
     assert max(shares) < 0.75 and losses == expected
     assert "no sample comes twice" in caplog.text.split("0 states were stored")[1], "for the run without filling"
     assert "no sample comes twice" not in caplog.text.split("0 states were stored")[0]

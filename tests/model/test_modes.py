@@ -21,7 +21,7 @@ from adafreeze import Safe, SafeCallback, SafeConfig
 from adafreeze.costs import CountFlops
 
 ROWS = [cases.sample("llama", index) for index in range(16)]
-FIRST_HALF = [f"layers.{index}." for index in range(2)]
+HALF = {"freeze_at_start": 0.5, "freeze_share": 0.0, "lr_scale": 1.0}
 
 
 def base():
@@ -33,15 +33,25 @@ def base():
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # a row fills a block of bitsandbytes' 64
 
 
-def made(bits):
-    model = get_peft_model(
-        cases.quantized(base(), bits),
-        LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )
+def adapted(model, targets="all-linear", scale=0.1):
+    """With adapters that do something from the start."""
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=targets))
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape) * 0.1
+            parameter.data = torch.randn(parameter.shape) * scale
+    return model
+
+
+def made(bits):
+    return adapted(cases.quantized(base(), bits))
+
+
+def frozen_by_hand(model):
+    """The adapters of the lower half of four blocks."""
+    for name, parameter in model.named_parameters():
+        if any(f".{index}." in name for index in (0, 1)):
+            parameter.requires_grad_(False)
     return model
 
 
@@ -84,13 +94,8 @@ def test_weights_that_an_evaluation_has_repacked_pass_gradients_again(tmp_path):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("cache", ["off", "ram"])
 def test_a_frozen_block_computes_what_it_does_in_plain_training(bits, cache, tmp_path):
-    by_hand = made(bits)
-    for name, parameter in by_hand.named_parameters():
-        if any(block in name for block in FIRST_HALF):
-            parameter.requires_grad_(False)
-    plain = trained(tmp_path, by_hand, bf16=True)
-    config = SafeConfig(freeze_at_start=0.5, freeze_share=0.0, lr_scale=1.0, cache=cache)
-    assert is_equal(trained(tmp_path, made(bits), config, bf16=True), plain)
+    plain = trained(tmp_path, frozen_by_hand(made(bits)), bf16=True)
+    assert is_equal(trained(tmp_path, made(bits), SafeConfig(**HALF, cache=cache), bf16=True), plain)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -105,11 +110,7 @@ def test_products_of_quantized_weights_are_counted(bits, training):
                 loss.backward()
         return counted.total
 
-    dense = get_peft_model(
-        base(),
-        LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )
-    assert count(made(bits)) == count(dense)
+    assert count(made(bits)) == count(adapted(base()))
 
 
 def sparse():
@@ -179,24 +180,12 @@ def power():
 @pytest.mark.parametrize("kind", [sparse, rescaling, fast_path, power])
 @pytest.mark.parametrize("cache", ["off", "ram"])
 def test_models_that_compute_something_else_in_evaluation_mode(kind, cache, tmp_path):
-    def model_and_rows():
+    def run(config, change=lambda model: model):
         torch.manual_seed(0)
         model, targets, rows = kind()
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=targets))
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = torch.randn(parameter.shape) * 0.3
-        return model, rows
+        return trained(tmp_path, change(adapted(model, targets, scale=0.3)), config, rows=rows)
 
-    def run(config, by_hand=()):
-        model, rows = model_and_rows()
-        for name, parameter in model.named_parameters():
-            if any(f".{index}." in name for index in by_hand):
-                parameter.requires_grad_(False)
-        return trained(tmp_path, model, config, rows=rows)
-
-    half = SafeConfig(freeze_at_start=0.5, freeze_share=0.0, lr_scale=1.0, cache=cache)
-    assert is_equal(run(half), run(None, by_hand=(0, 1)))
+    assert is_equal(run(SafeConfig(**HALF, cache=cache)), run(None, frozen_by_hand))
     assert is_equal(run(SafeConfig(dry_run=True, cache=cache)), run(None))
     assert torch.backends.mha.get_fastpath_enabled()
 
@@ -205,7 +194,7 @@ def test_modules_that_a_model_replaces_in_a_pass_are_put_back():
     """BigBird's attention, when it meets a short input."""
     torch.manual_seed(0)
     model, targets, rows = sparse()
-    model = get_peft_model(model, LoraConfig(r=4, target_modules=targets))
+    model = adapted(model, targets)
     attention = model.get_base_model().bert.encoder.layer[0].attention.self
     probe = [cases.collate(rows[:2]), cases.batch("bert", 2, 12)]
     Safe(model, SafeConfig(dry_run=True), probe=probe, total_steps=9)

@@ -151,9 +151,8 @@ def _conclusions(plan: Plan) -> list[str]:
         if plan.proposal is not None:
             flags = plan.proposal.removeprefix(NF4).strip()
             how = f"adafreeze train with {flags}" if flags else "adafreeze train as it is"
-            if plan.settings["quantization"] or flags != plan.proposal:
-                weights = f"{plan.settings['quantization'] or 'nf4'} weights"
-                how = f"{weights}, from BitsAndBytesConfig in your own script, with {flags or 'the defaults'}"
+            if bits := plan.settings["quantization"] or ("nf4" if flags != plan.proposal else None):
+                how = f"{bits} weights, from BitsAndBytesConfig in your own script, with {flags or 'the defaults'}"
             lines.append(f"The cheapest way to fit {plan.settings['batch_size']} samples: {how}.")
         if not fits["checkpointed"]:
             lines.append("Nothing fits. " + "; ".join(plan.advice) + ".")

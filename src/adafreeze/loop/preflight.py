@@ -26,8 +26,8 @@ from ..model.units import some
 from ..parallel import Parallel, Ranks
 
 __all__ = [
-    "check_parallel",
     "by_mode_of",
+    "check_parallel",
     "check_run",
     "check_names",
     "close_earlier",

@@ -42,7 +42,7 @@ def as_in_training(model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[No
         blocks: that may be frozen.
     """
     with ExitStack() as undo:
-        packing = [m for m in model.modules() if mode_does_more(m) and m.__dict__.get(_AVX512) and _on_cpu(m)]
+        packing = [m for m in model.modules() if m.__dict__.get(_AVX512) and _on_cpu(m)]
         for layer in packing:
             if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
                 layer.state_dict()  # saving is what unpacks

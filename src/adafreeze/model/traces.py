@@ -129,7 +129,7 @@ def _undo(module: nn.Module) -> Callable[[], Iterator[str]]:
 
 
 def _is_plain_object(value: Any) -> bool:
-    """Whether ``value`` may hold state of a module: an object of a class, and no module, tensor, function or config."""
+    """Whether ``value`` may hold state of a module: an object with attributes, and no module, tensor or function."""
     if isinstance(value, (nn.Module, Tensor, type, types.ModuleType, torch.dtype, torch.device)) or callable(value):
         return False
     return hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in ("builtins", "enum")
